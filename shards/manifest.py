@@ -5,6 +5,7 @@ Written by tools/make_shards.py once all shards of a split stand; read by the pi
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from dataclasses import asdict, dataclass
@@ -55,7 +56,6 @@ class Manifest:
     """Whether every sample has a segmentation mask (component `mask.png`)."""
     settings: dict[str, Any]
     shards: list[Shard]
-    schema_version: int = SCHEMA_VERSION
 
     def column(self, name: str) -> Column:
         """The label column of that name; ShardError lists the ones there are."""
@@ -65,9 +65,8 @@ class Manifest:
         raise ShardError(f"split '{self.split}' has no label column '{name}'; it has {[c.name for c in self.columns]}")
 
 
-def manifest_path(folder: Path, split: str) -> Path:
-    """Several splits may live in one folder: each has its own manifest, named for it."""
-    return folder / f"{split}.manifest.json"
+MANIFEST = "manifest.json"
+"""File name inside a shard folder; one file for all of the folder's splits."""
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -86,27 +85,49 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def save_manifest(folder: Path, manifest: Manifest) -> Path:
-    path = manifest_path(folder, manifest.split)
-    write_atomically(path, (json.dumps(asdict(manifest), indent=1) + "\n").encode())
+    """Put this split into the folder's manifest, leaving its other splits as they are.
+
+    Held under a file lock, so that two splits made at the same time into one folder do not lose each other.
+    """
+    path = folder / MANIFEST
+    with open(folder / f".{MANIFEST}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        splits = _read_splits(path) if path.exists() else {}
+        splits[manifest.split] = asdict(manifest)
+        document = {"schema_version": SCHEMA_VERSION, "splits": dict(sorted(splits.items()))}
+        write_atomically(path, (json.dumps(document, indent=1) + "\n").encode())
     return path
 
 
 def load_manifest(folder: Path, split: str) -> Manifest:
-    """Read and check the manifest of `split`; ShardError where it is missing, unreadable or of another schema."""
-    path = manifest_path(folder, split)
+    """Read and check what the folder's manifest says of `split`.
+
+    Raises ShardError where it is missing, unreadable, of another schema, or without that split.
+    """
+    path = folder / MANIFEST
     if not path.exists():
-        others = sorted(p.name.removesuffix(".manifest.json") for p in folder.glob("*.manifest.json"))
-        hint = f"splits there: {others}" if others else "make it with tools/make_shards.py"
-        raise ShardError(f"{path} does not exist ({hint})")
+        raise ShardError(f"{path} does not exist: make the shards with tools/make_shards.py, or correct the folder")
+    splits = _read_splits(path)
+    if split not in splits:
+        raise ShardError(f"{path} has no split '{split}'; it has {sorted(splits)}")
     try:
-        raw = json.loads(path.read_bytes())
-        version = raw["schema_version"]
-        if version != SCHEMA_VERSION:
-            raise ShardError(
-                f"{path}: schema_version is {version}, this program reads {SCHEMA_VERSION}; remake the shards"
-            )
+        raw = dict(splits[split])
         shards = [Shard(**shard) for shard in raw.pop("shards")]
         columns = [Column(**column) for column in raw.pop("columns")]
         return Manifest(shards=shards, columns=columns, **raw)
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ShardError(f"{path} is not a shard manifest ({error}); remake it with tools/make_shards.py") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ShardError(f"{path}: split '{split}' is malformed ({error}); {_REMAKE}") from error
+
+
+_REMAKE = "remake it with tools/make_shards.py"
+
+
+def _read_splits(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_bytes())
+        version, splits = document["schema_version"], document["splits"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ShardError(f"{path} is not a shard manifest ({error}); {_REMAKE}") from error
+    if version != SCHEMA_VERSION:
+        raise ShardError(f"{path}: schema_version is {version}, this program reads {SCHEMA_VERSION}; {_REMAKE}")
+    return splits
