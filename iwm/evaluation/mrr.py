@@ -1,0 +1,215 @@
+"""Mean reciprocal rank: can the predictor apply an action in latent space (paper, section 4.1)?
+
+Of one clean image a bank of jittered copies is made, which the target encoder embeds. The clean image's features go
+through the predictor with each copy's action; the rank of the true copy among the bank, by distance to the
+prediction, is 1 if the world model did exactly what the action says. Chance for a bank of 256 is H(256)/256 = 0.0239.
+
+Measured four ways: features averaged over tokens (`pooled`) or whole (`per_token`), the clean image through the
+target encoder (`teacher`) or the context encoder (`student`). The control is in the same shape: the prediction made
+with another copy's action, each action used once and none in its place. It needs no further predictions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from dali_pipelines.augmentation import IDENTITY, SCENARIOS, Photometric, Views
+from dali_pipelines.replay import draw_photometric, photometric
+from iwm.actions import ActionSpec, action_between
+
+if TYPE_CHECKING:
+    from iwm.models.world_model import WorldModel
+
+DISTANCES = ("pooled", "per_token")
+CONTEXTS = ("teacher", "student")
+
+TIE = 1e-6
+"""Distances that differ by less than this share of the true copy's norm are ties: float32 cannot tell them apart."""
+
+
+@dataclass(frozen=True)
+class BankSettings:
+    """The bank that ranks are taken in."""
+
+    images: int = 64
+    """Held-out images, each with a bank of its own; the standard error is over them."""
+    size: int = 256
+    """Jittered copies per image, at least 2. Chance depends on it: compare only scores of one size."""
+    scenario: str | None = None
+    """Whose target jitter fills the bank: a name of table S2's scenarios. Default: the run's own; `default` for a run
+    trained without jitter. To compare runs, give all of them the same one."""
+    chunk: int = 256
+    """Copies embedded and predicted at once; lower it when the device runs out of memory."""
+
+
+def bank_jitter(views: Views, scenario: str | None = None) -> Photometric:
+    """The jitter that fills the bank: a target's jitter, always applied, nothing destructive.
+
+    At training's p = 0.8 a fifth of the bank would be the clean image itself, and ties would decide the score.
+    Raises ValueError for an unknown scenario or one whose target has no jitter.
+    """
+    if scenario is None:
+        target = views.target if views.target.jitter_probability > 0 else SCENARIOS["default"].target
+    elif scenario in SCENARIOS and SCENARIOS[scenario].target.jitter_probability > 0:
+        target = SCENARIOS[scenario].target
+    else:
+        names = [name for name, each in SCENARIOS.items() if each.target.jitter_probability > 0]
+        raise ValueError(f"--bank.scenario: '{scenario}' is not a scenario with jitter; choose one of {names}")
+    return replace(target.without_destructive(), jitter_probability=1.0)
+
+
+@dataclass(frozen=True)
+class Bank:
+    """One image's jittered copies and how the model sees them. Row i of a distance matrix is the prediction with
+    copy i's action, column j the copy j."""
+
+    copies: UInt8[Tensor, "k h w 3"]
+    params: Float[Tensor, "k p"]
+    """What each copy's jitter was, in the order of PHOTOMETRIC_FIELDS."""
+    distances: Float[Tensor, "distance context k k"]
+    """Axes 0 and 1 follow DISTANCES and CONTEXTS."""
+    norms: Float[Tensor, "distance k"]
+    """Norms of the copies' target features: the scale of TIE."""
+
+
+@torch.no_grad()
+def embed_bank(
+    model: WorldModel,
+    image: UInt8[Tensor, "h w 3"],
+    params: Float[Tensor, "k p"],
+    views: Views,
+    spec: ActionSpec,
+    chunk: int = 256,
+) -> Bank:
+    """Make the copies of a clean image that `params` describe, predict each, and measure all distances.
+
+    `chunk` bounds the memory: so many copies are embedded and predicted at once.
+    """
+    clean = image[None]
+    copies = photometric(clean.expand(len(params), -1, -1, -1), params, views.colour)
+    targets = torch.cat([model.targets(part).float() for part in copies.split(chunk)])
+    identity = torch.tensor(IDENTITY, device=params.device).expand_as(params)
+    actions = action_between(identity, params, spec)
+    banks = (targets.mean(1), targets.flatten(1))
+    distances = torch.empty(len(DISTANCES), len(CONTEXTS), len(params), len(params), device=image.device)
+    for c, context in enumerate(CONTEXTS):
+        features = model.encode(clean, context)
+        rows = [
+            torch.stack([_distances(p.mean(1), banks[0]), _distances(p.flatten(1), banks[1])])
+            for p in _predictions(model, features, actions, chunk)
+        ]
+        distances[:, c] = torch.cat(rows, dim=1)
+    return Bank(copies, params, distances, torch.stack([bank.norm(dim=1) for bank in banks]))
+
+
+def _predictions(
+    model: WorldModel, features: Float[Tensor, "1 n d"], actions: Float[Tensor, "k a"], chunk: int
+) -> Iterator[Float[Tensor, "c n d"]]:
+    for part in actions.split(chunk):
+        yield model.predict(features.expand(len(part), -1, -1), part).float()
+
+
+def _distances(predictions: Float[Tensor, "q f"], bank: Float[Tensor, "k f"]) -> Float[Tensor, "q k"]:
+    """L2 distances as one matrix product. In float64: ‖p‖² + ‖t‖² − 2p·t cancels, for the copies differ by little
+    against their norms, and a float64 product stays exact whatever TF32 setting the process has."""
+    p, t = predictions.double(), bank.double()
+    squares = p.square().sum(1, keepdim=True) + t.square().sum(1) - 2 * p @ t.T
+    return squares.clamp_min(0).sqrt().float()
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The rank of every copy among its bank, 1 the nearest. Axes 0 and 1 follow DISTANCES and CONTEXTS."""
+
+    actions: Float[Tensor, "distance context images k"]
+    shuffled_actions: Float[Tensor, "distance context images k"]
+    """The same when the prediction was made with another copy's action."""
+
+
+@torch.no_grad()
+def measure(
+    model: WorldModel,
+    images: UInt8[Tensor, "b h w 3"],
+    views: Views,
+    spec: ActionSpec,
+    settings: BankSettings,
+    seed: int = 0,
+    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> Ranks:
+    """Rank every copy of every image. `images` are clean views on the model's device, the model in eval mode.
+
+    Image i's bank depends on `seed` and i alone. `settings.images` is not read: all of `images` are taken.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    jitter = bank_jitter(views, settings.scenario)
+    actions, shuffled = [], []
+    for i in progress(range(len(images))):
+        params = draw_photometric(jitter, settings.size, generator).to(images.device)
+        other = derangement(settings.size, generator).to(images.device)
+        bank = embed_bank(model, images[i], params, views, spec, settings.chunk)
+        own = torch.arange(settings.size, device=images.device)
+        actions.append(rank(bank.distances, own, bank.norms))
+        shuffled.append(rank(bank.distances[..., other, :], own, bank.norms))
+    return Ranks(torch.stack(actions, dim=2), torch.stack(shuffled, dim=2))
+
+
+def derangement(size: int, generator: torch.Generator) -> Int[Tensor, " size"]:
+    """A random permutation that leaves nothing in its place (one cycle through all, size at least 2)."""
+    order = torch.randperm(size, generator=generator)
+    permutation = torch.empty_like(order)
+    permutation[order] = order.roll(1)
+    return permutation
+
+
+def rank(
+    distances: Float[Tensor, "distance context q k"], truth: Int[Tensor, " q"], norms: Float[Tensor, "distance k"]
+) -> Float[Tensor, "distance context q"]:
+    """Rank of entry truth[i] in row i, from 1; entries as near as the truth (see TIE) share their mean rank.
+
+    NaN where the distances are not finite, so that a broken model cannot look good.
+    """
+    index = truth.expand(*distances.shape[:2], -1)[..., None]
+    true = distances.gather(-1, index)
+    tolerance = TIE * norms[:, None, truth, None]
+    nearer = (distances < true - tolerance).sum(-1)
+    tied = ((distances - true).abs() <= tolerance).sum(-1)
+    ranks = nearer + (tied + 1) / 2
+    return ranks.masked_fill(~distances.isfinite().all(-1), torch.nan)
+
+
+def chance(size: int) -> float:
+    """The mean reciprocal rank of guessing in a bank of `size`: H(size) / size."""
+    return sum(1 / i for i in range(1, size + 1)) / size
+
+
+def summarise(ranks: Ranks) -> dict[str, Any]:
+    """The contract's figures: `chance`, `images`, `bank`, `mrr`, `shuffled_actions`, `recall`.
+
+    Each score is `{"mean", "standard_error"}` under `[distance][context]`; the copies of one image share its
+    difficulty, so images are the independent units of the standard error (NaN for a single image).
+    """
+    images, size = ranks.actions.shape[2:]
+    return {
+        "chance": chance(size),
+        "images": images,
+        "bank": size,
+        "mrr": _scores(1 / ranks.actions),
+        "shuffled_actions": _scores(1 / ranks.shuffled_actions),
+        "recall": {f"at_{k}": _scores((ranks.actions <= k).float()) for k in (1, 5)},
+    }
+
+
+def _scores(values: Float[Tensor, "distance context images k"]) -> dict[str, dict[str, dict[str, float]]]:
+    per_image = values.double().mean(-1)
+    mean = per_image.mean(-1).tolist()
+    error = (per_image.std(-1) / per_image.shape[-1] ** 0.5).tolist()
+    return {
+        distance: {c: {"mean": mean[i][j], "standard_error": error[i][j]} for j, c in enumerate(CONTEXTS)}
+        for i, distance in enumerate(DISTANCES)
+    }
