@@ -1,0 +1,105 @@
+"""The encoder: a stock timm ViT that can be given the visible patches alone (paper, section 3)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64, UInt8
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from iwm.config import Encoder as EncoderConfig
+from iwm.models.layers import initialise, rescale_by_depth, run_blocks, sincos_positions
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class VisiblePatches(NamedTuple):
+    """The visible patches of a batch, padded to one width: their `place` in the grid, and which are `present`."""
+
+    place: Int64[Tensor, "b w"]
+    present: Bool[Tensor, "b w"]
+
+
+def select_visible(visible: Bool[Tensor, "b n"], width: int | None) -> VisiblePatches:
+    """Indices of the visible patches in order, first in each row.
+
+    width: a static bound on their number (masking.most_visible), so that shapes never change and nothing is read from
+    the device; None: this batch's own maximum, which reads the device once (free on a CPU).
+    """
+    counts = visible.sum(dim=1)
+    width = int(counts.max()) if width is None else width
+    place = visible.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :width]
+    return VisiblePatches(place, torch.arange(width, device=visible.device) < counts[:, None])
+
+
+def patchify(images: UInt8[Tensor, "b h w 3"], patch: int) -> UInt8[Tensor, "b n p"]:
+    """Cut into patches in row-major order; a patch's values run row, column, channel."""
+    b, height, width, channels = images.shape
+    patches = images.reshape(b, height // patch, patch, width // patch, patch, channels)
+    return patches.transpose(2, 3).reshape(b, -1, patch * patch * channels)
+
+
+class Encoder(VisionTransformer):
+    """timm's VisionTransformer with fixed 2-D sin-cos positions, no class token and no head.
+
+    Parameters carry timm's names and shapes, so `state_dict()` loads strictly into the VisionTransformer that
+    `timm_arguments` describes. Context encoder and target encoder are two of these.
+    """
+
+    pixel_scale: Tensor
+    pixel_shift: Tensor
+
+    def __init__(self, config: EncoderConfig, image_size: int) -> None:
+        super().__init__(**timm_arguments(config, image_size))
+        self.patch = config.patch
+        grid = image_size // config.patch
+        self.pos_embed = nn.Parameter(sincos_positions(config.width, grid)[None], requires_grad=False)
+        initialise(self, config.init)
+        if config.init == "ijepa":
+            rescale_by_depth(self.blocks)
+        mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+        self.register_buffer("pixel_scale", (1 / (255 * std)).repeat(config.patch**2), persistent=False)
+        self.register_buffer("pixel_shift", (-mean / std).repeat(config.patch**2), persistent=False)
+
+    def forward(
+        self, images: UInt8[Tensor, "b h w 3"], visible: VisiblePatches | None = None
+    ) -> Float[Tensor, "b t d"]:
+        """Features of all patches, or of the visible ones (in `visible.place` order; absent entries hold noise)."""
+        tokens = self.embed(images, visible)
+        tokens = run_blocks(self.blocks, tokens, None if visible is None else visible.present)
+        return self.norm(tokens)
+
+    def embed(self, images: UInt8[Tensor, "b h w 3"], visible: VisiblePatches | None = None) -> Float[Tensor, "b t d"]:
+        """Patch embedding with positions; only what is visible is normalised and embedded.
+
+        The convolution of timm's PatchEmbed, written as the matrix product it is; its weight is kept channels-last, so
+        that a row-column-channel patch meets it without a copy.
+        """
+        patches = patchify(images, self.patch)
+        positions: Tensor = self.pos_embed
+        if visible is not None:
+            patches = patches.gather(1, visible.place[:, :, None].expand(-1, -1, patches.shape[-1]))
+            positions = self.pos_embed[0][visible.place]
+        weight = self.patch_embed.proj.weight.permute(0, 2, 3, 1).flatten(1)
+        pixels = patches * self.pixel_scale + self.pixel_shift
+        return F.linear(pixels, weight, self.patch_embed.proj.bias) + positions
+
+
+def timm_arguments(config: EncoderConfig, image_size: int) -> dict[str, object]:
+    """Arguments of the timm VisionTransformer that an exported encoder loads into."""
+    return {
+        "img_size": image_size,
+        "patch_size": config.patch,
+        "embed_dim": config.width,
+        "depth": config.depth,
+        "num_heads": config.heads,
+        "mlp_ratio": config.mlp_ratio,
+        "class_token": False,
+        "global_pool": "avg",
+        "fc_norm": False,
+        "num_classes": 0,
+    }

@@ -1,0 +1,62 @@
+"""What encoder and predictor share: positions, initialisation, the choice of attention, running timm's blocks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from timm.models.vision_transformer import Attention, Block
+from torch import Tensor, nn
+
+
+def sincos_positions(width: int, grid: int) -> Float[Tensor, "n {width}"]:
+    """Fixed 2-D sine-cosine positions of a grid×grid image, row-major, as MAE and I-JEPA use them.
+
+    The first half of the features encodes the column, the second the row; each half is sines then cosines.
+    """
+    frequencies = 1.0 / 10_000 ** (torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies
+    one_side = torch.cat((angles.sin(), angles.cos()), dim=1)
+    columns = one_side[None, :, :].expand(grid, grid, -1)
+    rows = one_side[:, None, :].expand(grid, grid, -1)
+    return torch.cat((columns, rows), dim=-1).flatten(0, 1).float()
+
+
+def initialise(module: nn.Module, kind: Literal["ijepa", "xavier"]) -> None:
+    """Initialise every linear and convolution below `module`; norms are ones and zeros, biases zeros."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Conv2d):
+            if kind == "xavier":
+                nn.init.xavier_uniform_(part.weight.flatten(1))
+            else:
+                nn.init.trunc_normal_(part.weight, std=0.02)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+
+
+def rescale_by_depth(blocks: Iterable[Block]) -> None:
+    """Divide each block's two output projections by sqrt(2·depth), as I-JEPA's and BEiT's initialisation does."""
+    with torch.no_grad():
+        for number, block in enumerate(blocks, start=1):
+            block.attn.proj.weight.div_(math.sqrt(2.0 * number))
+            block.mlp.fc2.weight.div_(math.sqrt(2.0 * number))
+
+
+def use_attention(module: nn.Module, fused: bool) -> None:
+    """Make every attention below `module` fused (scaled_dot_product_attention) or plain (matmul, softmax, matmul)."""
+    for part in module.modules():
+        if isinstance(part, Attention):
+            part.fused_attn = fused
+
+
+def run_blocks(
+    blocks: nn.ModuleList, tokens: Float[Tensor, "b t d"], present: Bool[Tensor, "b t"] | None
+) -> Float[Tensor, "b t d"]:
+    """Send tokens through blocks. Tokens that are not `present` are attended by none; None: all are present."""
+    mask = None if present is None else present[:, None, None, :]
+    for block in blocks:
+        tokens = block(tokens, attn_mask=mask)
+    return tokens

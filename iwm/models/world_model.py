@@ -1,0 +1,95 @@
+"""The Image World Model: context encoder, target encoder, predictor, and the loss between them (paper, section 3)."""
+
+from __future__ import annotations
+
+import copy
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, UInt8
+from torch import Tensor, nn
+
+from iwm.actions import ActionSpec, action_from_params, action_spec
+from iwm.config import Config
+from iwm.masking import Masks, most_visible
+from iwm.models.encoder import Encoder, select_visible
+from iwm.models.layers import use_attention
+from iwm.models.predictor import Predictor
+
+
+class WorldModel(nn.Module):
+    """What is trained (`encoder`, `predictor`) and its slow teacher (`target_encoder`, never given a gradient)."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.action_spec: ActionSpec = action_spec(config.action, config.views)
+        self.encoder = Encoder(config.encoder, config.views.size)
+        self.predictor = Predictor(config, self.action_spec.size)
+        self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
+
+    def forward(
+        self,
+        source: UInt8[Tensor, "b h w 3"],
+        target: UInt8[Tensor, "b h w 3"],
+        params: Float[Tensor, "b p"],
+        masks: Masks,
+    ) -> Float[Tensor, ""]:
+        """Training loss of a batch: how far predictions are from the target encoder's features."""
+        targets = self.targets(target)
+        width = None if source.device.type == "cpu" else most_visible(self.config.masking, self.config.grid)
+        context = self.encoder(source, select_visible(masks.visible, width))
+        action = action_from_params(params, self.action_spec)
+        separate = masks.queried.shape[1]
+        visible = masks.visible.repeat_interleave(separate, dim=0)
+        queried = masks.queried.flatten(0, 1)
+        predictions = self.predictor.inpaint(
+            context.repeat_interleave(separate, dim=0), visible, queried, action.repeat_interleave(separate, dim=0)
+        )
+        counted = queried | visible if self.config.loss.predict == "all" else queried
+        return self.distance(predictions, targets.repeat_interleave(separate, dim=0), counted)
+
+    def distance(
+        self, predictions: Float[Tensor, "b n d"], targets: Float[Tensor, "b n d"], counted: Bool[Tensor, "b n"]
+    ) -> Float[Tensor, ""]:
+        """The loss between predictions and targets over the counted tokens; every image weighs the same."""
+        compare = F.mse_loss if self.config.loss.kind == "l2" else F.smooth_l1_loss
+        per_token = compare(predictions.float(), targets.float(), reduction="none").mean(dim=-1)
+        per_image = (per_token * counted).sum(dim=1)
+        if self.config.loss.reduction == "mean":
+            per_image = per_image / counted.sum(dim=1).clamp(min=1)
+        return per_image.mean()
+
+    @torch.no_grad()
+    def targets(self, images: UInt8[Tensor, "b h w 3"]) -> Float[Tensor, "b n d"]:
+        """What predictions are compared with: the target encoder's features, normed as the loss has it."""
+        features = self.target_encoder(images)
+        return F.layer_norm(features, features.shape[-1:]) if self.config.loss.target_norm else features
+
+    def encode(self, images: UInt8[Tensor, "b h w 3"], which: Literal["teacher", "student"]) -> Float[Tensor, "b n d"]:
+        """Features of whole images, from the target encoder (teacher) or the context encoder (student)."""
+        return self.target_encoder(images) if which == "teacher" else self.encoder(images)
+
+    def predict(self, context: Float[Tensor, "b n d"], action: Float[Tensor, "b k"]) -> Float[Tensor, "b n d"]:
+        """Features of the whole transformed image, from whole-image features and an action (actions.py layout)."""
+        return self.predictor.transform(context, action)
+
+    @torch.no_grad()
+    def update_target(self, momentum: float) -> None:
+        """Move the target encoder towards the context encoder: target ← momentum·target + (1 − momentum)·context."""
+        torch._foreach_lerp_(
+            list(self.target_encoder.parameters()), list(self.encoder.parameters()), weight=1.0 - momentum
+        )
+
+    def prepare(self, device: torch.device) -> WorldModel:
+        """Move to a device in channels-last; choose attention kernels and compile the blocks as configured."""
+        self.to(device)
+        self.to(memory_format=torch.channels_last)
+        kind = self.config.train.attention
+        use_attention(self, fused=kind == "fused" or (kind == "auto" and device.type == "cuda"))
+        if self.config.train.compile:
+            for part in (self.encoder, self.target_encoder, self.predictor):
+                for block in part.blocks:
+                    block.compile(dynamic=False)
+        return self
