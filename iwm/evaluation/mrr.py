@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dali_pipelines.augmentation import IDENTITY, SCENARIOS, Photometric, Views
 from dali_pipelines.replay import draw_photometric, photometric
-from iwm.actions import ActionSpec, action_between
+from iwm.actions import action_between
 
 if TYPE_CHECKING:
     from iwm.models.world_model import WorldModel
@@ -83,8 +83,6 @@ def embed_bank(
     model: WorldModel,
     image: UInt8[Tensor, "h w 3"],
     params: Float[Tensor, "k p"],
-    views: Views,
-    spec: ActionSpec,
     chunk: int = 256,
 ) -> Bank:
     """Make the copies of a clean image that `params` describe, predict each, and measure all distances.
@@ -92,10 +90,10 @@ def embed_bank(
     `chunk` bounds the memory: so many copies are embedded and predicted at once.
     """
     clean = image[None]
-    copies = photometric(clean.expand(len(params), -1, -1, -1), params, views.colour)
+    copies = photometric(clean.expand(len(params), -1, -1, -1), params, model.config.views.colour)
     targets = torch.cat([model.targets(part).float() for part in copies.split(chunk)])
     identity = torch.tensor(IDENTITY, device=params.device).expand_as(params)
-    actions = action_between(identity, params, spec)
+    actions = action_between(identity, params, model.action_spec)
     banks = (targets.mean(1), targets.flatten(1))
     distances = torch.empty(len(DISTANCES), len(CONTEXTS), len(params), len(params), device=image.device)
     for c, context in enumerate(CONTEXTS):
@@ -136,26 +134,24 @@ class Ranks:
 def measure(
     model: WorldModel,
     images: UInt8[Tensor, "b h w 3"],
-    views: Views,
-    spec: ActionSpec,
     settings: BankSettings,
     seed: int = 0,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> Ranks:
-    """Rank every copy of every image. `images` are clean views on the model's device, the model in eval mode.
+    """Rank every copy of every image. `images` are clean views of the run's size, on the model's device.
 
-    Image i's bank depends on `seed` and i alone. `settings.images` is not read: all of `images` are taken.
+    All of `images` are taken (`settings.images` is the caller's). The banks depend on `seed` and the settings, not on
+    the model, so that two models are asked the same questions.
     """
     generator = torch.Generator().manual_seed(seed)
-    jitter = bank_jitter(views, settings.scenario)
+    jitter = bank_jitter(model.config.views, settings.scenario)
     actions, shuffled = [], []
     for i in progress(range(len(images))):
         params = draw_photometric(jitter, settings.size, generator).to(images.device)
         other = derangement(settings.size, generator).to(images.device)
-        bank = embed_bank(model, images[i], params, views, spec, settings.chunk)
-        own = torch.arange(settings.size, device=images.device)
-        actions.append(rank(bank.distances, own, bank.norms))
-        shuffled.append(rank(bank.distances[..., other, :], own, bank.norms))
+        bank = embed_bank(model, images[i], params, settings.chunk)
+        actions.append(rank(bank.distances, bank.norms))
+        shuffled.append(rank(bank.distances[..., other, :], bank.norms))
     return Ranks(torch.stack(actions, dim=2), torch.stack(shuffled, dim=2))
 
 
@@ -168,15 +164,14 @@ def derangement(size: int, generator: torch.Generator) -> Int[Tensor, " size"]:
 
 
 def rank(
-    distances: Float[Tensor, "distance context q k"], truth: Int[Tensor, " q"], norms: Float[Tensor, "distance k"]
-) -> Float[Tensor, "distance context q"]:
-    """Rank of entry truth[i] in row i, from 1; entries as near as the truth (see TIE) share their mean rank.
+    distances: Float[Tensor, "distance context k k"], norms: Float[Tensor, "distance k"]
+) -> Float[Tensor, "distance context k"]:
+    """Rank of entry i in row i, from 1; entries as near as the true one (see TIE) share their mean rank.
 
     NaN where the distances are not finite, so that a broken model cannot look good.
     """
-    index = truth.expand(*distances.shape[:2], -1)[..., None]
-    true = distances.gather(-1, index)
-    tolerance = TIE * norms[:, None, truth, None]
+    true = distances.diagonal(dim1=-2, dim2=-1)[..., None]
+    tolerance = TIE * norms[:, None, :, None]
     nearer = (distances < true - tolerance).sum(-1)
     tied = ((distances - true).abs() <= tolerance).sum(-1)
     ranks = nearer + (tied + 1) / 2
