@@ -162,8 +162,6 @@ class Log:
     every: int = 50
     """Steps between two lines of metrics.jsonl; the device is read only then."""
     checkpoint_every: int = 1000
-    checkpoint_minutes: float = 30.0
-    """A checkpoint is also written when this many minutes have passed since the last."""
     keep: int = 2
     """Checkpoints kept beside the newest ones of `milestone_every`."""
     milestone_every: int | None = None

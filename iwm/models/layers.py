@@ -53,7 +53,7 @@ def use_attention(module: nn.Module, fused: bool) -> None:
 
 
 def run_blocks(
-    blocks: nn.ModuleList, tokens: Float[Tensor, "b t d"], present: Bool[Tensor, "b t"] | None
+    blocks: Iterable[nn.Module], tokens: Float[Tensor, "b t d"], present: Bool[Tensor, "b t"] | None
 ) -> Float[Tensor, "b t d"]:
     """Send tokens through blocks. Tokens that are not `present` are attended by none; None: all are present."""
     mask = None if present is None else present[:, None, None, :]

@@ -96,15 +96,14 @@ class Predictor(nn.Module):
         seen = self.embed(context)
         seen = seen.gather(1, place[:, :, None].expand(-1, -1, seen.shape[-1])) + self.positions
         tokens = torch.where(visible[:, :, None], seen, self.queries(action).to(seen.dtype))
-        present = visible | queried
-        return self._run(tokens, action, present)[:, : tokens.shape[1]]
+        return self._run(tokens, action, visible | queried, slice(0, tokens.shape[1]))
 
     def transform(self, context: Float[Tensor, "b n e"], action: Float[Tensor, "b k"]) -> Float[Tensor, "b n e"]:
         """Predict the features of the whole transformed image from those of the whole source image."""
         n = context.shape[1]
         seen = self.embed(context) + self.positions
         tokens = torch.cat((seen, self.queries(action).to(seen.dtype)), dim=1)
-        return self._run(tokens, action, None)[:, n : 2 * n]
+        return self._run(tokens, action, None, slice(n, 2 * n))
 
     def queries(self, action: Float[Tensor, "b k"]) -> Float[Tensor, "b n d"]:
         """Mask tokens of every position, with the action mixed in where conditioning is `feature`."""
@@ -112,11 +111,15 @@ class Predictor(nn.Module):
         return tokens.expand(action.shape[0], -1, -1) if self.mix is None else self.mix(tokens, action)
 
     def _run(
-        self, tokens: Float[Tensor, "b t d"], action: Float[Tensor, "b k"], present: Bool[Tensor, "b t"] | None
+        self,
+        tokens: Float[Tensor, "b t d"],
+        action: Float[Tensor, "b k"],
+        present: Bool[Tensor, "b t"] | None,
+        wanted: slice,
     ) -> Float[Tensor, "b s e"]:
         if self.action_tokens is not None:
             extra = self.action_tokens(action).to(tokens.dtype)
             tokens = torch.cat((tokens, extra), dim=1)
             if present is not None:
                 present = torch.cat((present, present.new_ones(extra.shape[:2])), dim=1)
-        return self.project(self.norm(run_blocks(self.blocks, tokens, present)))
+        return self.project(self.norm(run_blocks(self.blocks, tokens, present)[:, wanted]))

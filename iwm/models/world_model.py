@@ -82,13 +82,13 @@ class WorldModel(nn.Module):
             list(self.target_encoder.parameters()), list(self.encoder.parameters()), weight=1.0 - momentum
         )
 
-    def prepare(self, device: torch.device) -> WorldModel:
-        """Move to a device in channels-last; choose attention kernels and compile the blocks as configured."""
+    def prepare(self, device: torch.device, compiled: bool) -> WorldModel:
+        """Move to a device in channels-last, choose the configured attention, compile block by block if asked."""
         self.to(device)
         self.to(memory_format=torch.channels_last)
         kind = self.config.train.attention
         use_attention(self, fused=kind == "fused" or (kind == "auto" and device.type == "cuda"))
-        if self.config.train.compile:
+        if compiled:
             for part in (self.encoder, self.target_encoder, self.predictor):
                 for block in part.blocks:
                     block.compile(dynamic=False)

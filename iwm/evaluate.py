@@ -1,0 +1,81 @@
+"""Evaluate a checkpoint: `python iwm/evaluate.py PROTOCOL --checkpoint RUN_OR_FILE [--section.field value ...]`.
+
+Writes RUN/eval/PROTOCOL.json (or --output), prints a table, and renews RUN/report.html. A protocol is a module of
+iwm/evaluation with a `Settings` dataclass, `evaluate(subject, settings, output) -> dict` and `table(dict)`; to add one,
+write it and name it here.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict
+from types import ModuleType
+from typing import Annotated, Any, Union
+
+import torch
+import tyro
+from rich.console import Console
+
+from iwm.config import ConfigError
+from iwm.evaluation import mrr, retrieval
+from iwm.evaluation.report import write_report
+from iwm.evaluation.run_folder import ReportError
+from iwm.evaluation.settings import Settings
+from iwm.evaluation.subject import load_subject
+from iwm.training.checkpoint import CheckpointError, versions
+from shards.manifest import ShardError, write_atomically
+
+PROTOCOLS: dict[str, ModuleType] = {"mrr": mrr, "retrieval": retrieval}
+
+
+def evaluate(name: str, settings: Settings) -> dict[str, Any]:
+    """Run a protocol on a checkpoint and write its JSON. Returns the result, whose keys are the protocol's own beside
+    protocol, checkpoint, step, data, settings, seed, device, versions and seconds."""
+    start = time.perf_counter()
+    subject = load_subject(settings)
+    output = settings.output or subject.run / "eval" / f"{name}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with torch.autocast(subject.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+        figures = PROTOCOLS[name].evaluate(subject, settings, output)
+    result = {
+        "protocol": name,
+        "checkpoint": str(subject.checkpoint),
+        "data": {"shards": str(subject.shards), "split": subject.split},
+        **figures,
+        "settings": asdict(settings),
+        "seed": settings.seed,
+        "device": subject.device_name,
+        "versions": versions(),
+        "seconds": round(time.perf_counter() - start, 2),
+    }
+    try:
+        content = json.dumps(result, indent=1, allow_nan=False, default=str)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{subject.checkpoint}: the model's features are not finite; evaluate an earlier checkpoint"
+        ) from error
+    write_atomically(output, (content + "\n").encode())
+    console = Console()
+    console.print(PROTOCOLS[name].table(result))
+    console.print(f"written: {output} and {write_report(subject.run)}", soft_wrap=True)
+    return result
+
+
+def main() -> None:
+    commands: Any = Union[  # noqa: UP007  a union made of a variable's items cannot be written with |
+        tuple(Annotated[protocol.Settings, tyro.conf.subcommand(name)] for name, protocol in PROTOCOLS.items())
+    ]
+    settings = tyro.cli(commands, description=__doc__)
+    name = next(name for name, protocol in PROTOCOLS.items() if type(settings) is protocol.Settings)
+    try:
+        evaluate(name, settings)
+    except (CheckpointError, ConfigError, ReportError, ShardError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"error: the device has too little memory ({error}); lower --bank.chunk")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Which process this is, and the few things that processes say to each other."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from iwm.config import ConfigError, Train
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all of the run's: its rank, how many there are, and the same within this machine."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes files and the display."""
+        return self.rank == 0
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean over processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+            values /= self.size
+        return values
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, by rank, on every process."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def world(train: Train) -> Iterator[World]:
+    """Join the process group that torchrun describes (NCCL on GPUs, gloo on CPUs), or be the only process."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    device = _device(train, local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    elif local_size > 1:
+        # torchrun gives each process one thread unless told otherwise.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
+    if size > 1:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
+    try:
+        yield World(rank, size, local_rank, local_size, device)
+    finally:
+        if size > 1:
+            dist.destroy_process_group()
+
+
+def _device(train: Train, local_rank: int) -> torch.device:
+    available = torch.cuda.is_available()
+    if train.device == "cuda" and not available:
+        raise ConfigError(
+            f"train.device cuda: torch sees no GPU on {socket.gethostname()}; use --train.device auto or cpu"
+        )
+    if train.device == "cpu" or not available:
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"{socket.gethostname()} has {torch.cuda.device_count()} GPUs, but torchrun started process {local_rank} "
+            "there: lower --nproc_per_node"
+        )
+    return torch.device("cuda", local_rank)
+
+
+class StopAgreement:
+    """All processes stop after the same step, though the signal may reach them at different moments.
+
+    Each step's wish is reduced while the next step runs, over gloo, so that neither host nor device waits for it.
+    """
+
+    def __init__(self, here: World) -> None:
+        self._here = here
+        self._wish = torch.zeros(1, dtype=torch.int32)
+        self._pending: Any = None
+
+    def agreed(self, wanted: bool) -> bool:
+        """Call once per step on every process: whether any process wanted to stop by the step before."""
+        if self._here.size == 1:
+            return wanted
+        stop = False
+        if self._pending is not None:
+            self._pending.wait()
+            stop = bool(self._wish.item())
+        self._wish = torch.tensor([int(wanted)], dtype=torch.int32)
+        self._pending = dist.all_reduce(self._wish, op=dist.ReduceOp.MAX, async_op=True)
+        return stop

@@ -1,0 +1,158 @@
+"""A run in memory: everything that training holds, built fresh or from its newest checkpoint."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dali_pipelines.loader import ViewLoader
+from iwm.config import Config, ConfigError
+from iwm.models.world_model import WorldModel
+from iwm.training import checkpoint as checkpoints
+from iwm.training.checkpoint import Checkpoint
+from iwm.training.distributed import World
+from iwm.training.optim import build_optimizer, load_state, state_for_checkpoint
+from iwm.training.resume import resume_point
+from iwm.training.schedules import Schedules, schedules
+from iwm.training.step import wrap
+
+
+@dataclass
+class Session:
+    """`step`, `samples` and `skipped` count what is done; all else stays as it was built."""
+
+    config: Config
+    run: Path
+    here: World
+    loader: ViewLoader
+    loader_seed: int
+    micro_batch: int
+    accumulation: int
+    model: WorldModel
+    wrapped: nn.Module
+    """What is called in training: the model, or DDP around it."""
+    optimizer: torch.optim.Optimizer
+    schedules: Schedules
+    opening: list[str]
+    """What to tell the user before the first step."""
+    step: int = 0
+    samples: int = 0
+    skipped: int = 0
+
+
+def open_session(config: Config, run: Path, here: World) -> Session:
+    """Build everything; go on from the newest checkpoint in `run` if there is one.
+
+    Raises ConfigError, ShardError and CheckpointError for what the user can mend.
+    """
+    torch.manual_seed(config.train.seed)
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    micro_batch, accumulation = split_batch(config, here.size)
+    start, changes = resume_point(run, config)
+    seed, state, restart = _pipeline_start(config, here, micro_batch, start)
+    loader = ViewLoader(
+        config.data.shards,
+        config.data.train,
+        config.views,
+        batch_size=micro_batch,
+        seed=seed,
+        device=here.device.type,
+        rank=here.rank,
+        world_size=here.size,
+        threads=config.data.threads or max(1, (os.cpu_count() or 1) // here.local_size),
+        prefetch=config.data.prefetch,
+        state=state,
+    )
+    model = WorldModel(config).prepare(here.device, compiled=config.train.compile)
+    optimizer, kernels = build_optimizer(model, config.optim, here.device)
+    if start is not None:
+        model.load_state_dict(start.model, strict=True)
+        load_state(optimizer, start.optimizer)
+        checkpoints.set_rng_state(start.rng)
+    plan = schedules(config, max(1, loader.steps_per_epoch // accumulation))
+    encoder, predictor = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (model.encoder, model.predictor))
+    opening = [
+        f"{run}: {plan.steps:,} steps of {config.data.batch} images ({here.size} × {micro_batch} × {accumulation}: "
+        f"processes, images at once, passes) on {here.device.type}, {config.train.precision}, {kernels}",
+        f"{loader.samples_per_epoch:,} images in {config.data.shards} '{config.data.train}'; context encoder "
+        f"{encoder:.2f} M parameters, predictor {predictor:.2f} M, {config.action.conditioning} conditioning",
+        *(f"changed since the last checkpoint: {change}" for change in changes),
+        *restart,
+        *([f"going on from step {start.step:,} ({start.samples:,} images seen)"] if start is not None else []),
+    ]
+    return Session(
+        config=config,
+        run=run,
+        here=here,
+        loader=loader,
+        loader_seed=seed,
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        model=model,
+        wrapped=wrap(model, here, accumulation),
+        optimizer=optimizer,
+        schedules=plan,
+        opening=opening,
+        step=start.step if start is not None else 0,
+        samples=start.samples if start is not None else 0,
+        skipped=start.skipped if start is not None else 0,
+    )
+
+
+def split_batch(config: Config, processes: int) -> tuple[int, int]:
+    """Images per process at once, and passes per step. ConfigError where the batch cannot be split evenly."""
+    batch, most = config.data.batch, config.data.micro_batch
+    if batch % processes:
+        raise ConfigError(
+            f"data.batch {batch} cannot be split over {processes} processes; choose a multiple of {processes}"
+        )
+    share = batch // processes
+    micro_batch = min(share, most or share)
+    if share % micro_batch:
+        raise ConfigError(
+            f"data.micro_batch {most} does not divide the {share} images of a step of each of {processes} processes"
+        )
+    return micro_batch, share // micro_batch
+
+
+def _pipeline_start(
+    config: Config, here: World, micro_batch: int, start: Checkpoint | None
+) -> tuple[int, Any | None, list[str]]:
+    """Seed and state of this process's pipeline, and what to say where it cannot go on where it was."""
+    if start is None:
+        return config.train.seed, None, []
+    before = start.loader
+    if len(before["ranks"]) == here.size and before["batch"] == micro_batch:
+        return before["seed"], before["ranks"][here.rank], []
+    change = (
+        f"the checkpoint is of {len(before['ranks'])} processes with {before['batch']} images at once, this run has "
+        f"{here.size} with {micro_batch}: model, optimiser, schedules and masks go on from {start.samples:,} images "
+        "seen; the data begins a new epoch in a new order"
+    )
+    return config.train.seed + start.samples, None, [change]
+
+
+def checkpoint_of(session: Session) -> Checkpoint:
+    """The session as it would be saved now. Every process must call this, for each has its own pipeline state."""
+    return Checkpoint(
+        config=session.config,
+        step=session.step,
+        samples=session.samples,
+        skipped=session.skipped,
+        model=session.model.state_dict(),
+        optimizer=state_for_checkpoint(session.optimizer),
+        rng=checkpoints.rng_state(),
+        loader={
+            "seed": session.loader_seed,
+            "batch": session.micro_batch,
+            "ranks": session.here.gather(session.loader.state()),
+        },
+        versions=checkpoints.versions(),
+    )

@@ -1,0 +1,85 @@
+"""One optimiser step, with nothing in it that makes the host wait for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dali_pipelines.loader import Batch
+from iwm.config import Config
+from iwm.masking import Masks, sample_masks
+from iwm.models.world_model import WorldModel
+from iwm.training.distributed import World
+from iwm.training.optim import set_values, step_unless
+from iwm.training.schedules import Values
+
+
+class StepResult(NamedTuple):
+    """Scalars on the device; read them seldom. `loss` is this process's own."""
+
+    loss: Float[Tensor, ""]
+    gradient_norm: Float[Tensor, ""]
+    """Before clipping, of all processes' mean gradient."""
+    skipped: Bool[Tensor, ""]
+    """Whether the gradient was not finite, so that parameters and moments were left as they were."""
+
+
+def wrap(model: WorldModel, here: World, accumulation: int) -> nn.Module:
+    """The module whose forward is trained: the model itself, or DDP around it."""
+    if here.size == 1:
+        return model
+    return DistributedDataParallel(
+        model,
+        device_ids=[here.device.index] if here.device.type == "cuda" else None,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+        # A static graph lets DDP overlap more; with accumulation the graph of a step is not one.
+        static_graph=accumulation == 1,
+    )
+
+
+def masks_for(config: Config, here: World, step: int, accumulation: int, batch: int) -> Masks:
+    """Masks of this process's `batch` samples: those of their places in the batch of all processes."""
+    index = torch.arange(here.rank * batch, (here.rank + 1) * batch, device=here.device)
+    return sample_masks(config.masking, config.grid, config.train.seed, step, index, accumulation)
+
+
+def train_step(
+    model: WorldModel,
+    wrapped: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[Batch],
+    masks: Sequence[Masks],
+    values: Values,
+) -> StepResult:
+    """Accumulate the gradient of `batches`, clip it, step, and move the target encoder.
+
+    `wrapped` is `wrap(model, …)`; `values` are this step's from schedules.py.
+    """
+    device = batches[0].source.device
+    set_values(optimizer, values.lr, values.weight_decay)
+    optimizer.zero_grad(set_to_none=True)
+    loss = torch.zeros((), device=device)
+    for number, (batch, mask) in enumerate(zip(batches, masks, strict=True), start=1):
+        last = number == len(batches)
+        quiet = wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) and not last else nullcontext()
+        bf16 = model.config.train.precision == "bf16"
+        with quiet:
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                part = wrapped(batch.source, batch.target, batch.params, mask) / len(batches)
+            part.backward()
+        loss += part.detach()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    skipped = ~torch.isfinite(norm)
+    if model.config.optim.clip is not None:
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), model.config.optim.clip, norm)
+    step_unless(optimizer, skipped)
+    model.update_target(values.ema)
+    return StepResult(loss, norm, skipped)

@@ -1,0 +1,268 @@
+"""The world model: visible patches only, one predictor pass, stock timm weights, the EMA and the losses."""
+
+from dataclasses import replace
+
+import pytest
+import timm.models.vision_transformer as vit
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from dali_pipelines.augmentation import PARAMS, Views
+from iwm.config import Action, Config, Encoder, Loss, Masking, Predictor, Train
+from iwm.flops import embedding_flops, predictor_flops, training_flops, transformer_flops
+from iwm.masking import Masks, expected_visible, most_visible, sample_masks
+from iwm.models.encoder import IMAGENET_MEAN, IMAGENET_STD, patchify, select_visible, timm_arguments
+from iwm.models.layers import sincos_positions, use_attention
+from iwm.models.world_model import WorldModel
+from iwm.recipes import RECIPES
+
+SMALL = Config(
+    views=Views(size=32),
+    encoder=Encoder(width=64, depth=2, heads=2, patch=8, init="xavier"),
+    predictor=Predictor(width=32, depth=2, heads=2),
+    train=Train(compile=False),
+)
+
+
+def small(**changes: object) -> WorldModel:
+    torch.manual_seed(0)
+    return WorldModel(replace(SMALL, **changes)).prepare(torch.device("cpu"), compiled=False)
+
+
+def images(batch: int, size: int = 32) -> torch.Tensor:
+    return torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def masks(batch: int, masking: Masking = Masking(), grid: int = 4) -> Masks:  # noqa: B008  # frozen
+    return sample_masks(masking, grid, 0, 0, torch.arange(batch))
+
+
+def params(batch: int) -> torch.Tensor:
+    return torch.rand(batch, len(PARAMS), generator=torch.Generator().manual_seed(2)) + 0.5
+
+
+@pytest.mark.parametrize("patch", [8, 14, 16])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_an_encoder_is_a_stock_timm_vit(patch: int, channels_last: bool) -> None:
+    config = Encoder(width=64, depth=2, heads=2, patch=patch)
+    model = WorldModel(replace(SMALL, encoder=config, views=Views(size=patch * 4)))
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    stock = vit.VisionTransformer(**timm_arguments(config, patch * 4))
+    stock.load_state_dict(model.encoder.state_dict(), strict=True)
+    pixels = images(3, patch * 4)
+    normalised = pixels.float().div(255).sub(torch.tensor(IMAGENET_MEAN)).div(torch.tensor(IMAGENET_STD))
+    expected = stock.eval().forward_features(normalised.permute(0, 3, 1, 2))
+    torch.testing.assert_close(model.encode(pixels, "student"), expected, atol=2e-5, rtol=1e-4)
+
+
+def test_patches_run_row_major_and_row_column_channel_inside() -> None:
+    pixels = images(2)
+    patches = patchify(pixels, 8).reshape(2, 4, 4, 8, 8, 3)
+    assert torch.equal(patches[1, 2, 3], pixels[1, 16:24, 24:32])
+
+
+def test_positions_tell_columns_from_rows() -> None:
+    positions = sincos_positions(64, 4).reshape(4, 4, 64)
+    assert torch.equal(positions[0, :, :32], positions[3, :, :32])
+    assert torch.equal(positions[:, 0, 32:], positions[:, 3, 32:])
+    assert len(positions.flatten(0, 1).unique(dim=0)) == 16
+
+
+def test_masked_patches_of_the_source_are_never_seen() -> None:
+    model, seen = small(), masks(6).visible
+    source = images(6)
+    blanked = patchify(source, 8).clone()
+    blanked[~seen] = 0
+    blanked = blanked.reshape(6, 4, 4, 8, 8, 3).transpose(2, 3).reshape(6, 32, 32, 3)
+    picked = select_visible(seen, None)
+    features, without = (model.encoder(pixels, picked)[picked.present] for pixels in (source, blanked))
+    assert torch.equal(features, without)
+
+
+@pytest.mark.parametrize("width", [None, 14, 16])
+def test_padding_changes_nothing_that_is_present(width: int | None) -> None:
+    model, seen = small(), masks(8).visible
+    padded = select_visible(seen, width)
+    together = model.encoder(images(8), padded)
+    for row in range(8):
+        alone = model.encoder(images(8)[row : row + 1], select_visible(seen[row : row + 1], None))
+        torch.testing.assert_close(together[row, : seen[row].sum()], alone[0], atol=1e-5, rtol=1e-4)
+
+
+def test_no_visible_patch_is_thrown_away() -> None:
+    seen = masks(64).visible
+    for width in (None, most_visible(Masking(), 4)):
+        place, present = select_visible(seen, width)
+        kept = torch.zeros_like(seen).scatter_(1, place, present)
+        assert torch.equal(kept, seen)
+
+
+def test_one_grid_pass_is_the_concatenation_of_context_and_queries() -> None:
+    """Attention does not care for order: the single static pass must equal I-JEPA's way, context then queries."""
+    model = small()
+    predictor, m = model.predictor, masks(1)
+    action = torch.randn(1, model.action_spec.size)
+    context = torch.randn(1, int(m.visible.sum()), 64)
+    grid = predictor.inpaint(context, m.visible, m.queried[:, 0], action)
+    seen = predictor.embed(context) + predictor.positions[m.visible[0]]
+    tokens = torch.cat((seen, predictor.queries(action)[:, m.queried[0, 0]]), dim=1)
+    for block in predictor.blocks:
+        tokens = block(tokens)
+    expected = predictor.project(predictor.norm(tokens))[:, seen.shape[1] :]
+    torch.testing.assert_close(grid[:, m.queried[0, 0]], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_ijepa_predicts_each_block_without_seeing_the_others() -> None:
+    masking = Masking(kind="ijepa")
+    model = small(masking=masking, action=Action(conditioning="none"))
+    m = masks(2, masking)
+    context = model.encoder(images(2), select_visible(m.visible, None))
+    action = torch.zeros(2, model.action_spec.size)
+    first = model.predictor.inpaint(context, m.visible, m.queried[:, 0], action)
+    n_context, n_queried = int(m.visible[0].sum()), int(m.queried[0, 0].sum())
+    seen = model.predictor.embed(context[:1, :n_context]) + model.predictor.positions[m.visible[0]]
+    tokens = torch.cat((seen, model.predictor.queries(action)[:1, m.queried[0, 0]]), dim=1)
+    assert tokens.shape[1] == n_context + n_queried
+    for block in model.predictor.blocks:
+        tokens = block(tokens)
+    expected = model.predictor.project(model.predictor.norm(tokens))[0, n_context:]
+    torch.testing.assert_close(first[0, m.queried[0, 0]], expected, atol=1e-5, rtol=1e-4)
+    assert model(images(2), images(2), params(2), m).isfinite()
+
+
+@pytest.mark.parametrize("conditioning", ["none", "sequence", "feature"])
+def test_the_action_reaches_the_prediction_only_where_there_is_conditioning(conditioning: str) -> None:
+    model = small(action=Action(conditioning=conditioning))
+    context = model.encode(images(2), "teacher")
+    null = torch.zeros(2, model.action_spec.size)
+    for entry in range(model.action_spec.size):
+        changed = null.clone()
+        changed[:, entry] = 1.0
+        same = torch.equal(model.predict(context, null), model.predict(context, changed))
+        assert same == (conditioning == "none"), f"entry {entry}"
+
+
+def test_feature_conditioning_is_three_layers_over_the_concatenation() -> None:
+    mix = small().predictor.mix
+    assert mix is not None
+    tokens, action = torch.randn(5, 32), torch.randn(3, 7)
+    both = torch.cat((tokens[None].expand(3, -1, -1), action[:, None].expand(-1, 5, -1)), dim=-1)
+    expected = mix.fc3(F.relu(mix.fc2(F.relu(mix.fc1(both)))))
+    torch.testing.assert_close(mix(tokens, action), expected)
+
+
+def test_the_target_encoder_gets_no_gradient_and_all_trained_parameters_do() -> None:
+    model = small()
+    model(images(4), images(4), params(4), masks(4)).backward()
+    assert all(p.grad is None for p in model.target_encoder.parameters())
+    without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert without == []
+
+
+def test_the_target_encoder_moves_by_one_minus_the_momentum() -> None:
+    model = small()
+    before = [p.clone() for p in model.target_encoder.parameters()]
+    with torch.no_grad():
+        for p in model.encoder.parameters():
+            p.add_(1.0)
+    model.update_target(0.9)
+    for old, new, student in zip(before, model.target_encoder.parameters(), model.encoder.parameters(), strict=True):
+        torch.testing.assert_close(new, 0.9 * old + 0.1 * student)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("kind", ["l2", "smooth_l1"])
+def test_the_loss_counts_the_chosen_tokens_of_every_image_alike(kind: str, reduction: str) -> None:
+    model = small(loss=Loss(kind=kind, reduction=reduction))
+    predictions, targets = torch.randn(2, 16, 64), torch.randn(2, 16, 64)
+    counted = torch.zeros(2, 16, dtype=torch.bool)
+    counted[0, :3] = counted[1, :7] = True
+    compare = F.mse_loss if kind == "l2" else F.smooth_l1_loss
+    per_image = [
+        sum(compare(predictions[i, j], targets[i, j]) for j in range(16) if counted[i, j])
+        / (int(counted[i].sum()) if reduction == "mean" else 1)
+        for i in range(2)
+    ]
+    torch.testing.assert_close(model.distance(predictions, targets, counted), torch.stack(per_image).mean())
+
+
+def test_predicting_all_patches_counts_the_visible_ones_too() -> None:
+    everywhere, masked = small(loss=Loss(predict="all")), small()
+    batch = (images(4), images(4), params(4), masks(4))
+    assert not torch.equal(everywhere(*batch), masked(*batch))
+
+
+def test_targets_are_layer_normed_unless_told_otherwise() -> None:
+    normed = small().targets(images(2))
+    torch.testing.assert_close(normed.mean(-1), torch.zeros(2, 16), atol=1e-5, rtol=0)
+    torch.testing.assert_close(normed.var(-1, unbiased=False), torch.ones(2, 16), atol=1e-3, rtol=0)
+    model = small(loss=Loss(target_norm=False))
+    assert torch.equal(model.targets(images(2)), model.encode(images(2), "teacher"))
+
+
+def test_fused_and_plain_attention_give_the_same_loss_and_gradients() -> None:
+    model = small()
+    batch = (images(4), images(4), params(4), masks(4))
+    gradients = []
+    for fused in (False, True):
+        use_attention(model, fused)
+        model.zero_grad()
+        model(*batch).backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    for plain, fast in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, fast, atol=1e-5, rtol=1e-3)
+
+
+def _counted(function, *arguments) -> float:  # type: ignore[no-untyped-def]  # any model part
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        function(*arguments)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("conditioning", ["none", "sequence", "feature"])
+def test_analytic_flops_are_what_torch_counts(conditioning: str) -> None:
+    config = replace(SMALL, action=Action(conditioning=conditioning))
+    model, m = small(action=Action(conditioning=conditioning)), masks(1)
+    seen = int(m.visible.sum())
+    encoder = _counted(model.encoder, images(1), select_visible(m.visible, None))
+    assert encoder == transformer_flops(seen, 64, 2, 4.0) + embedding_flops(config, seen)
+    context, action = torch.randn(1, seen, 64), torch.randn(1, model.action_spec.size)
+    predictor = _counted(model.predictor.inpaint, context, m.visible, m.queried[:, 0], action)
+    expected = predictor_flops(config, seen, 16)
+    # The batch-independent half of the first conditioning layer is counted once per batch, not per image.
+    assert predictor - (2 * 16 * 32 * 32 if conditioning == "feature" else 0) == expected
+    expected_step = 3 * (encoder - embedding_flops(config, seen)) + 2 * embedding_flops(config, seen)
+    assert training_flops(config, seen).context_encoder == expected_step
+
+
+def test_a_training_step_costs_what_is_claimed() -> None:
+    """Forward and backward, counted by torch, within a hundredth: only the mask token's few products are left out."""
+    model, m = small(), masks(16)
+    use_attention(model, fused=True)
+    with FlopCounterMode(display=False) as counter:
+        model(images(16), images(16), params(16), m).backward()
+    padded = select_visible(m.visible, None).place.shape[1]
+    assert counter.get_total_flops() / 16 == pytest.approx(training_flops(SMALL, padded).total, rel=0.02)
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_every_recipe_is_consistent_and_builds(name: str) -> None:
+    config = RECIPES[name]()
+    config.check()
+    with torch.device("meta"):
+        model = WorldModel(config)
+    assert len(model.predictor.blocks) == config.predictor.depth
+    assert 0 < expected_visible(config.masking, config.grid, 256) < config.grid**2
+
+
+def test_the_papers_model_costs_what_the_field_says() -> None:
+    """ViT-B/16 alone is 86 M parameters and 17.5 GFLOP multiply-adds forward (35 GFLOP), 196 tokens, no class token."""
+    config = RECIPES["iwm_b16_equi_18x384"]()
+    flops = training_flops(config)
+    assert flops.target_encoder == pytest.approx(35e9, rel=0.02)
+    assert 110e9 < flops.total < 140e9
+    with torch.device("meta"):
+        model = WorldModel(config)
+    assert sum(p.numel() for p in model.encoder.parameters()) == pytest.approx(86e6, rel=0.01)
