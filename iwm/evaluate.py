@@ -72,9 +72,9 @@ def main() -> None:
     try:
         evaluate(name, settings)
     except (CheckpointError, ConfigError, ReportError, ShardError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"iwm/evaluate.py: {error}")
     except torch.OutOfMemoryError as error:
-        sys.exit(f"error: the device has too little memory ({error}); lower --bank.chunk")
+        sys.exit(f"iwm/evaluate.py: the device has too little memory ({error}); lower --bank.chunk")
 
 
 if __name__ == "__main__":

@@ -234,4 +234,4 @@ if __name__ == "__main__":
     try:
         tyro.cli(main)
     except (DemoDataError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"tools/make_demo_data.py: {error}")

@@ -12,18 +12,24 @@ with another copy's action, each action used once and none in its place. It need
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int, UInt8
+from rich.progress import track
+from rich.table import Table
 from torch import Tensor
 
 from dali_pipelines.augmentation import IDENTITY, SCENARIOS, Photometric, Views
 from dali_pipelines.replay import draw_photometric, photometric
 from iwm.actions import action_between
+from iwm.config import ConfigError
+from iwm.evaluation.settings import Settings as Common
 
 if TYPE_CHECKING:
+    from iwm.evaluation.subject import Subject
     from iwm.models.world_model import WorldModel
 
 DISTANCES = ("pooled", "per_token")
@@ -48,11 +54,18 @@ class BankSettings:
     """Copies embedded and predicted at once; lower it when the device runs out of memory."""
 
 
+@dataclass(frozen=True)
+class Settings(Common):
+    """Mean reciprocal rank: can the predictor apply an action in latent space?"""
+
+    bank: BankSettings = field(default_factory=BankSettings)
+
+
 def bank_jitter(views: Views, scenario: str | None = None) -> Photometric:
     """The jitter that fills the bank: a target's jitter, always applied, nothing destructive.
 
     At training's p = 0.8 a fifth of the bank would be the clean image itself, and ties would decide the score.
-    Raises ValueError for an unknown scenario or one whose target has no jitter.
+    Raises ConfigError for an unknown scenario or one whose target has no jitter.
     """
     if scenario is None:
         target = views.target if views.target.jitter_probability > 0 else SCENARIOS["default"].target
@@ -60,7 +73,7 @@ def bank_jitter(views: Views, scenario: str | None = None) -> Photometric:
         target = SCENARIOS[scenario].target
     else:
         names = [name for name, each in SCENARIOS.items() if each.target.jitter_probability > 0]
-        raise ValueError(f"--bank.scenario: '{scenario}' is not a scenario with jitter; choose one of {names}")
+        raise ConfigError(f"--bank.scenario: '{scenario}' is not a scenario with jitter; choose one of {names}")
     return replace(target.without_destructive(), jitter_probability=1.0)
 
 
@@ -208,3 +221,31 @@ def _scores(values: Float[Tensor, "distance context images k"]) -> dict[str, dic
         distance: {c: {"mean": mean[i][j], "standard_error": error[i][j]} for j, c in enumerate(CONTEXTS)}
         for i, distance in enumerate(DISTANCES)
     }
+
+
+def evaluate(subject: Subject, settings: Settings, output: Path) -> dict[str, Any]:
+    """The figures of `summarise` on the subject's held-out images. Raises ConfigError for a bank that cannot be."""
+    bank = settings.bank
+    if bank.images < 2 or bank.size < 2 or bank.chunk < 1:
+        raise ConfigError("--bank: images and size must be at least 2 and chunk at least 1")
+    bank_jitter(subject.config.views, bank.scenario)
+    images, _ = subject.images(bank.images)
+    ranks = measure(subject.model, images, bank, settings.seed, lambda steps: track(steps, "banks", transient=True))
+    return summarise(ranks)
+
+
+def table(result: dict[str, Any]) -> Table:
+    """The result for the terminal."""
+    made = Table(
+        title="Mean reciprocal rank ± standard error",
+        caption=f"{result['images']} images, bank of {result['bank']}; chance {result['chance']:.4f}",
+    )
+    for column in ("distance", "clean image through", "MRR", "shuffled actions", "Recall@1", "Recall@5"):
+        made.add_column(column, justify="left" if column in ("distance", "clean image through") else "right")
+    parts = (result["mrr"], result["shuffled_actions"], result["recall"]["at_1"], result["recall"]["at_5"])
+    for distance in DISTANCES:
+        for context in CONTEXTS:
+            scores = [part[distance][context] for part in parts]
+            cells = [f"{score['mean']:.3f} ± {score['standard_error']:.3f}" for score in scores]
+            made.add_row(distance.replace("_", " "), context, *cells)
+    return made

@@ -1,0 +1,104 @@
+"""Line charts as inline SVG, for pages that must stand alone. Colours come from the page's CSS, light or dark."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+from iwm.evaluation.run_folder import Point
+
+WIDTH, HEIGHT = 360, 200
+LEFT, RIGHT, TOP, BOTTOM = 46, 14, 12, 26
+MOST_POINTS = 300
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve; points are (step, value) in rising order of steps, all finite."""
+
+    name: str
+    points: Sequence[Point]
+
+
+def line_chart(lines: Sequence[Line], reference: tuple[str, float] | None = None, from_zero: bool = False) -> str:
+    """An SVG of up to four lines over steps; `reference` is a named dashed level, as chance.
+
+    The value axis starts at 0 unless all values lie far from it, or always with `from_zero`. Curves of more than
+    MOST_POINTS points are shown as means of equal stretches.
+    """
+    curves = [Line(line.name, _thin(line.points)) for line in lines]
+    xs = [x for line in curves for x, _ in line.points]
+    ys = [y for line in curves for _, y in line.points] + ([reference[1]] if reference else [])
+    y_ticks = _ticks(0.0 if from_zero else _lowest(ys), max(ys))
+    x_ticks = _ticks(min(xs), max(xs), inside=True)
+    x_low, x_high = min(xs), max(xs)
+    y_low, y_high = min(y_ticks[0], *ys), max(y_ticks[-1], *ys)
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = (x - x_low) / (x_high - x_low) if x_high > x_low else 0.5
+        up = (y - y_low) / (y_high - y_low)
+        return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
+
+    parts = [
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(", ".join(c.name for c in curves))}">'
+    ]
+    for tick in y_ticks:
+        y = place(x_low, tick)[1]
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{number(tick)}</text>')
+    for tick in x_ticks:
+        x = place(tick, y_low)[0]
+        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{number(tick)}</text>')
+    if reference:
+        y = place(x_low, reference[1])[1]
+        parts.append(f'<line class="reference" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        label = f"{escape(reference[0])} {number(reference[1])}"
+        parts.append(f'<text x="{WIDTH - RIGHT}" y="{y - 4:.1f}" text-anchor="end">{label}</text>')
+    for i, line in enumerate(curves, start=1):
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in line.points))
+        x, y = place(*line.points[-1])
+        parts.append(
+            f'<polyline class="line s{i}" points="{path}"/><circle class="dot s{i}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>'
+        )
+    return "".join([*parts, "</svg>"])
+
+
+def number(value: float) -> str:
+    """A figure to three or four digits: 12k, 0.351, 1.0e-05."""
+    if value == 0:
+        return "0"
+    size = abs(value)
+    for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if size >= limit:
+            scale = limit if suffix != "k" else 1e3
+            return f"{value / scale:.3g}{suffix}"
+    return f"{value:.4g}" if size >= 100 else f"{value:.3g}" if size >= 1e-3 else f"{value:.1e}"
+
+
+def _lowest(values: list[float]) -> float:
+    low, high = min(values), max(values)
+    return 0.0 if 0 <= low < 0.6 * high else low
+
+
+def _ticks(low: float, high: float, count: int = 4, inside: bool = False) -> list[float]:
+    """Round values that span [low, high] (or lie inside it), about `count` of them, at least two apart."""
+    if high <= low:
+        pad = abs(low) * 0.1 or 1.0
+        low, high = (low, high) if inside else (low - pad, high + pad)
+    if high <= low:
+        return [low]
+    raw = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= raw * 0.999)
+    first, last = (
+        (math.ceil(low / step), math.floor(high / step)) if inside else (math.floor(low / step), math.ceil(high / step))
+    )
+    return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def _thin(points: Sequence[Point]) -> list[Point]:
+    stretch = math.ceil(len(points) / MOST_POINTS)
+    groups = (points[i : i + stretch] for i in range(0, len(points), stretch))
+    return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]

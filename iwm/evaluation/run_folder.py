@@ -1,0 +1,73 @@
+"""What a run left in its folder, read back: config.yaml, metrics.jsonl and eval/*.json."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Point = tuple[float, float]
+"""(step, value)"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run left in its folder."""
+
+    folder: Path
+    config: str | None
+    """config.yaml as it stands."""
+    metrics: dict[str, list[Point]]
+    """Every numeric field of metrics.jsonl as (step, value), steps rising, finite values only."""
+    evaluations: dict[str, dict[str, Any]]
+    """eval/*.json by file name without its ending."""
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    def of_protocol(self, protocol: str) -> dict[str, dict[str, Any]]:
+        return {name: result for name, result in self.evaluations.items() if result["protocol"] == protocol}
+
+
+class ReportError(ValueError):
+    """A run's folder that no report can be made of; the message names the file and the remedy."""
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run's folder. Raises ReportError where there is none or a file is malformed."""
+    if not folder.is_dir():
+        raise ReportError(f"{folder} is not a folder: give a run's folder, as runs/demo")
+    config = folder / "config.yaml"
+    evaluations = {}
+    for path in sorted((folder / "eval").glob("*.json"), key=lambda path: path.stem):
+        try:
+            result = json.loads(path.read_bytes())
+            evaluations[path.stem] = {**result, "protocol": result["protocol"]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ReportError(f"{path} is no evaluation result ({error}); delete it or evaluate again") from error
+    return Run(
+        folder=folder,
+        config=config.read_text() if config.exists() else None,
+        metrics=_read_metrics(folder / "metrics.jsonl"),
+        evaluations=evaluations,
+    )
+
+
+def _read_metrics(path: Path) -> dict[str, list[Point]]:
+    lines = path.read_text().splitlines() if path.exists() else []
+    by_name: dict[str, dict[float, float]] = {}
+    for i, text in enumerate(lines, start=1):
+        try:
+            fields = json.loads(text)
+            step = fields["step"]
+        except (ValueError, KeyError, TypeError) as error:
+            if i == len(lines):
+                break  # the last line of a run that is being written or was killed
+            raise ReportError(f"{path} line {i} is no metrics line ({error}); delete that line") from error
+        for name, value in fields.items():
+            if name != "step" and isinstance(value, int | float) and math.isfinite(value):
+                by_name.setdefault(name, {})[step] = value  # a resumed run repeats steps: the later line counts
+    return {name: sorted(points.items()) for name, points in by_name.items()}

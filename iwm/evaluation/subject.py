@@ -1,0 +1,77 @@
+"""What every protocol is given: a trained model and held-out images."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from dali_pipelines.loader import ValidationLoader
+from iwm.config import Config, ConfigError
+from iwm.evaluation.settings import Settings
+from iwm.models.world_model import WorldModel
+from iwm.training.checkpoint import all_checkpoints, load_run
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A loaded model and where its held-out images are."""
+
+    model: WorldModel
+    config: Config
+    run: Path
+    """The run's folder, which evaluation files are written under."""
+    checkpoint: Path
+    """The very file that was loaded."""
+    shards: Path
+    split: str
+    device: torch.device
+
+    @property
+    def device_name(self) -> str:
+        """What it runs on, for the record."""
+        return torch.cuda.get_device_name() if self.device.type == "cuda" else f"cpu ({platform.machine()})"
+
+    def images(self, most: int, at_least: int | None = None) -> tuple[UInt8[Tensor, "b h w 3"], list[str]]:
+        """The first `most` held-out images as the run's clean views, on the device, with their sample keys.
+
+        Shards are shuffled when they are made, so the first are as good as any. ConfigError where the split holds fewer
+        than `at_least` (default: `most`).
+        """
+        loader = ValidationLoader(
+            self.shards, self.split, size=self.config.views.size, batch_size=min(most, 64), device=self.device.type
+        )
+        images: list[Tensor] = []
+        keys: list[str] = []
+        for batch in loader:
+            images.append(batch.images.clone())
+            keys += batch.keys
+            if len(keys) >= most:
+                break
+        if len(keys) < (at_least or most):
+            raise ConfigError(
+                f"{self.shards}: split '{self.split}' has {len(keys)} images, {at_least or most} are asked for; "
+                "lower --bank.images"
+            )
+        return torch.cat(images)[:most], keys[:most]
+
+
+def load_subject(settings: Settings) -> Subject:
+    """Load the checkpoint and settle on its data. Raises ConfigError, and what load_run raises."""
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: this machine has no usable GPU; say --device cpu")
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
+    device = torch.device(name)
+    checkpoint = (all_checkpoints(settings.checkpoint) or [settings.checkpoint])[0]
+    model, config = load_run(checkpoint, device)
+    in_run = checkpoint.parent.name == "checkpoints"
+    split = settings.data.split or config.data.val
+    if split is None:
+        raise ConfigError(f"{settings.checkpoint}: the run has no validation split (data.val); say --data.split NAME")
+    shards = settings.data.shards or config.data.shards
+    run = checkpoint.parent.parent if in_run else checkpoint.parent
+    return Subject(model, config, run, checkpoint, shards, split, device)

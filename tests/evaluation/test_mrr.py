@@ -1,0 +1,230 @@
+"""MRR says 1 of a perfect world model, chance of a blind one, and nothing good of a collapsed or broken one."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from dali_pipelines.augmentation import IDENTITY, SCENARIOS, Views
+from dali_pipelines.replay import draw_photometric, photometric
+from iwm.actions import action_spec
+from iwm.config import Action, Config
+from iwm.evaluation.mrr import (
+    BankSettings,
+    Ranks,
+    bank_jitter,
+    chance,
+    derangement,
+    embed_bank,
+    measure,
+    rank,
+    summarise,
+)
+from iwm.models.world_model import WorldModel
+
+VIEWS = Views(size=16)
+
+
+class Oracle:
+    """A world model over pixels that can be reasoned about: features are 4×4 patches, the predictor undoes the action
+    vector into jitter parameters and applies them to the picture itself."""
+
+    def __init__(self) -> None:
+        self.config = Config(views=VIEWS)
+        self.action_spec = action_spec(Action(), VIEWS)
+
+    def encode(self, images: Tensor, which: str) -> Tensor:
+        return images.float().reshape(len(images), 16, -1)
+
+    def targets(self, images: Tensor) -> Tensor:
+        return self.encode(images, "teacher")
+
+    def predict(self, context: Tensor, action: Tensor) -> Tensor:
+        images = context.reshape(-1, VIEWS.size, VIEWS.size, 3).round().byte()
+        params = torch.tensor(IDENTITY).repeat(len(action), 1)
+        params[:, :4] += action[:, :4] * torch.tensor(self.action_spec.scale)
+        return self.encode(photometric(images, params, VIEWS.colour), "teacher")
+
+
+class Blind(Oracle):
+    def predict(self, context: Tensor, action: Tensor) -> Tensor:
+        return context
+
+
+class Collapsed(Oracle):
+    """Every image has the same features, up to what float32 rounding leaves."""
+
+    def targets(self, images: Tensor) -> Tensor:
+        noise = 1 + 1e-7 * torch.randn(len(images), 16, 1, generator=torch.Generator().manual_seed(1))
+        return torch.linspace(-3, 3, 48).expand(len(images), 16, -1) * noise
+
+
+class Broken(Oracle):
+    def predict(self, context: Tensor, action: Tensor) -> Tensor:
+        return torch.full_like(context, math.nan)
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    """Smooth random pictures of middle brightness, so that jitter rarely clips."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = 60 + 130 * torch.rand(6, 3, 4, 4, generator=generator)
+    fine = torch.nn.functional.interpolate(coarse, size=VIEWS.size, mode="bilinear")
+    return fine.permute(0, 2, 3, 1).round().byte().contiguous()
+
+
+def test_a_perfect_world_model_scores_near_one_and_shuffled_actions_near_chance(images: Tensor) -> None:
+    result = summarise(measure(Oracle(), images, BankSettings(size=256)))
+    for distance in ("pooled", "per_token"):
+        for context in ("teacher", "student"):
+            assert result["mrr"][distance][context]["mean"] > 0.97
+            assert result["shuffled_actions"][distance][context]["mean"] < 0.035
+            assert result["recall"]["at_1"][distance][context]["mean"] > 0.95
+    assert result["chance"] == pytest.approx(0.0239, abs=5e-5)
+    assert (result["images"], result["bank"]) == (6, 256)
+
+
+def test_a_model_blind_to_the_action_scores_chance(images: Tensor) -> None:
+    result = summarise(measure(Blind(), images, BankSettings(size=64)))
+    for distance in ("pooled", "per_token"):
+        assert result["mrr"][distance]["teacher"]["mean"] == pytest.approx(chance(64), rel=0.05)
+
+
+def test_a_collapsed_model_gets_the_mean_rank_and_not_luck(images: Tensor) -> None:
+    ranks = measure(Collapsed(), images, BankSettings(size=32)).actions
+    assert torch.equal(ranks, torch.full_like(ranks, 16.5))
+
+
+def test_a_model_that_gives_nan_scores_nan(images: Tensor) -> None:
+    ranks = measure(Broken(), images, BankSettings(size=8))
+    assert ranks.actions.isnan().all()
+    assert math.isnan(summarise(ranks)["mrr"]["pooled"]["teacher"]["mean"])
+
+
+def test_rank_counts_nearer_entries_and_shares_ties() -> None:
+    distances = torch.tensor(
+        [
+            [0.1, 0.2, 0.3, 0.4],  # nearest of all: 1
+            [0.2, 0.2, 0.1, 0.4],  # one nearer, tied with one other: 2.5
+            [0.1, 0.2, 0.9, 0.4],  # the farthest: 4
+            [0.5, 0.5, 0.5, 0.5],  # all tied: 2.5
+        ]
+    )
+    ranks = rank(distances.expand(2, 2, -1, -1), torch.ones(2, 4))
+    assert ranks.shape == (2, 2, 4)
+    assert ranks[1, 0].tolist() == [1, 2.5, 4, 2.5]
+
+
+def test_ties_are_judged_against_the_size_of_the_features() -> None:
+    distances = torch.tensor([[0.5, 0.49999], [0.0, 0.5]]).expand(2, 2, -1, -1)
+    assert rank(distances, torch.full((2, 2), 1.0))[0, 0, 0] == 2
+    assert rank(distances, torch.full((2, 2), 100.0))[0, 0, 0] == 1.5
+
+
+def test_derangement_uses_every_action_once_and_leaves_none_in_place() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for size in (2, 3, 64):
+        for _ in range(20):
+            permutation = derangement(size, generator)
+            assert sorted(permutation.tolist()) == list(range(size))
+            assert not (permutation == torch.arange(size)).any()
+
+
+def test_standard_error_is_over_images_not_over_copies() -> None:
+    ranks = torch.tensor([[1.0, 1.0, 1.0, 1.0], [2.0, 2.0, 2.0, 2.0], [4.0, 4.0, 4.0, 4.0]]).expand(2, 2, 3, 4)
+    score = summarise(Ranks(ranks, ranks))["mrr"]["pooled"]["student"]
+    values = [1.0, 0.5, 0.25]
+    mean = sum(values) / 3
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / 2)
+    assert score["mean"] == pytest.approx(mean)
+    assert score["standard_error"] == pytest.approx(deviation / math.sqrt(3))
+
+
+def test_recall_counts_copies_ranked_among_the_first() -> None:
+    ranks = torch.tensor([[1.0, 5.0], [6.0, 2.0]]).expand(2, 2, 2, 2)
+    recall = summarise(Ranks(ranks, ranks))["recall"]
+    assert recall["at_1"]["per_token"]["teacher"]["mean"] == 0.25
+    assert recall["at_5"]["per_token"]["teacher"]["mean"] == 0.75
+
+
+def test_chance_is_the_harmonic_number_over_the_bank() -> None:
+    assert chance(1) == 1
+    assert chance(4) == pytest.approx((1 + 1 / 2 + 1 / 3 + 1 / 4) / 4)
+
+
+def test_distances_are_the_plain_euclidean_ones_and_chunks_change_nothing(images: Tensor) -> None:
+    torch.manual_seed(0)
+    config = Config(views=VIEWS)
+    model = _small(config)
+    params = draw_photometric(bank_jitter(VIEWS), 24, torch.Generator().manual_seed(0))
+    whole, parts = (embed_bank(model, images[0], params, chunk=chunk) for chunk in (24, 7))
+    assert torch.allclose(whole.distances, parts.distances, atol=1e-4)
+
+    action = torch.cat([params[:, :4] - torch.tensor(IDENTITY[:4]), params[:, 4:]], 1)
+    action[:, :4] /= torch.tensor(model.action_spec.scale)
+    with torch.no_grad():
+        targets = model.targets(whole.copies)
+        for c, context in enumerate(("teacher", "student")):
+            features = model.encode(images[:1], context)
+            for i in (0, 11, 23):
+                prediction = model.predict(features, action[i : i + 1])
+                per_token = (prediction - targets).flatten(1).norm(dim=1)
+                pooled = (prediction.mean(1) - targets.mean(1)).norm(dim=1)
+                assert torch.allclose(whole.distances[1, c, i], per_token, atol=1e-4)
+                assert torch.allclose(whole.distances[0, c, i], pooled, atol=1e-4)
+
+
+def _small(config: Config) -> WorldModel:
+    from dataclasses import replace
+
+    narrow = replace(config, encoder=replace(config.encoder, width=48, depth=2, heads=2, patch=4))
+    narrow = replace(narrow, predictor=replace(config.predictor, width=48, depth=1, heads=2))
+    model = WorldModel(narrow)
+    model.update_target(0.5)
+    for parameter in model.encoder.parameters():
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def test_every_copy_of_a_bank_is_jittered(images: Tensor) -> None:
+    jitter = bank_jitter(SCENARIOS["strong"])
+    params = draw_photometric(jitter, 256, torch.Generator().manual_seed(0))
+    identity = torch.tensor(IDENTITY)
+    assert (params[:, :4] != identity[:4]).all()
+    assert torch.equal(params[:, 4:], identity[4:].expand(256, -1))
+
+
+def test_the_bank_is_the_runs_own_target_jitter_or_the_common_one() -> None:
+    assert bank_jitter(SCENARIOS["strong"]).strengths == (0.5, 0.5, 0.4, 0.2)
+    assert bank_jitter(SCENARIOS["strong"], "default").strengths == (0.4, 0.4, 0.2, 0.1)
+    assert bank_jitter(SCENARIOS["ijepa"]).jitter_probability == 1
+    assert bank_jitter(SCENARIOS["ijepa"]).strengths == (0.4, 0.4, 0.2, 0.1)
+
+
+@pytest.mark.parametrize("scenario", ["ijepa", "nonsense"])
+def test_a_scenario_without_jitter_is_refused_with_the_ones_there_are(scenario: str) -> None:
+    with pytest.raises(ValueError, match=f"bank.scenario.*{scenario}.*strong_jitter"):
+        bank_jitter(VIEWS, scenario)
+
+
+def test_two_models_are_asked_the_same_questions(images: Tensor) -> None:
+    seen: list[Tensor] = []
+    model = SimpleNamespace(config=Config(views=VIEWS), action_spec=action_spec(Action(), VIEWS))
+    oracle = Oracle()
+    model.encode, model.targets = oracle.encode, oracle.targets
+
+    def predict(context: Tensor, action: Tensor) -> Tensor:
+        seen.append(action)
+        return context
+
+    model.predict = predict
+    measure(model, images[:2], BankSettings(size=8), seed=5)
+    first = list(seen)
+    seen.clear()
+    measure(model, images[:2], BankSettings(size=8), seed=5)
+    assert all(torch.equal(a, b) for a, b in zip(first, seen, strict=True))
+    assert not torch.equal(first[0], first[-1])

@@ -1,0 +1,197 @@
+"""The demo: photographs → shards → pretraining → MRR with its controls → retrieval picture → report, one command each.
+
+    python tools/demo.py [--out runs/demo] [--data data/demo]        # what `make demo` runs
+
+Every stage is a command that is printed before it runs and that works by itself. Run again, it keeps the stages that
+are finished and goes on in the middle of the one that was cut off. Paths are relative to the repository.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from iwm.evaluation.report import write_report
+from iwm.recipes import demo
+from iwm.training.checkpoint import all_checkpoints, path_of
+
+ROOT = Path(__file__).resolve().parents[1]
+CONTROL_SCENARIO = "destructive"
+"""Table S2's row without jitter: the control is trained with it and asked about jitter all the same."""
+BANK_SCENARIO = "default"
+"""The one bank that both models are scored on."""
+EXPECTED = {"at least": 0.15, "at most": 0.035}
+"""Pooled MRR: of the world model at least, of a control at most."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Train a small Image World Model on embedded data and measure what it learned, in under ten minutes."""
+
+    out: Path = Path("runs/demo")
+    """Folder of the run; its report.html is what to look at."""
+    data: Path = Path("data/demo")
+    """Folder of the demo's data and shards."""
+    steps: int | None = None
+    """Training steps; default: the recipe's."""
+    control_steps: int = 1500
+    """Training steps of the control without jitter."""
+    tiles: tuple[int, int] = (4096, 384)
+    """Training and validation tiles made."""
+    images: int = 64
+    """Held-out images that MRR is measured on."""
+    readme_picture: bool = False
+    """Also copy the retrieval picture to docs/images/."""
+
+    @property
+    def control(self) -> Path:
+        """Folder of the control's run."""
+        return self.out.with_name(f"{self.out.name}-no-jitter")
+
+    @property
+    def shards(self) -> Path:
+        return self.data / "shards"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command, what it is for, and how to see that it was finished before."""
+
+    title: str
+    command: list[str]
+    finished: Callable[[], bool]
+
+
+class DemoError(RuntimeError):
+    """A stage failed; the message says which, and how to go on."""
+
+
+def stages(options: Options) -> list[Stage]:
+    """Everything the demo does, in order."""
+    o = options
+    tiles = ["tools/make_demo_data.py", str(o.data / "source"), "--train", str(o.tiles[0]), "--val", str(o.tiles[1])]
+    steps = o.steps or demo().schedule.steps
+    assert steps is not None
+    return [
+        Stage("Cut tiles from scikit-image's photographs", tiles, lambda: (o.data / "source" / "val.csv").exists()),
+        *(_shard(o, split) for split in ("train", "val")),
+        _train("Pretrain the world model", o, o.out, steps, []),
+        _measure("Measure MRR, also with shuffled actions", o, o.out, "mrr.json"),
+        _train(
+            "Control: the same model trained without jitter",
+            o,
+            o.control,
+            o.control_steps,
+            ["--scenario", CONTROL_SCENARIO],
+        ),
+        _measure("Measure the control on the same bank", o, o.control, "mrr-no-jitter.json"),
+        _evaluation("Draw what predictions retrieve", "retrieval", o.out, o.out / "eval" / "retrieval.json", []),
+    ]
+
+
+def _shard(options: Options, split: str) -> Stage:
+    command = ["tools/make_shards.py", str(options.data / "source" / f"{split}.csv"), str(options.shards)]
+    return Stage(f"Write {split} shards", [*command, "--split", split], lambda: False)
+
+
+def _train(title: str, options: Options, run: Path, steps: int, more: list[str]) -> Stage:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1", "iwm/train.py", "demo"]
+    chosen = ["--run", str(run), "--data.shards", str(options.shards), "--schedule.steps", str(steps), *more]
+    return Stage(title, [*launch, *chosen], lambda: path_of(run, steps).exists())
+
+
+def _measure(title: str, options: Options, run: Path, name: str) -> Stage:
+    more = ["--bank.scenario", BANK_SCENARIO, "--bank.images", str(options.images)]
+    return _evaluation(title, "mrr", run, options.out / "eval" / name, more)
+
+
+def _evaluation(title: str, protocol: str, run: Path, output: Path, more: list[str]) -> Stage:
+    command = ["iwm/evaluate.py", protocol, "--checkpoint", str(run), "--output", str(output), *more]
+    return Stage(title, command, lambda: _is_newer(output, run))
+
+
+def _is_newer(output: Path, run: Path) -> bool:
+    """Whether an evaluation was made after the run's newest checkpoint."""
+    checkpoints = all_checkpoints(run)
+    return output.exists() and bool(checkpoints) and output.stat().st_mtime >= checkpoints[0].stat().st_mtime
+
+
+def run_stages(todo: list[Stage], console: Console) -> None:
+    """Run the stages that are not finished. Raises DemoError at the first that fails."""
+    for i, stage in enumerate(todo, start=1):
+        console.rule(f"{i}/{len(todo)} {stage.title}", align="left")
+        if stage.finished():
+            console.print("done before, kept")
+            continue
+        console.print(f"$ python {shlex.join(stage.command)}", style="dim", soft_wrap=True, highlight=False)
+        start = time.monotonic()
+        code = subprocess.run([sys.executable, *stage.command], check=False).returncode
+        if code != 0:
+            raise DemoError(f"'{stage.title}' failed (exit code {code}, its message is above); mend it and run again")
+        console.print(f"{time.monotonic() - start:.0f} s", style="dim")
+
+
+def summary(out: Path) -> Table:
+    """The figures that the demo is about, beside what is expected of them."""
+    own, control = (_read(out / "eval" / name) for name in ("mrr.json", "mrr-no-jitter.json"))
+    table = Table(title="Can the predictor apply an action it is told?")
+    table.add_column("what is asked")
+    for column in ("MRR, pooled", "MRR, per token", "expected, pooled", ""):
+        table.add_column(column, justify="right")
+    rows = (
+        ("the world model", own["mrr"], "at least"),
+        ("the same, told another copy's action", own["shuffled_actions"], "at most"),
+        ("the same model trained without jitter", control["mrr"], "at most"),
+    )
+    for name, scores, bound in rows:
+        pooled, limit = scores["pooled"]["teacher"]["mean"], EXPECTED[bound]
+        good = pooled >= limit if bound == "at least" else pooled <= limit
+        cells = (f"{s['mean']:.3f} ± {s['standard_error']:.3f}" for s in (scores[d]["teacher"] for d in scores))
+        table.add_row(name, *cells, f"{bound} {limit}", "yes" if good else "[bold]NO[/]")
+    table.add_row("guessing", f"{own['chance']:.3f}", f"{own['chance']:.3f}", "", "")
+    return table
+
+
+def _read(path: Path) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads(path.read_bytes())
+    return result
+
+
+def main() -> int:
+    options, console, start = tyro.cli(Options), Console(), time.monotonic()
+    os.chdir(ROOT)
+    try:
+        run_stages(stages(options), console)
+    except DemoError as error:
+        print(f"tools/demo.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ntools/demo.py: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    report = write_report(options.out)
+    console.rule()
+    console.print(summary(options.out))
+    console.print(f"Look at {report} — {time.monotonic() - start:.0f} s in all", soft_wrap=True)
+    if options.readme_picture:
+        picture = Path("docs/images/retrieval.png")
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(options.out / "eval" / "retrieval.png", picture)
+        console.print(f"README picture: {picture}", soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
