@@ -8,6 +8,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -77,26 +79,50 @@ def write_atomically(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until renames in the folder are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
+
+
+@contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Held while a file that all splits share is rewritten: splits made at the same time do not lose each other.
+
+    What a killed run left half-written of such a file is removed.
+    """
+    with open(folder / f".{MANIFEST}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for partial in folder.glob(".*.partial"):
+            partial.unlink()
+        yield
 
 
 def save_manifest(folder: Path, manifest: Manifest) -> Path:
-    """Put this split into the folder's manifest, leaving its other splits as they are.
-
-    Held under a file lock, so that two splits made at the same time into one folder do not lose each other.
-    """
-    path = folder / MANIFEST
-    with open(folder / f".{MANIFEST}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        splits = _read_splits(path) if path.exists() else {}
+    """Put this split into the folder's manifest, leaving its other splits as they are."""
+    with folder_lock(folder):
+        splits = _read_splits(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
         splits[manifest.split] = asdict(manifest)
-        document = {"schema_version": SCHEMA_VERSION, "splits": dict(sorted(splits.items()))}
-        write_atomically(path, (json.dumps(document, indent=1) + "\n").encode())
-    return path
+        return _write_splits(folder, splits)
+
+
+def remove_split(folder: Path, split: str) -> None:
+    """Take the split out of the folder's manifest; its files stay where they are."""
+    with folder_lock(folder):
+        splits = _read_splits(folder / MANIFEST)
+        del splits[split]
+        _write_splits(folder, splits)
+
+
+def list_splits(folder: Path) -> list[str]:
+    """The splits that the folder's manifest holds, sorted; none where there is no manifest yet."""
+    return sorted(_read_splits(folder / MANIFEST)) if (folder / MANIFEST).exists() else []
 
 
 def load_manifest(folder: Path, split: str) -> Manifest:
@@ -117,6 +143,12 @@ def load_manifest(folder: Path, split: str) -> Manifest:
         return Manifest(shards=shards, columns=columns, **raw)
     except (KeyError, TypeError, AttributeError) as error:
         raise ShardError(f"{path}: split '{split}' is malformed ({error}); {_REMAKE}") from error
+
+
+def _write_splits(folder: Path, splits: dict[str, Any]) -> Path:
+    document = {"schema_version": SCHEMA_VERSION, "splits": dict(sorted(splits.items()))}
+    write_atomically(folder / MANIFEST, (json.dumps(document, indent=1) + "\n").encode())
+    return folder / MANIFEST
 
 
 _REMAKE = "remake it with tools/make_shards.py"

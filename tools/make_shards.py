@@ -1,0 +1,69 @@
+"""Make WebDataset shards for DALI out of images, or verify them. shards/README.md describes what is made."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from tyro.conf import OmitArgPrefixes, Positional, arg
+
+from shards.make import MakeShards, make_shards
+from shards.manifest import ShardError
+from shards.verify import verify_shards
+
+
+@dataclass(frozen=True)
+class VerifyShards:
+    """Check everything that a shard folder's manifest says: hashes, indices, counts, labels, keys, and every image."""
+
+    out: Positional[Annotated[Path, arg(metavar="OUT")]]
+    """The shard folder."""
+    quick: bool = False
+    """Do not decode the images."""
+    workers: int | None = None
+    """Processes; None for one per core."""
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; returns its exit status: 0 fine, 1 an error or a failed check, 128 + signal when stopped."""
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    errors = Console(highlight=False, markup=False, soft_wrap=True, stderr=True)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+    try:
+        if arguments[:1] == ["verify"]:
+            options = tyro.cli(VerifyShards, prog="make_shards.py verify", args=arguments[1:])
+            problems = verify_shards(options.out, decode=not options.quick, workers=options.workers, console=console)
+            for problem in problems:
+                errors.print(f"error: {problem}")
+            return 1 if problems else 0
+        make_shards(tyro.cli(OmitArgPrefixes[MakeShards], prog="make_shards.py", args=arguments), console)
+    except ShardError as error:
+        errors.print(f"error: {error}")
+        return 1
+    except Stopped as stop:
+        errors.print("stopped; finished shards are kept, and the same command goes on from there")
+        return 128 + stop.number
+    return 0
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise Stopped(number)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
