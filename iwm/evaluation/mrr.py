@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from iwm.models.world_model import WorldModel
 
 DISTANCES = ("pooled", "per_token")
-CONTEXTS = ("teacher", "student")
+Context = Literal["teacher", "student"]
+CONTEXTS: tuple[Context, ...] = ("teacher", "student")
 
 TIE = 1e-6
 """Distances that differ by less than this share of the true copy's norm are ties: float32 cannot tell them apart."""
@@ -86,7 +87,7 @@ class Bank:
     params: Float[Tensor, "k p"]
     """What each copy's jitter was, in the order of PHOTOMETRIC_FIELDS."""
     distances: Float[Tensor, "distance context k k"]
-    """Axes 0 and 1 follow DISTANCES and CONTEXTS."""
+    """float64; axes 0 and 1 follow DISTANCES and CONTEXTS."""
     norms: Float[Tensor, "distance k"]
     """Norms of the copies' target features: the scale of TIE."""
 
@@ -108,15 +109,16 @@ def embed_bank(
     identity = torch.tensor(IDENTITY, device=params.device).expand_as(params)
     actions = action_between(identity, params, model.action_spec)
     banks = (targets.mean(1), targets.flatten(1))
-    distances = torch.empty(len(DISTANCES), len(CONTEXTS), len(params), len(params), device=image.device)
-    for c, context in enumerate(CONTEXTS):
+    by_context = []
+    for context in CONTEXTS:
         features = model.encode(clean, context)
         rows = [
             torch.stack([_distances(p.mean(1), banks[0]), _distances(p.flatten(1), banks[1])])
             for p in _predictions(model, features, actions, chunk)
         ]
-        distances[:, c] = torch.cat(rows, dim=1)
-    return Bank(copies, params, distances, torch.stack([bank.norm(dim=1) for bank in banks]))
+        by_context.append(torch.cat(rows, dim=1))
+    norms = torch.stack([bank.norm(dim=1) for bank in banks])
+    return Bank(copies, params, torch.stack(by_context, dim=1), norms)
 
 
 def _predictions(
@@ -131,7 +133,7 @@ def _distances(predictions: Float[Tensor, "q f"], bank: Float[Tensor, "k f"]) ->
     against their norms, and a float64 product stays exact whatever TF32 setting the process has."""
     p, t = predictions.double(), bank.double()
     squares = p.square().sum(1, keepdim=True) + t.square().sum(1) - 2 * p @ t.T
-    return squares.clamp_min(0).sqrt().float()
+    return squares.clamp_min(0).sqrt()
 
 
 @dataclass(frozen=True)

@@ -174,8 +174,8 @@ def test_distances_are_the_plain_euclidean_ones_and_chunks_change_nothing(images
                 prediction = model.predict(features, action[i : i + 1])
                 per_token = (prediction - targets).flatten(1).norm(dim=1)
                 pooled = (prediction.mean(1) - targets.mean(1)).norm(dim=1)
-                assert torch.allclose(whole.distances[1, c, i], per_token, atol=1e-4)
-                assert torch.allclose(whole.distances[0, c, i], pooled, atol=1e-4)
+                assert torch.allclose(whole.distances[1, c, i].float(), per_token, atol=1e-4)
+                assert torch.allclose(whole.distances[0, c, i].float(), pooled, atol=1e-4)
 
 
 def _small(config: Config) -> WorldModel:
