@@ -35,6 +35,11 @@ class Photometric:
         """The same jitter with no grayscale, blur or solarize."""
         return replace(self, grayscale_probability=0.0, blur_probability=0.0, solarize_probability=0.0)
 
+    def jitter_range(self, name: str) -> tuple[float, float]:
+        """Ends of the uniform range that brightness, contrast, saturation (factors) or hue (turns) is drawn from."""
+        strength: float = getattr(self, name)
+        return (-strength, strength) if name == "hue" else (max(0.0, 1.0 - strength), 1.0 + strength)
+
     @property
     def destructive(self) -> bool:
         """Whether an op that loses information can be drawn."""
@@ -89,10 +94,12 @@ SCENARIOS: dict[str, Views] = {
 """The six rows of table S2 (solarize at its 0.1; A.1 says 0.2, the default of `Photometric`); I-JEPA."""
 
 
+JITTER_FIELDS = ("brightness", "contrast", "saturation", "hue")
+
 GEOMETRY_FIELDS = ("crop_x", "crop_y", "crop_width", "crop_height", "image_width", "image_height", "flip")
 """Crop box and image size in whole pixels of the decoded image (exact in float32), then the flip (0 or 1)."""
 
-PHOTOMETRIC_FIELDS = ("brightness", "contrast", "saturation", "hue", "grayscale", "blur_sigma", "solarize")
+PHOTOMETRIC_FIELDS = (*JITTER_FIELDS, "grayscale", "blur_sigma", "solarize")
 """Factors (1: unchanged), hue in turns (0), grayscale 0 or 1, blur sigma in pixels (0: none), solarize 0 or 1.
 
 Where jitter was not drawn its identity values are written, so params say what was done and nothing else.

@@ -1,0 +1,170 @@
+"""Which samples, in which order, for which rank; and the geometry that both views of a sample share."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from nvidia.dali import fn, types
+
+from dali_pipelines.augmentation import Views
+from dali_pipelines.photometric import Backend, DataNode
+from shards.manifest import Manifest, ShardError, load_manifest
+from shards.verify import check_quick
+
+READER = "reader"
+"""Name of the reader in every pipeline, for its metadata."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """The part of a split that one rank reads, checked against the manifest.
+
+    Ranks share the split by sample: rank r of w reads samples [N·r // w, N·(r + 1) // w) of the epoch's order.
+    """
+
+    folder: Path
+    manifest: Manifest
+    component: str | None
+    """Tar component of the label column; None: no labels are read."""
+    rank: int
+    world_size: int
+
+    @property
+    def first(self) -> int:
+        """Index of the rank's first sample in the epoch's order."""
+        return self.manifest.samples * self.rank // self.world_size
+
+    @property
+    def samples(self) -> int:
+        """Samples of one epoch that are this rank's."""
+        return self.manifest.samples * (self.rank + 1) // self.world_size - self.first
+
+    @property
+    def most_samples(self) -> int:
+        """Samples of the rank that has most."""
+        return -(-self.manifest.samples // self.world_size)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the hashes of the tars in their order: equal only if the samples and their order are."""
+        return hashlib.sha256("".join(shard.sha256 for shard in self.manifest.shards).encode()).hexdigest()
+
+
+def open_source(folder: Path, split: str, *, label: str | None, rank: int, world_size: int) -> Source:
+    """Check the shards and settle on what this rank reads.
+
+    Raises ShardError for shards that differ from their manifest, a label column that is not there, or fewer shards
+    than ranks.
+    """
+    manifest = load_manifest(folder, split)
+    check_quick(folder, manifest)
+    if len(manifest.shards) < world_size:
+        raise ShardError(
+            f"{folder}: split '{split}' has {len(manifest.shards)} shards for {world_size} processes; make it again "
+            "with smaller shards (tools/make_shards.py), or start fewer processes"
+        )
+    component = manifest.column(label).component if label is not None else None
+    return Source(folder, manifest, component, rank, world_size)
+
+
+class Encoded(NamedTuple):
+    """What the reader hands on."""
+
+    jpeg: DataNode
+    label: DataNode | None
+    """ASCII digits, uint8 [n], padded with zeros to the batch's longest."""
+    origin: DataNode
+    """ASCII "tar:offset:KEY.jpg", uint8 [n], padded with zeros to the batch's longest."""
+
+
+def read(source: Source, *, shuffle_buffer: int, seed: int, prefetch: int) -> Encoded:
+    """Samples of this rank, endlessly, each epoch padded to whole batches with its last sample.
+
+    `shuffle_buffer` 0: in the order of the shards, every epoch the same. Otherwise the tars are put into a new order
+    after each epoch (from `seed`, which must be every rank's) and samples leave a buffer of that many at random (from
+    the pipeline's seed).
+    """
+    paths = [str(source.folder / shard.name) for shard in source.manifest.shards]
+    indexes = [str(source.folder / shard.index) for shard in source.manifest.shards]
+    labelled = source.component is not None
+    order = (
+        {"random_shuffle": True, "initial_fill": shuffle_buffer, "shuffle_after_epoch": True}
+        | {"shuffle_after_epoch_seed": seed}
+        if shuffle_buffer
+        else {"stick_to_shard": True}
+    )
+    components = fn.readers.webdataset(
+        name=READER,
+        paths=paths,
+        index_paths=indexes,
+        ext=["jpg", source.component] if labelled else ["jpg"],
+        missing_component_behavior="error",
+        shard_id=source.rank,
+        num_shards=source.world_size,
+        pad_last_batch=True,
+        prefetch_queue_depth=prefetch,
+        **order,
+    )
+    jpeg, label = (components[0], fn.pad(components[1], fill_value=0)) if labelled else (components, None)
+    return Encoded(jpeg, label, fn.pad(fn.get_property(jpeg, key="source_info"), fill_value=0))
+
+
+class Crop(NamedTuple):
+    """The geometry of a sample. Pixels of the decoded image; the flip is BOOL."""
+
+    start: DataNode
+    """(y, x), int64."""
+    shape: DataNode
+    """(height, width), int64."""
+    image_shape: DataNode
+    """(height, width, channels), int64."""
+    flip: DataNode
+
+
+def draw_crop(jpeg: DataNode, views: Views) -> Crop:
+    """Draw box and flip as torchvision's RandomResizedCrop and RandomHorizontalFlip do (paper, A.1).
+
+    Area uniform, aspect log-uniform, place uniform, ten attempts.
+    """
+    image_shape = fn.peek_image_shape(jpeg)
+    start, shape = fn.random_crop_generator(
+        image_shape, random_area=list(views.crop_scale), random_aspect_ratio=list(views.crop_ratio), num_attempts=10
+    )
+    flip = fn.random.coin_flip(probability=views.flip_probability, dtype=types.BOOL)
+    return Crop(start, shape, image_shape, flip)
+
+
+def decode_crop(jpeg: DataNode, crop: Crop, size: int, backend: Backend, hw_decoder_load: float) -> DataNode:
+    """Decode, cut the box out, resize it to size×size with antialiasing: uint8 HWC.
+
+    Cut before the resize, as torchvision does: a resize of the box within its image would look over the box's edge.
+    On CPU the cut is part of the decode, bit for bit the same and a tenth faster; on GPU that path of nvImageCodec can
+    crash (its issue 55). The flip is part of the resize, which reads the box from right to left.
+    """
+    if backend == "cpu":
+        image = fn.decoders.image_slice(jpeg, start=crop.start, shape=crop.shape, axes=[0, 1])
+    else:
+        image = fn.slice(decode(jpeg, backend, hw_decoder_load), start=crop.start, shape=crop.shape, axes=[0, 1])
+    left = fn.stack(0.0, fn.cast(crop.flip, dtype=types.FLOAT))
+    return fn.resize(image, size=[size, size], roi_start=left, roi_end=1.0 - left, roi_relative=True)
+
+
+def decode(jpeg: DataNode, backend: Backend, hw_decoder_load: float) -> DataNode:
+    """The whole image, uint8 HWC RGB, upright. `hw_decoder_load`: the GPU's JPEG engine's share of the images."""
+    if backend == "cpu":
+        return fn.decoders.image(jpeg)
+    return fn.decoders.image(
+        jpeg,
+        device="mixed",
+        hw_decoder_load=hw_decoder_load,
+        preallocate_width_hint=_LARGEST_SIDE,
+        preallocate_height_hint=_LARGEST_SIDE,
+        jpeg_fancy_upsampling=True,
+    )
+
+
+_LARGEST_SIDE = 2048
+"""Pixels that the GPU's JPEG engine gets memory for in advance; larger images cost a reallocation, once."""

@@ -1,0 +1,135 @@
+"""The pipelines' maths in batched torch, from written parameters: evaluation's banks and grids, and the parity tests.
+
+Every function works on the device its images are on. photometric.py and reader.py say why the maths is what it is.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+from torch.nn.functional import conv2d, interpolate, pad
+
+from dali_pipelines.augmentation import (
+    IDENTITY,
+    JITTER_FIELDS,
+    PHOTOMETRIC_FIELDS,
+    SOLARIZE_THRESHOLD,
+    ColourDefinition,
+    Photometric,
+)
+
+_LUMA = (0.299, 0.587, 0.114)
+_RGB_TO_YIQ = ((0.299, 0.587, 0.114), (0.596, -0.274, -0.321), (0.211, -0.523, 0.311))
+"""The three-digit constants of DALI's color_twist."""
+
+
+def draw_photometric(spec: Photometric, n: int, generator: torch.Generator) -> Float[Tensor, "n 7"]:
+    """Draw as the graph does, on the CPU, in the order of PHOTOMETRIC_FIELDS; identity values where not drawn."""
+    drawn = torch.tensor(IDENTITY).repeat(n, 1)
+
+    def coin(probability: float) -> Tensor:
+        return torch.rand(n, generator=generator) < probability
+
+    def uniform(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(n, generator=generator)
+
+    jitter = coin(spec.jitter_probability)
+    for column, name in enumerate(PHOTOMETRIC_FIELDS):
+        if name in JITTER_FIELDS:
+            where, value = jitter, uniform(*spec.jitter_range(name))
+        elif name == "blur_sigma":
+            where, value = coin(spec.blur_probability), uniform(*spec.blur_sigma)
+        else:
+            probability: float = getattr(spec, f"{name}_probability")
+            where, value = coin(probability), torch.ones(n)
+        drawn[:, column] = torch.where(where, value, drawn[:, column])
+    return drawn
+
+
+def photometric(
+    images: UInt8[Tensor, "b h w 3"], params: Float[Tensor, "b 7"], colour: ColourDefinition
+) -> UInt8[Tensor, "b h w 3"]:
+    """Do to each image what its row of `params` (PHOTOMETRIC_FIELDS) says, in that order. Leaves `images` alone."""
+    values = dict(
+        zip(PHOTOMETRIC_FIELDS, params.to(images.device).float()[..., None, None, None].unbind(1), strict=True)
+    )
+    x = images.float()
+    x = _jitter_linear(x, values) if colour == "linear" else _jitter_torchvision(x, values)
+    x = torch.where(values["grayscale"] > 0, _grey(x), x)
+    blurred = values["blur_sigma"].flatten().nonzero().flatten()
+    if len(blurred):
+        x[blurred] = _blur(x[blurred], values["blur_sigma"].flatten()[blurred])
+    x = torch.where((values["solarize"] > 0) & (x >= SOLARIZE_THRESHOLD), 255 - x, x)
+    return x.to(torch.uint8)
+
+
+def _jitter_linear(x: Float[Tensor, "b h w 3"], values: dict[str, Tensor]) -> Float[Tensor, "b h w 3"]:
+    centre = _grey(x).mean((1, 2, 3), keepdim=True)
+    x = (values["brightness"] * (centre + values["contrast"] * (x - centre))).round().clamp(0, 255)
+    saturation, hue = values["saturation"].flatten(), values["hue"].flatten()
+    turned = torch.einsum("bij,bhwj->bhwi", _twist(saturation, hue), x).clamp(0, 255).floor()
+    # Not drawn is no twist at all: the identity map's rounding error would cost a grey level when truncated.
+    return torch.where((values["saturation"] == 1) & (values["hue"] == 0), x, turned)
+
+
+def _twist(saturation: Float[Tensor, " b"], hue: Float[Tensor, " b"]) -> Float[Tensor, "b 3 3"]:
+    """Saturation and hue (turns) as DALI's color_twist makes them: scale and rotate the colour plane of YIQ."""
+    to_yiq = torch.tensor(_RGB_TO_YIQ, device=hue.device)
+    angle = hue * 2 * torch.pi
+    cosine, sine = saturation * angle.cos(), saturation * angle.sin()
+    turn = torch.zeros(len(hue), 3, 3, device=hue.device)
+    turn[:, 0, 0] = 1
+    turn[:, 1, 1] = turn[:, 2, 2] = cosine
+    turn[:, 1, 2], turn[:, 2, 1] = sine, -sine
+    return torch.linalg.inv(to_yiq) @ turn @ to_yiq
+
+
+def _jitter_torchvision(x: Float[Tensor, "b h w 3"], values: dict[str, Tensor]) -> Float[Tensor, "b h w 3"]:
+    x = (values["brightness"] * x).clamp(0, 255).floor()
+    centre = _grey(x).mean((1, 2, 3), keepdim=True)
+    x = torch.where(values["contrast"] == 1, x, (centre + values["contrast"] * (x - centre)).clamp(0, 255).floor())
+    saturation = values["saturation"]
+    x = torch.where(saturation == 1, x, (saturation * x + (1 - saturation) * _grey(x)).clamp(0, 255).floor())
+    return torch.where(values["hue"] == 0, x, _rotate_hue(x, values["hue"][..., 0]))
+
+
+def _rotate_hue(x: Float[Tensor, "b h w 3"], turns: Float[Tensor, "b 1 1"]) -> Float[Tensor, "b h w 3"]:
+    red, green, blue = x.unbind(-1)
+    value = x.amax(-1)
+    chroma = value - x.amin(-1)
+    within = torch.where(red == value, green - blue, torch.where(green == value, blue - red, red - green))
+    sector = torch.where(red == value, 0.0, torch.where(green == value, 2.0, 4.0))
+    sixths = within / chroma.clamp(min=1) + sector + 6 * turns
+    distance = (sixths[..., None] + torch.tensor([5.0, 3.0, 1.0], device=x.device)) % 6
+    fall = torch.minimum(distance, 4 - distance).clamp(0, 1)
+    return ((value[..., None] - chroma[..., None] * fall) * (255.999 / 255)).clamp(0, 255).floor()
+
+
+def _grey(x: Float[Tensor, "b h w 3"]) -> Float[Tensor, "b h w 1"]:
+    return (x @ torch.tensor(_LUMA, device=x.device)).round()[..., None]
+
+
+def _blur(x: Float[Tensor, "b h w 3"], sigma: Float[Tensor, " b"]) -> Float[Tensor, "b h w 3"]:
+    """Gaussian of 2·ceil(3σ) + 1 taps, borders mirrored without repeating the edge, rounded."""
+    b, h, w, _ = x.shape
+    radii = (3 * sigma).ceil()
+    reach = int(radii.max())
+    offsets = torch.arange(-reach, reach + 1, device=x.device)
+    taps = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2) * (offsets.abs() <= radii[:, None])
+    taps = (taps / taps.sum(1, keepdim=True)).repeat_interleave(3, dim=0)
+    planes = x.permute(0, 3, 1, 2).reshape(1, b * 3, h, w)
+    planes = conv2d(pad(planes, (reach, reach, 0, 0), mode="reflect"), taps[:, None, None, :], groups=b * 3)
+    planes = conv2d(pad(planes, (0, 0, reach, reach), mode="reflect"), taps[:, None, :, None], groups=b * 3)
+    return planes.reshape(b, 3, h, w).permute(0, 2, 3, 1).round()
+
+
+def crop(images: list[UInt8[Tensor, "_ _ 3"]], geometry: Float[Tensor, "b 7"], size: int) -> UInt8[Tensor, "b h w 3"]:
+    """Cut each image's box (GEOMETRY_FIELDS) out, resize it to size×size with antialiasing, flip where written."""
+    views = []
+    for image, row in zip(images, geometry.tolist(), strict=True):
+        left, top, width, height, _, _, flip = (round(value) for value in row)
+        box = image[top : top + height, left : left + width].permute(2, 0, 1)[None]
+        view = interpolate(box.float(), (size, size), mode="bilinear", antialias=True).round().clamp(0, 255)
+        views.append((view.flip(3) if flip else view)[0].permute(1, 2, 0))
+    return torch.stack(views).to(torch.uint8)
