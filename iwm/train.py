@@ -1,4 +1,4 @@
-"""Pretrain an Image World Model: torchrun iwm/train.py RECIPE [--scenario NAME] [--run DIR] [--section.field VALUE ...]
+"""Pretrain an Image World Model: torchrun iwm/train.py RECIPE [--scenario NAME] [--run-dir DIR] [--SECTION.FIELD ...]
 
 The same command, given again, goes on from the newest checkpoint in its run's folder.
 """
@@ -14,6 +14,7 @@ from typing import Annotated
 import tyro
 
 from dali_pipelines.augmentation import SCENARIOS
+from dali_pipelines.loader import StateError
 from iwm.config import Config, ConfigError
 from iwm.recipes import RECIPES, with_scenario
 from iwm.training.checkpoint import CheckpointError
@@ -27,8 +28,8 @@ from shards.manifest import ShardError
 
 @dataclass(frozen=True)
 class Command:
-    config: tyro.conf.OmitArgPrefixes[Config]
-    run: Path
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    run_dir: Path
     """Folder of the run: checkpoints, metrics.jsonl, config.yaml, tensorboard. Default: runs/RECIPE[-SCENARIO]."""
     scenario: Annotated[str | None, tyro.conf.arg(metavar="|".join(SCENARIOS))] = None
     """Row of table S2 whose colours replace the recipe's; --views.* then overrides single fields of it."""
@@ -53,11 +54,11 @@ def main() -> int:
         command.config.check()
         with world(command.config.train) as here, stop_on_signal() as wish:
             if here.main:
-                with locked(command.run):
-                    pretrain(open_session(command.config, command.run, here), wish)
+                with locked(command.run_dir):
+                    pretrain(open_session(command.config, command.run_dir, here), wish)
             else:
-                pretrain(open_session(command.config, command.run, here), wish)
-    except (ConfigError, ShardError, CheckpointError, TrainingError) as error:
+                pretrain(open_session(command.config, command.run_dir, here), wish)
+    except (ConfigError, ShardError, StateError, CheckpointError, TrainingError) as error:
         print(f"iwm/train.py: {error}", file=sys.stderr)
         return 1
     return 0

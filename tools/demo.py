@@ -108,8 +108,9 @@ def _shard(options: Options, split: str) -> Stage:
 
 
 def _train(title: str, options: Options, run: Path, steps: int, more: list[str]) -> Stage:
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1", "iwm/train.py", "demo"]
-    chosen = ["--run", str(run), "--data.shards", str(options.shards), "--schedule.steps", str(steps), *more]
+    # The bare -- keeps torchrun from reading --run as an abbreviation of an option of its own.
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1", "--", "iwm/train.py", "demo"]
+    chosen = ["--run-dir", str(run), "--data.shards", str(options.shards), "--schedule.steps", str(steps), *more]
     return Stage(title, [*launch, *chosen], lambda: path_of(run, steps).exists())
 
 

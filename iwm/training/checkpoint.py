@@ -44,7 +44,7 @@ class Checkpoint:
     """In the format of optim.state_for_checkpoint."""
     rng: dict[str, torch.Tensor]
     loader: dict[str, Any]
-    """Seed, images at once, and the pipeline state of every rank."""
+    """Seed, and the pipeline state of every rank."""
     versions: dict[str, str]
 
 

@@ -27,7 +27,7 @@ def held_out(config: Config, here: World) -> UInt8[Tensor, "b h w 3"] | None:
         config.data.val,
         size=config.views.size,
         batch_size=min(64, wanted),
-        device=here.device.type,
+        device=here.device,
     )
     images: list[Tensor] = []
     for batch in loader:

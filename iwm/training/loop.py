@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from dali_pipelines.loader import SampleKeys
 from iwm.config import to_yaml
 from iwm.flops import measured_peak, training_flops
 from iwm.training import checkpoint as checkpoints
@@ -53,7 +54,7 @@ def pretrain(session: Session, wish: StopWish) -> None:
             window.waited += time.perf_counter() - waiting
             masks = [masks_for(config, here, s.step, part, s.micro_batch) for part in range(s.accumulation)]
             window.results.append(train_step(s.model, s.wrapped, s.optimizer, batches, masks, values))
-            window.keys.append([key for batch in batches for key in batch.keys])
+            window.keys.append([batch.keys for batch in batches])
             s.step += 1
             s.samples += config.data.batch
             monitor.advance(s.step)
@@ -96,7 +97,8 @@ class Window:
     """What has happened since metrics were last written. Its scalars lie on the device until `read`."""
 
     results: list[StepResult] = field(default_factory=list)
-    keys: list[list[object]] = field(default_factory=list)
+    keys: list[list[SampleKeys]] = field(default_factory=list)
+    """Of each step's batches; looked up only if a step was skipped."""
     waited: float = 0.0
     began: float = field(default_factory=time.perf_counter)
 
@@ -122,7 +124,7 @@ def _streak(flags: list[bool], before: int, limit: int, window: Window) -> int:
     for flag, keys in zip(flags, window.keys, strict=True):
         streak = streak + 1 if flag else 0
         if streak >= limit:
-            samples = ", ".join(str(key) for key in keys[:16]) + (" …" if len(keys) > 16 else "")
+            samples = ", ".join(key for part in keys for key in part)
             raise TrainingError(
                 f"the gradient was not finite in {streak} steps in a row; nothing was learnt in them and the last "
                 f"checkpoint is good. Lower --optim.lr or set --optim.clip. Samples of the last of them: {samples}"

@@ -32,7 +32,7 @@ def locked(run: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ConfigError(
-                f"{run} is in use by another training process; wait for it or choose another --run"
+                f"{run} is in use by another training process; wait for it or choose another --run-dir"
             ) from error
         yield
 
@@ -50,6 +50,6 @@ def resume_point(run: Path, config: Config) -> tuple[Checkpoint | None, list[str
     refused = [f"--{key} {now} (the run has {then})" for key, (then, now) in changed.items() if key not in allowed]
     if refused:
         raise ConfigError(
-            f"{run} holds a run with other settings: {', '.join(refused)}; set them back, or choose another --run"
+            f"{run} holds a run with other settings: {', '.join(refused)}; set them back, or choose another --run-dir"
         )
     return checkpoint, [f"{key}: {then} → {now}" for key, (then, now) in allowed.items()]

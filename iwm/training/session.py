@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dali_pipelines.loader import ViewLoader
+from dali_pipelines.loader import StateError, ViewLoader
 from iwm.config import Config, ConfigError
 from iwm.models.world_model import WorldModel
 from iwm.training import checkpoint as checkpoints
@@ -56,20 +56,7 @@ def open_session(config: Config, run: Path, here: World) -> Session:
         torch.use_deterministic_algorithms(True)
     micro_batch, accumulation = split_batch(config, here.size)
     start, changes = resume_point(run, config)
-    seed, state, restart = _pipeline_start(config, here, micro_batch, start)
-    loader = ViewLoader(
-        config.data.shards,
-        config.data.train,
-        config.views,
-        batch_size=micro_batch,
-        seed=seed,
-        device=here.device.type,
-        rank=here.rank,
-        world_size=here.size,
-        threads=config.data.threads or max(1, (os.cpu_count() or 1) // here.local_size),
-        prefetch=config.data.prefetch,
-        state=state,
-    )
+    loader, seed, restart = _open_loader(config, here, micro_batch, start)
     model = WorldModel(config).prepare(here.device, compiled=config.train.compile)
     optimizer, kernels = build_optimizer(model, config.optim, here.device)
     if start is not None:
@@ -122,21 +109,45 @@ def split_batch(config: Config, processes: int) -> tuple[int, int]:
     return micro_batch, share // micro_batch
 
 
-def _pipeline_start(
+MAY_RESTART = {"batch_size", "world_size", "rank", "device", "dali"}
+"""What can differ from the checkpoint's pipeline without the data being other data: then a new epoch begins."""
+
+
+def _open_loader(
     config: Config, here: World, micro_batch: int, start: Checkpoint | None
-) -> tuple[int, Any | None, list[str]]:
-    """Seed and state of this process's pipeline, and what to say where it cannot go on where it was."""
+) -> tuple[ViewLoader, int, list[str]]:
+    """The pipeline, in mid-epoch where the checkpoint's state fits; its seed; what to say where it does not fit.
+
+    Raises StateError where the checkpoint was trained on other data.
+    """
+
+    def open_with(seed: int, state: dict[str, Any] | None) -> ViewLoader:
+        return ViewLoader(
+            config.data.shards,
+            config.data.train,
+            config.views,
+            batch_size=micro_batch,
+            seed=seed,
+            device=here.device,
+            rank=here.rank,
+            world_size=here.size,
+            threads=config.data.threads or max(1, (os.cpu_count() or 1) // here.local_size),
+            prefetch=config.data.prefetch,
+            state=state,
+        )
+
     if start is None:
-        return config.train.seed, None, []
-    before = start.loader
-    if len(before["ranks"]) == here.size and before["batch"] == micro_batch:
-        return before["seed"], before["ranks"][here.rank], []
-    change = (
-        f"the checkpoint is of {len(before['ranks'])} processes with {before['batch']} images at once, this run has "
-        f"{here.size} with {micro_batch}: model, optimiser, schedules and masks go on from {start.samples:,} images "
-        "seen; the data begins a new epoch in a new order"
-    )
-    return config.train.seed + start.samples, None, [change]
+        return open_with(config.train.seed, None), config.train.seed, []
+    states = start.loader["ranks"]
+    try:
+        seed = start.loader["seed"]
+        return open_with(seed, states[here.rank if here.rank < len(states) else 0]), seed, []
+    except StateError as error:
+        if not error.different <= MAY_RESTART:
+            raise
+        seed = config.train.seed + start.samples
+        change = f"{error} → a new epoch begins, in a new order, after the {start.samples:,} images seen"
+        return open_with(seed, None), seed, [change]
 
 
 def checkpoint_of(session: Session) -> Checkpoint:
@@ -151,7 +162,6 @@ def checkpoint_of(session: Session) -> Checkpoint:
         rng=checkpoints.rng_state(),
         loader={
             "seed": session.loader_seed,
-            "batch": session.micro_batch,
             "ranks": session.here.gather(session.loader.state()),
         },
         versions=checkpoints.versions(),
