@@ -9,7 +9,7 @@ from datetime import timedelta
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from shards.writer import Tally
+from shards.pool import Tally
 
 PLAIN_EVERY = 10.0
 """Seconds between two lines where there is no terminal."""
@@ -30,7 +30,7 @@ def show_progress(tallies: Iterable[Tally], total: int, console: Console, bad: s
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("", total=total, rate=0.0, bad=0)
         for tally in tallies:
-            done, found = done + tally.done, found + tally.rejected
+            done, found = done + tally.done, found + tally.bad
             now = time.monotonic()
             rate = done / max(now - start, 1e-9)
             progress.update(bar, completed=done, rate=rate, bad=found)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import tarfile
+import zlib
 from pathlib import Path
 from typing import IO
 
@@ -69,8 +70,11 @@ def read_val_labels(path: Path) -> tuple[list[str], list[str]]:
     if path.is_dir():
         return _read_ids(_find(path, _GROUND_TRUTH).read_text(), _find(path, _META), path)
     if tarfile.is_tarfile(path):
-        with tarfile.open(path) as kit:
-            return _read_ids(_extract(kit, _GROUND_TRUTH, path).read().decode(), _extract(kit, _META, path), path)
+        try:
+            with tarfile.open(path) as kit:
+                return _read_ids(_extract(kit, _GROUND_TRUTH, path).read().decode(), _extract(kit, _META, path), path)
+        except (tarfile.ReadError, EOFError, zlib.error) as error:
+            raise ShardError(f"{path} is cut off or damaged ({error}): download it again") from error
     text = path.read_text()
     lines = text.split()
     if lines and all(_SYNSET.fullmatch(line) for line in lines):

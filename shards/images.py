@@ -59,7 +59,7 @@ class ImageRules:
     """What is asked of every image."""
 
     resize: int | None = None
-    """Shorter side, in pixels, to which larger images are reduced (antialiased, JPEG quality 90); none is ever enlarged.
+    """Shorter side in pixels to which larger images are reduced (antialiased, JPEG quality 90); none is enlarged.
     None keeps every size, and the bytes of every good baseline RGB JPEG."""
     min_side: int = 16
     """Smallest shorter side in pixels; what is smaller is rejected."""

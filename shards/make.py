@@ -83,7 +83,7 @@ def make_shards(options: MakeShards, console: Console) -> Manifest:
     """
     _check_options(options)
     workspace = Workspace(options.out, options.split)
-    with console.status(f"listing {options.src}"), _explain_read_errors():
+    with console.status(f"listing {options.src}"), _explain_read_errors(options.src):
         kind = sources.detect(options.src) if options.source == "auto" else options.source
         listing = sources.list_source(options.src, kind, options.val_labels, options.label_field)
         plan = make_plan(listing, _known_columns(options), options.seed, options.rules.resize, options.cut)
@@ -140,8 +140,8 @@ def _finish(options: MakeShards, workspace: Workspace, plan: Plan, settings: dic
     samples = sum(shard.samples for shard in shards)
     if len(whole) < plan.shards or samples + len(rejections) != plan.read:
         raise ShardError(
-            f"read {plan.read:,} is not written {samples:,} + rejected {len(rejections):,}: somebody else changed files "
-            f"of {options.out}; run the same command again"
+            f"read {plan.read:,} is not written {samples:,} + rejected {len(rejections):,}: somebody else changed "
+            f"files of {options.out}; run the same command again"
         )
     if not shards:
         workspace.clear()
@@ -261,10 +261,9 @@ def _warn_of_small_disk(out: Path, needed: int, console: Console) -> None:
 
 
 @contextmanager
-def _explain_read_errors() -> Iterator[None]:
+def _explain_read_errors(source: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ShardError(
-            f"cannot read {error.filename}: {error.strerror}; correct the source or its permissions"
-        ) from error
+        path = error.filename or source
+        raise ShardError(f"cannot read {path}: {error.strerror}; correct the source or its permissions") from error

@@ -12,12 +12,20 @@ import signal
 from collections.abc import Callable, Generator, Iterable
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from shards.manifest import ShardError
 
 Task = TypeVar("Task")
 Report = TypeVar("Report")
+
+
+class Tally(NamedTuple):
+    """What a task reports on the way: samples done since its last report, and how many of those were bad."""
+
+    done: int
+    bad: int
+
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -49,13 +57,15 @@ def run_tasks(
         for _, task in zip(range(workers), queue, strict=False):
             connection, process = _start(work)
             busy[connection] = process, task
-            connection.send(task)
+        # Only now: a task fills the pipe, and sending it waits for its worker to have started.
+        for connection, (process, task) in busy.items():
+            _send(connection, process, task, name)
         while busy:
             ready = wait(list(busy))
             for connection, (process, task) in list(busy.items()):
                 if connection not in ready:
                     continue
-                kind, content = _receive(connection, process, name(task))
+                kind, content = _receive(connection, process, task, name)
                 if kind == "error":
                     raise ShardError(content)
                 if kind == "report":
@@ -68,7 +78,7 @@ def run_tasks(
                     process.join()
                 else:
                     busy[connection] = process, following
-                    connection.send(following)
+                    _send(connection, process, following, name)
     finally:
         for process, _ in busy.values():
             process.kill()
@@ -105,16 +115,27 @@ def _serve(connection: Connection, work: Callable[[Task], Generator[Report, None
         return
 
 
-def _receive(connection: Connection, process: SpawnProcess, task: str) -> tuple[str, Any]:
+def _send(connection: Connection, process: SpawnProcess, task: Task, name: Callable[[Task], str]) -> None:
+    try:
+        connection.send(task)
+    except ConnectionError:
+        raise _obituary(process, name(task)) from None
+
+
+def _receive(connection: Connection, process: SpawnProcess, task: Task, name: Callable[[Task], str]) -> tuple[str, Any]:
     try:
         return connection.recv()
-    except (EOFError, ConnectionError):
-        process.join()
-        code = process.exitcode or 0
-        if code == -signal.SIGKILL:
-            cause = "was killed, most likely for want of memory: use fewer --workers"
-        elif code < 0:
-            cause = f"crashed ({signal.Signals(-code).name})"
-        else:
-            cause = "failed, see above"
-        raise ShardError(f"the worker process on {task} {cause}; the same command goes on from here") from None
+    except (EOFError, OSError):
+        raise _obituary(process, name(task)) from None
+
+
+def _obituary(process: SpawnProcess, task: str) -> ShardError:
+    process.join()
+    code = process.exitcode or 0
+    if code == -signal.SIGKILL:
+        cause = "was killed, most likely for want of memory: use fewer --workers"
+    elif code < 0:
+        cause = f"crashed ({signal.Signals(-code).name})"
+    else:
+        cause = "failed, see above"
+    return ShardError(f"the worker process on {task} {cause}; the same command goes on from here")

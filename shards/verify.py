@@ -19,11 +19,10 @@ from shards import jpeg
 from shards.display import show_progress
 from shards.index import Entry, parse_index
 from shards.manifest import Column, Manifest, Shard, ShardError, list_splits, load_manifest
-from shards.pool import available_cores, run_tasks
+from shards.pool import Tally, available_cores, run_tasks
 from shards.rejection import Rejected, load_rejections
 from shards.tars import list_members
 from shards.workspace import Workspace
-from shards.writer import Tally
 
 REMEDY = "copy it again, or remake the split with tools/make_shards.py"
 

@@ -130,7 +130,7 @@ def _labels(file: int, components: dict[str, Member], label_field: str, ours: Ma
             raise Rejected(f"its json cannot be read: {error}") from error
         if not labels[LABEL]:
             raise Rejected(f"its json has no field '{label_field}' (label_field)")
-    for name in sorted(components):
+    for name in sorted(components, key=lambda name: (name != "cls", name)):
         if name == "cls" or name.endswith(".cls"):
             try:
                 labels[name.removesuffix(".cls") if name != "cls" else LABEL] = (

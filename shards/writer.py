@@ -14,19 +14,13 @@ from shards.images import ImageRules, normalise, normalise_mask
 from shards.index import Entry, format_index
 from shards.listing import Sample
 from shards.manifest import Column, Shard, sync_folder
+from shards.pool import Tally
 from shards.reading import Reader
 from shards.rejection import Rejected, Rejection
 from shards.workspace import Record, Workspace, explain_write_errors
 
 REPORT_EVERY = 0.2
 """Seconds between two reports from inside a shard."""
-
-
-class Tally(NamedTuple):
-    """Images done, and how many of those were rejected."""
-
-    done: int
-    rejected: int
 
 
 @dataclass(frozen=True)
