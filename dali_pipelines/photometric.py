@@ -176,8 +176,10 @@ def _coin(probability: float) -> DataNode | None:
 
 def _where(coin: DataNode, drawn_from: tuple[float, float], otherwise: float) -> DataNode:
     """A uniform draw where the coin says yes. Multiplied by 1 and added to 0, so the draw itself, bit for bit."""
+    low, high = drawn_from
+    drawn = fn.random.uniform(range=[low, high]) if low < high else low  # DALI refuses an empty range
     yes = _float(coin)
-    return yes * fn.random.uniform(range=list(drawn_from)) + (1.0 - yes) * otherwise
+    return yes * drawn + (1.0 - yes) * otherwise
 
 
 def _float(node: DataNode) -> DataNode:
