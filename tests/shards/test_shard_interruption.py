@@ -1,0 +1,188 @@
+"""Killed at any instant, a run goes on from its whole shards and ends with the bytes of an uninterrupted one."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from shard_sources import contents, encoded, make, photo
+
+from shards.manifest import ShardError
+from shards.workspace import Workspace
+
+ROOT = Path(__file__).parents[2]
+SHARDS = 12
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """36 images that take some milliseconds each, so that a kill hits the middle of a shard."""
+    folder = tmp_path_factory.mktemp("source") / "src" / "class"
+    folder.mkdir(parents=True)
+    for number in range(36):
+        (folder / f"{number:02d}.png").write_bytes(encoded(photo(number, (560, 420)), "PNG", compress_level=1))
+    (folder / "bad.png").write_bytes(b"bad")
+    return folder.parent
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("uninterrupted") / "out"
+    make(source, out, min_shards=SHARDS)
+    return contents(out)
+
+
+def start(source: Path, out: Path, workers: int = 2) -> subprocess.Popen[str]:
+    options = ["--split", "train", "--min-shards", str(SHARDS), "--workers", str(workers)]
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "tools" / "make_shards.py"), str(source), str(out), *options],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(source: Path, out: Path) -> str:
+    process = start(source, out)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
+    return stdout
+
+
+def records(out: Path) -> int:
+    return len(list((out / ".train.unfinished").glob("00*.json")))
+
+
+def wait_for(condition, seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+def workers_of(process: subprocess.Popen[str]) -> list[int]:
+    """Process ids of the spawned workers (one more child tracks multiprocessing's resources)."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def kill_once(source: Path, out: Path, generator: random.Random, at_least: int) -> None:
+    """Start a run, kill it with -9 a little after `at_least` shards stand."""
+    process = start(source, out)
+    wait_for(lambda: records(out) >= at_least or process.poll() is not None)
+    time.sleep(generator.uniform(0, 0.03))
+    workers = workers_of(process) if process.poll() is None else []
+    process.kill()
+    process.communicate()
+    wait_for(lambda: all(map(is_gone, workers)))
+
+
+def check_kills(source: Path, out: Path, uninterrupted: dict[str, bytes], moments: list[int]) -> None:
+    generator = random.Random(0)
+    for moment in moments:
+        kill_once(source, out, generator, moment)
+        assert not (out / "manifest.json").exists() or contents(out) == uninterrupted
+        for name, data in contents_of_files(out).items():
+            assert data == uninterrupted[name], f"{name} has its final name and is not whole"
+    finish(source, out)
+    assert contents(out) == uninterrupted
+
+
+def contents_of_files(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in out.glob("train-*")} if out.exists() else {}
+
+
+def test_killed_three_times_the_result_is_the_same_and_no_worker_stays(source, uninterrupted, tmp_path):
+    check_kills(source, tmp_path / "out", uninterrupted, [0, 2, 6])
+
+
+@pytest.mark.long
+def test_killed_ten_times_the_result_is_the_same(source, uninterrupted, tmp_path):
+    check_kills(source, tmp_path / "out", uninterrupted, list(range(10)))
+
+
+def test_whole_shards_are_not_made_again(source, uninterrupted, tmp_path):
+    out = tmp_path / "out"
+    kill_once(source, out, random.Random(1), 4)
+    standing = {path: path.stat().st_ino for path in out.glob("train-*") if (out / ".train.unfinished").exists()}
+    whole = records(out)
+    assert 4 <= whole < SHARDS
+    output = finish(source, out)
+    assert f"going on: {whole} of {SHARDS} shards stand" in output
+    recorded = sum(path.stat().st_ino == inode for path, inode in standing.items())
+    assert recorded >= 2 * whole
+    assert contents(out) == uninterrupted
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_stopped_run_says_how_to_go_on_and_leaves_nothing_half_written(
+    source, uninterrupted, tmp_path, number, workers
+):
+    out = tmp_path / "out"
+    process = start(source, out, workers)
+    wait_for(lambda: records(out) >= 2)
+    children = workers_of(process)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 128 + number
+    assert stderr == "stopped; finished shards are kept, and the same command goes on from there\n"
+    assert all(map(is_gone, children))
+    assert not list(out.rglob("*.partial"))
+    finish(source, out)
+    assert contents(out) == uninterrupted
+
+
+def test_a_worker_that_is_killed_ends_the_run_with_its_shard_named(source, uninterrupted, tmp_path):
+    out = tmp_path / "out"
+    process = start(source, out)
+    wait_for(lambda: records(out) >= 1)
+    os.kill(workers_of(process)[0], signal.SIGKILL)
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert stderr.startswith("error: the worker process on shard train-0000")
+    assert "want of memory: use fewer --workers" in stderr
+    finish(source, out)
+    assert contents(out) == uninterrupted
+
+
+def test_two_runs_cannot_make_the_same_split_at_once(source, tmp_path):
+    out = tmp_path / "out"
+    with Workspace(out, "train").lock(), pytest.raises(ShardError, match="another run is making 'train'"):
+        make(source, out)
+    assert not (out / ".train.unfinished").exists()
+
+
+def test_an_interrupted_run_of_other_settings_is_refused_and_can_be_thrown_away(source, tmp_path):
+    out = tmp_path / "out"
+    kill_once(source, out, random.Random(2), 3)
+    assert records(out) >= 3
+    with pytest.raises(ShardError, match="interrupted run for split 'train' made with resize = None, this run has 32"):
+        make(source, out, min_shards=SHARDS, resize=32)
+    make(source, out, min_shards=SHARDS, resize=32, overwrite=True)
+    make(source, tmp_path / "fresh", min_shards=SHARDS, resize=32)
+    assert contents(out) == contents(tmp_path / "fresh")
+
+
+def test_a_record_whose_files_are_gone_or_cut_is_made_again(source, uninterrupted, tmp_path):
+    out = tmp_path / "out"
+    kill_once(source, out, random.Random(3), 4)
+    tars = sorted(out.glob("*.tar"))
+    tars[0].unlink()
+    tars[1].write_bytes(tars[1].read_bytes()[:1000])
+    finish(source, out)
+    assert contents(out) == uninterrupted
