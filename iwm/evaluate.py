@@ -32,12 +32,13 @@ PROTOCOLS: dict[str, ModuleType] = {"mrr": mrr, "retrieval": retrieval}
 
 def evaluate(name: str, settings: Settings) -> dict[str, Any]:
     """Run a protocol on a checkpoint and write its JSON. Returns the result, whose keys are the protocol's own beside
-    protocol, checkpoint, step, data, settings, seed, device, versions and seconds."""
+    protocol, checkpoint, step, data, settings, seed, device, precision, versions and seconds."""
     start = time.perf_counter()
     subject = load_subject(settings)
     output = settings.output or subject.run / "eval" / f"{name}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
-    with torch.autocast(subject.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+    precision = subject.config.train.precision if settings.precision == "auto" else settings.precision
+    with torch.autocast(subject.device.type, torch.bfloat16, enabled=precision == "bf16"):
         figures = PROTOCOLS[name].evaluate(subject, settings, output)
     result = {
         "protocol": name,
@@ -47,6 +48,7 @@ def evaluate(name: str, settings: Settings) -> dict[str, Any]:
         "settings": asdict(settings),
         "seed": settings.seed,
         "device": subject.device_name,
+        "precision": precision,
         "versions": versions(),
         "seconds": round(time.perf_counter() - start, 2),
     }

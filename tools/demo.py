@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import tyro
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -61,6 +62,10 @@ class Options:
         """Folder of the control's run."""
         return self.out.with_name(f"{self.out.name}-no-jitter")
 
+    def tiles_csv(self, split: str) -> Path:
+        """Where make_demo_data.py puts a split's table."""
+        return self.data / "source" / split / "tiles.csv"
+
     @property
     def shards(self) -> Path:
         return self.data / "shards"
@@ -86,7 +91,7 @@ def stages(options: Options) -> list[Stage]:
     steps = o.steps or demo().schedule.steps
     assert steps is not None
     return [
-        Stage("Cut tiles from scikit-image's photographs", tiles, lambda: (o.data / "source" / "val.csv").exists()),
+        Stage("Cut tiles from scikit-image's photographs", tiles, lambda: o.tiles_csv("val").exists()),
         *(_shard(o, split) for split in ("train", "val")),
         _train("Pretrain the world model", o, o.out, steps, []),
         _measure("Measure MRR, also with shuffled actions", o, o.out, "mrr.json"),
@@ -103,13 +108,12 @@ def stages(options: Options) -> list[Stage]:
 
 
 def _shard(options: Options, split: str) -> Stage:
-    command = ["tools/make_shards.py", str(options.data / "source" / f"{split}.csv"), str(options.shards)]
+    command = ["tools/make_shards.py", str(options.tiles_csv(split)), str(options.shards)]
     return Stage(f"Write {split} shards", [*command, "--split", split], lambda: False)
 
 
 def _train(title: str, options: Options, run: Path, steps: int, more: list[str]) -> Stage:
-    # The bare -- keeps torchrun from reading --run as an abbreviation of an option of its own.
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1", "--", "iwm/train.py", "demo"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1", "iwm/train.py", "demo"]
     chosen = ["--run-dir", str(run), "--data.shards", str(options.shards), "--schedule.steps", str(steps), *more]
     return Stage(title, [*launch, *chosen], lambda: path_of(run, steps).exists())
 
@@ -148,19 +152,19 @@ def run_stages(todo: list[Stage], console: Console) -> None:
 def summary(out: Path) -> Table:
     """The figures that the demo is about, beside what is expected of them."""
     own, control = (_read(out / "eval" / name) for name in ("mrr.json", "mrr-no-jitter.json"))
-    table = Table(title="Can the predictor apply an action it is told?")
-    table.add_column("what is asked")
-    for column in ("MRR, pooled", "MRR, per token", "expected, pooled", ""):
-        table.add_column(column, justify="right")
+    table = Table(title="Can the predictor apply the action that it is told?", box=SIMPLE_HEAD)
+    table.add_column("")
+    for column in ("MRR, pooled", "per token", "expected", ""):
+        table.add_column(column, justify="right", no_wrap=True)
     rows = (
-        ("the world model", own["mrr"], "at least"),
-        ("the same, told another copy's action", own["shuffled_actions"], "at most"),
-        ("the same model trained without jitter", control["mrr"], "at most"),
+        ("world model", own["mrr"], "at least"),
+        ("the same, shuffled actions", own["shuffled_actions"], "at most"),
+        ("model trained without jitter", control["mrr"], "at most"),
     )
     for name, scores, bound in rows:
         pooled, limit = scores["pooled"]["teacher"]["mean"], EXPECTED[bound]
         good = pooled >= limit if bound == "at least" else pooled <= limit
-        cells = (f"{s['mean']:.3f} ± {s['standard_error']:.3f}" for s in (scores[d]["teacher"] for d in scores))
+        cells = (f"{s['mean']:.3f} ±{s['standard_error']:.3f}" for s in (scores[d]["teacher"] for d in scores))
         table.add_row(name, *cells, f"{bound} {limit}", "yes" if good else "[bold]NO[/]")
     table.add_row("guessing", f"{own['chance']:.3f}", f"{own['chance']:.3f}", "", "")
     return table

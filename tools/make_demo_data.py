@@ -4,8 +4,8 @@
 
 The photographs are those inside scikit-image's wheel, so no network is needed; training and validation tiles come from
 different photographs. Each tile has a class (the object's `shape`), three further labels (`colour`, `texture`,
-`place`) and a segmentation mask (0: photograph, 1 + class: object). Written are OUT/train.csv and OUT/val.csv with the
-columns path, label, colour, texture, place, mask (paths relative to the CSV), for tools/make_shards.py.
+`place`) and a segmentation mask (0: photograph, 1 + class: object). Written are OUT/train/tiles.csv and
+OUT/val/tiles.csv with the columns path, label, colour, texture, place, mask, for tools/make_shards.py.
 """
 
 from __future__ import annotations
@@ -198,20 +198,25 @@ def _paint(hue: float, texture: str, rng: np.random.Generator) -> Image.Image:
 
 def _write_tile(index: int, *, folder: Path, split: str, seed: int) -> list[str]:
     tile = draw_tile(split, index, seed)
-    image, mask = Path(split, "images", f"{index:05d}.jpg"), Path(split, "masks", f"{index:05d}.png")
+    image, mask = f"{split}-{index:05d}.jpg", f"{split}-{index:05d}-mask.png"
     tile.image.save(folder / image, quality=92, subsampling=0)
     tile.mask.save(folder / mask)
-    return [str(image), *tile.labels.values(), str(mask)]
+    return [image, *tile.labels.values(), mask]
+
+
+def tiles_csv(folder: Path, split: str) -> Path:
+    """Where a split's table is: it names the tiles beside it."""
+    return folder / split / "tiles.csv"
 
 
 def make_split(folder: Path, split: str, tiles: int, seed: int = 0) -> Path:
     """Write a split's tiles, masks and CSV under `folder`, on every core; returns the CSV, which is written last."""
     photographs()
-    for kind in ("images", "masks"):
-        (folder / split / kind).mkdir(parents=True, exist_ok=True)
+    path = tiles_csv(folder, split)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write = partial(_write_tile, folder=path.parent, split=split, seed=seed)
     with ProcessPoolExecutor() as pool:
-        rows = list(pool.map(partial(_write_tile, folder=folder, split=split, seed=seed), range(tiles), chunksize=64))
-    path = folder / f"{split}.csv"
+        rows = list(pool.map(write, range(tiles), chunksize=64))
     with open(path, "w", newline="") as file:
         csv.writer(file).writerows([["path", "label", "colour", "texture", "place", "mask"], *rows])
     return path

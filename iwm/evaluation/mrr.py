@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float, Int, UInt8
+from rich.box import SIMPLE_HEAD
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
@@ -241,13 +242,19 @@ def table(result: dict[str, Any]) -> Table:
     made = Table(
         title="Mean reciprocal rank ± standard error",
         caption=f"{result['images']} images, bank of {result['bank']}; chance {result['chance']:.4f}",
+        box=SIMPLE_HEAD,
     )
-    for column in ("distance", "clean image through", "MRR", "shuffled actions", "Recall@1", "Recall@5"):
-        made.add_column(column, justify="left" if column in ("distance", "clean image through") else "right")
-    parts = (result["mrr"], result["shuffled_actions"], result["recall"]["at_1"], result["recall"]["at_5"])
+    parts = {
+        "MRR": result["mrr"],
+        "shuffled": result["shuffled_actions"],
+        "Recall@1": result["recall"]["at_1"],
+        "Recall@5": result["recall"]["at_5"],
+    }
+    for column in ("distance", "encoder", *parts):
+        made.add_column(column, justify="right" if column in parts else "left", no_wrap=True)
     for distance in DISTANCES:
         for context in CONTEXTS:
-            scores = [part[distance][context] for part in parts]
-            cells = [f"{score['mean']:.3f} ± {score['standard_error']:.3f}" for score in scores]
+            scores = [part[distance][context] for part in parts.values()]
+            cells = [f"{score['mean']:.3f} ±{score['standard_error']:.3f}" for score in scores]
             made.add_row(distance.replace("_", " "), context, *cells)
     return made

@@ -146,7 +146,7 @@ def _chart(run: Run, title: str, names: tuple[str, ...]) -> str:
     return f'<div class="chart"><h3>{escape(title)}<b>{last}</b></h3>{legend}{svg}</div>'
 
 
-HOW = ("checkpoint", "data", "settings", "seed", "device", "versions", "seconds")
+HOW = ("checkpoint", "data", "settings", "seed", "device", "precision", "versions", "seconds")
 """Fields of an evaluation that say how it was made."""
 
 

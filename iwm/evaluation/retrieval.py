@@ -15,6 +15,7 @@ import torch
 from jaxtyping import UInt8
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor
 
@@ -137,11 +138,10 @@ def evaluate(subject: Subject, settings: Settings, output: Path) -> dict[str, An
 
 def table(result: dict[str, Any]) -> Table:
     """The result for the terminal."""
-    made = Table(title=f"Retrieved among {result['bank']} copies ({result['picture']})")
-    made.add_column("photograph")
-    made.add_column("action")
-    made.add_column("rank of the truth", justify="right")
+    made = Table(title=f"Retrieved among {result['bank']} copies: see {result['picture']}", box=SIMPLE_HEAD)
+    for column in ("photograph", "action", "rank of the truth"):
+        made.add_column(column, justify="right" if column.startswith("rank") else "left")
     for row in result["photographs"]:
-        for shown in row["actions"]:
-            made.add_row(row["key"], shown["action"], f"{shown['rank']:g}")
+        for i, shown in enumerate(row["actions"]):
+            made.add_row("" if i else row["key"], shown["action"], f"{shown['rank']:g}")
     return made

@@ -29,5 +29,5 @@ class Settings:
     seed: int = 0
     """Of everything drawn: the same seed asks every model the same."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: autocast of the model; distances and ranks stay exact."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """`bf16`: autocast of the model; distances and ranks stay exact. `auto`: as the run was trained."""
