@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from nvidia.dali import fn, pipeline_def
+from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali import math as dali_math
 
 from dali_pipelines.photometric import Backend, DataNode
 from dali_pipelines.reader import Source, decode, read
@@ -14,10 +15,18 @@ from dali_pipelines.reader import Source, decode, read
 def centre_crops(
     source: Source, size: int, *, backend: Backend, read_ahead: int, hw_decoder_load: float
 ) -> tuple[DataNode, ...]:
-    """Outputs: images (uint8 HWC, size×size), origin, and the label if one is read."""
+    """Outputs: images (uint8 HWC, size×size), origin, and the label if one is read.
+
+    Shorter side to ceil(size · 256 / 224), antialiased, then the middle: to the pixel as torchvision's Resize and
+    CenterCrop, whose sides are rounded down and whose margins are rounded to even.
+    """
     encoded = read(source, shuffle_buffer=0, seed=0, prefetch=read_ahead)
+    sides = fn.peek_image_shape(encoded.jpeg, dtype=types.INT32)[:2]
+    resized = sides * math.ceil(size * 256 / 224) // dali_math.min(sides[0], sides[1])
     image = decode(encoded.jpeg, backend, hw_decoder_load)
-    image = fn.resize(image, resize_shorter=float(math.ceil(size * 256 / 224)))
-    image = fn.crop(image, crop=(size, size))
+    image = fn.resize(image, size=fn.cast(resized, dtype=types.FLOAT))
+    surplus = resized - size
+    margin = (surplus + surplus // 2 % 2) // 2
+    image = fn.slice(image, start=margin, shape=[size, size], axes=[0, 1])
     outputs = (image, encoded.origin)
     return outputs if encoded.label is None else (*outputs, encoded.label)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -241,10 +242,18 @@ def _run(pipeline: Any, folder: Path) -> list[Tensor]:
         outputs = pipeline.run(torch.cuda.current_stream(pipeline.device_id)) if on_gpu else pipeline.run()
     except RuntimeError as error:
         raise ShardError(
-            f"{folder}: DALI could not make a batch; find the bad sample with "
-            f"'python tools/make_shards.py verify {folder}'. DALI says: {error}"
+            f"{folder}: DALI could not make a batch: {_reason(error)}. If it is a bad sample, "
+            f"'python tools/make_shards.py verify {folder}' names it"
         ) from error
     return [torch.from_dlpack(output.as_tensor()) for output in outputs]
+
+
+def _reason(error: RuntimeError) -> str:
+    """What went wrong and in which operator, out of a page of DALI's traceback."""
+    text = str(error)
+    operator = re.search(r"operator `(.*?)`", text)
+    cause = text.partition("encountered:\n")[2].strip().partition("\n")[0] or text.partition("\n")[0]
+    return f"{cause} in {operator[1]}" if operator else cause
 
 
 def _backend(device: str | torch.device) -> tuple[Backend, int | None]:

@@ -1,0 +1,52 @@
+"""The validation loader: every sample once, in order, as torchvision's resize and centre crop show it."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from pipeline_shards import photographs_and_noise
+from torchvision.transforms.v2 import functional as tv
+
+from dali_pipelines.loader import ValidationLoader
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_one_pass_has_every_sample_once_over_the_ranks_in_order(shards: Path, world_size: int) -> None:
+    loaders = [
+        ValidationLoader(shards, "train", size=32, batch_size=6, rank=r, world_size=world_size, threads=1, label="row")
+        for r in range(world_size)
+    ]
+    for _ in range(2):
+        keys: list[str] = []
+        for loader in loaders:
+            batches = list(loader)
+            assert len(batches) == len(loader)
+            assert all(len(batch.images) == len(batch.keys) == 6 for batch in batches[:-1])
+            assert 1 <= len(batches[-1].images) == len(batches[-1].keys) <= 6
+            for batch in batches:
+                assert batch.labels is not None
+                assert [f"train{row:06d}" for row in batch.labels.tolist()] == list(batch.keys)
+                keys += batch.keys
+        assert keys == [f"train{i:06d}" for i in range(47)]
+
+
+def test_a_pass_that_was_broken_off_does_not_change_the_next(shards: Path) -> None:
+    loader = ValidationLoader(shards, "train", size=32, batch_size=6, threads=1)
+    next(iter(loader))
+    assert [key for batch in loader for key in batch.keys][:2] == ["train000000", "train000001"]
+
+
+def test_images_are_resized_and_cropped_as_torchvision_does(shards: Path, device: str) -> None:
+    loader = ValidationLoader(shards, "train", size=56, batch_size=47, threads=1, device=device)
+    (batch,) = loader
+    assert batch.labels is None
+    assert batch.images.dtype == torch.uint8
+    for made, content in zip(batch.images.cpu(), photographs_and_noise(47), strict=True):
+        image = tv.pil_to_tensor(Image.open(io.BytesIO(content)))
+        # 256 / 224 of 56 is 64.
+        expected = tv.center_crop(tv.resize(image, [64], antialias=True), [56, 56]).permute(1, 2, 0)
+        assert (made.float() - expected.float()).abs().mean() <= (1.0 if device == "cpu" else 2.0)

@@ -1,0 +1,140 @@
+"""What is drawn has the distributions that the declaration states."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pipeline_shards import jpeg, write_split
+from scipy.stats import binomtest, ks_2samp, kstest
+from torch import Tensor
+from torchvision.transforms import RandomResizedCrop
+
+from dali_pipelines.augmentation import (
+    GEOMETRY_FIELDS,
+    IDENTITY,
+    JITTER_FIELDS,
+    NO_COLOUR,
+    PARAMS,
+    PHOTOMETRIC_FIELDS,
+    SCENARIOS,
+    SOURCE,
+    TARGET,
+    Photometric,
+    Views,
+)
+from dali_pipelines.loader import ViewLoader
+from dali_pipelines.replay import draw_photometric
+
+DRAWS = 4000
+UNLIKELY = 1e-4
+"""The p-value under which a draw counts as wrong; seeds are fixed, so a pass stays a pass."""
+
+
+@pytest.fixture(scope="module")
+def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 images of 75×100 pixels: what is drawn does not depend on what is in them."""
+    folder = tmp_path_factory.mktemp("tiny")
+    rng = np.random.default_rng(0)
+    write_split(folder, "train", [jpeg(rng.integers(0, 256, (75, 100, 3), dtype=np.uint8))] * 20, per_shard=(20,))
+    return folder
+
+
+def draw(folder: Path, views: Views, draws: int = DRAWS) -> Tensor:
+    loader = ViewLoader(folder, "train", replace(views, size=8), batch_size=500, seed=1, threads=1)
+    return torch.cat([next(loader).params.clone() for _ in range(draws // 500)])
+
+
+def replayed(spec: Photometric) -> Tensor:
+    return draw_photometric(spec, DRAWS, torch.Generator().manual_seed(1))
+
+
+def assert_drawn_as_declared(params: Tensor, spec: Photometric) -> None:
+    """`params` [n, 7] in the order of PHOTOMETRIC_FIELDS."""
+    columns = dict(zip(PHOTOMETRIC_FIELDS, params.double().numpy().T, strict=True))
+    identities = dict(zip(PHOTOMETRIC_FIELDS, IDENTITY, strict=True))
+    jittered = np.any([columns[name] != identities[name] for name in JITTER_FIELDS], axis=0)
+    assert_probability(jittered, spec.jitter_probability)
+    for name in JITTER_FIELDS if jittered.any() else ():
+        assert_uniform(columns[name][jittered], *spec.jitter_range(name))
+    for name in ("grayscale", "solarize"):
+        assert set(columns[name]) <= {0.0, 1.0}
+        assert_probability(columns[name] == 1, getattr(spec, f"{name}_probability"))
+    blurred = columns["blur_sigma"] > 0
+    assert_probability(blurred, spec.blur_probability)
+    if blurred.any():
+        assert_uniform(columns["blur_sigma"][blurred], *spec.blur_sigma)
+
+
+def assert_probability(happened: np.ndarray, probability: float) -> None:
+    assert binomtest(int(happened.sum()), len(happened), probability).pvalue > UNLIKELY
+
+
+def assert_uniform(values: np.ndarray, low: float, high: float) -> None:
+    assert low - 1e-6 <= values.min()
+    assert values.max() <= high + 1e-6
+    assert kstest(values, "uniform", (low, high - low)).pvalue > UNLIKELY
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_every_scenario_of_table_s2_draws_its_ranges_and_probabilities(tiny_shards: Path, scenario: str) -> None:
+    views = SCENARIOS[scenario]
+    params = draw(tiny_shards, views)
+    assert params.shape == (DRAWS, len(PARAMS))
+    assert_drawn_as_declared(params[:, TARGET], views.target)
+    assert_drawn_as_declared(params[:, SOURCE], views.source)
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_the_replay_draws_the_same_distributions(scenario: str) -> None:
+    assert_drawn_as_declared(replayed(SCENARIOS[scenario].source), SCENARIOS[scenario].source)
+
+
+def test_source_and_target_jitter_are_independent(tiny_shards: Path) -> None:
+    params = draw(tiny_shards, SCENARIOS["jitter"]).double()
+    both = torch.cat([params[:, TARGET][:, :4], params[:, SOURCE][:, :4]], dim=1)
+    correlation = torch.corrcoef(both.T)
+    # Within a view the shared coin does not correlate the factors; between views nothing may.
+    assert (correlation - torch.eye(8, dtype=torch.float64)).abs().max() < 0.08
+
+
+def test_what_cannot_vary_is_written_as_it_is(tiny_shards: Path) -> None:
+    still = Photometric(1.0, 0.4, 0.0, 0.0, 0.0, 0.0, 1.0, (1.5, 1.5), 0.0)
+    params = draw(tiny_shards, Views(source=still, target=NO_COLOUR), draws=500)[:, SOURCE]
+    assert (params[:, 1:] == torch.tensor([1.0, 1.0, 0.0, 0.0, 1.5, 0.0])).all()
+    assert params[:, 0].std() > 0.1
+
+
+def test_crop_boxes_have_the_distribution_of_torchvisions_random_resized_crop(tiny_shards: Path) -> None:
+    params = draw(tiny_shards, Views(target=NO_COLOUR, source=NO_COLOUR))
+    x, y, width, height, image_width, image_height, flip = params.double().numpy()[:, : len(GEOMETRY_FIELDS)].T
+    assert set(image_width) == {100.0}
+    assert set(image_height) == {75.0}
+    assert_probability(flip == 1, 0.5)
+    torch.manual_seed(0)
+    image = torch.empty(3, 75, 100)
+    boxes = [RandomResizedCrop.get_params(image, [0.3, 1.0], [3 / 4, 4 / 3]) for _ in range(DRAWS)]
+    top, left, tall, wide = np.array(boxes, dtype=float).T
+    pairs = ((x, left), (y, top), (width, wide), (height, tall))
+    pairs += ((width * height, wide * tall), (width / height, wide / tall), (x + width, left + wide))
+    for ours, torchvisions in pairs:
+        assert ks_2samp(ours, torchvisions).pvalue > UNLIKELY
+
+
+def test_a_panorama_that_no_box_fits_is_cut_to_the_nearest_aspect(tmp_path: Path) -> None:
+    """As torchvision does, but placed anywhere, where torchvision always takes the centre."""
+    write_split(tmp_path, "train", [jpeg(np.zeros((40, 400, 3), dtype=np.uint8))] * 4, per_shard=(4,))
+    x, y, width, height = draw(tmp_path, Views(target=NO_COLOUR, source=NO_COLOUR), draws=500)[:, :4].T
+    assert set(width.tolist()) == {53.0}
+    assert set(height.tolist()) == {40.0}
+    assert set(y.tolist()) == {0.0}
+    assert x.min() < 40
+    assert x.max() > 300
+
+
+def test_the_whole_image_can_be_asked_for(tiny_shards: Path) -> None:
+    views = Views(crop_scale=(1.0, 1.0), crop_ratio=(4 / 3, 4 / 3), flip_probability=0.0, target=NO_COLOUR)
+    assert set(map(tuple, draw(tiny_shards, views, draws=500)[:, :7].tolist())) == {(0, 0, 100, 75, 100, 75, 0)}
