@@ -1,0 +1,58 @@
+"""A real run to evaluate: real shards of drawn tiles and a checkpoint of a small, untrained model."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dali_pipelines.augmentation import Views
+from iwm.config import Config, Data, Encoder, Predictor, Train
+from iwm.models.world_model import WorldModel
+from iwm.training.checkpoint import Checkpoint, save, versions
+from tools.make_demo_data import make_split
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A shard folder whose split `val` has 12 tiles."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    table = make_split(folder / "source", "val", 12)
+    command = [sys.executable, str(ROOT / "tools" / "make_shards.py"), str(table), str(folder / "shards")]
+    subprocess.run([*command, "--split", "val"], check=True, capture_output=True)
+    return folder / "shards"
+
+
+@pytest.fixture(scope="session")
+def config(shards: Path) -> Config:
+    return Config(
+        data=Data(shards=shards),
+        views=Views(size=32),
+        encoder=Encoder(width=48, depth=1, heads=2, patch=8),
+        predictor=Predictor(width=48, depth=1, heads=2),
+        train=replace(Train(), compile=False, precision="fp32"),
+    )
+
+
+@pytest.fixture
+def run(tmp_path: Path, config: Config) -> Path:
+    """A run's folder with one checkpoint, of step 7."""
+    torch.manual_seed(0)
+    content = Checkpoint(
+        config=config,
+        step=7,
+        samples=448,
+        skipped=0,
+        model=WorldModel(config).state_dict(),
+        optimizer={},
+        rng={},
+        loader=[],
+        versions=versions(),
+    )
+    folder = tmp_path / "small"
+    save(folder, content)
+    return folder

@@ -1,0 +1,83 @@
+"""The demo runs from nothing to a report, keeps what is finished, and says plainly where it failed."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from tools.demo import DemoError, Options, Stage, run_stages, stages, summary
+
+SCRIPT = Path(__file__).parents[2] / "tools" / "demo.py"
+TINY = ("--steps", "12", "--control-steps", "6", "--tiles", "128", "128", "--images", "3")
+
+
+def _writes(path: Path, text: str) -> list[str]:
+    return ["-c", f"open({str(path)!r}, 'a').write({text!r})"]
+
+
+def test_finished_stages_are_kept_and_the_others_run_in_order(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    todo = [Stage(f"stage {i}", _writes(log, str(i)), lambda i=i: i == 2) for i in (1, 2, 3)]
+    run_stages(todo, Console(quiet=True))
+    assert log.read_text() == "13"
+
+
+def test_a_stage_that_fails_stops_the_demo_and_is_named(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    fails = Stage("shards", ["-c", "raise SystemExit(3)"], lambda: False)
+    after = Stage("training", _writes(log, "ran"), lambda: False)
+    with pytest.raises(DemoError, match=r"'shards' failed \(exit code 3"):
+        run_stages([fails, after], Console(quiet=True))
+    assert not log.exists()
+
+
+def test_an_evaluation_older_than_the_checkpoint_is_made_again(tmp_path: Path) -> None:
+    options = Options(out=tmp_path / "run", data=tmp_path / "data")
+    measure = next(stage for stage in stages(options) if "mrr.json" in " ".join(stage.command))
+    result, checkpoint = tmp_path / "run" / "eval" / "mrr.json", tmp_path / "run" / "checkpoints" / "step-000000005.pt"
+    assert not measure.finished()
+    for path in (checkpoint, result):
+        path.parent.mkdir(parents=True)
+        path.write_text("")
+    assert measure.finished()
+    os.utime(result, (0, 0))
+    assert not measure.finished()
+
+
+def test_the_summary_says_where_a_figure_is_not_as_expected(tmp_path: Path) -> None:
+    (tmp_path / "eval").mkdir()
+    for name, own in (("mrr.json", 0.31), ("mrr-no-jitter.json", 0.2)):
+        scores = {value: _scores(value) for value in (own, 0.022)}
+        figures = {"chance": 0.0239, "mrr": scores[own], "shuffled_actions": scores[0.022]}
+        (tmp_path / "eval" / name).write_text(json.dumps(figures))
+    console = Console(record=True, width=100, file=io.StringIO())
+    console.print(summary(tmp_path))
+    lines = [
+        line.split() for line in console.export_text().splitlines() if "0.3" in line or "0.2" in line or "0.0" in line
+    ]
+    assert [line[-1] for line in lines[:3]] == ["yes", "yes", "NO"]
+
+
+def _scores(value: float) -> dict[str, dict[str, dict[str, float]]]:
+    return {distance: {"teacher": {"mean": value, "standard_error": 0.01}} for distance in ("pooled", "per_token")}
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_the_whole_demo_small_and_again(tmp_path: Path) -> None:
+    run, control = tmp_path / "demo", tmp_path / "demo-no-jitter"
+    command = [sys.executable, str(SCRIPT), "--out", str(run), "--data", str(tmp_path / "data"), *TINY]
+    subprocess.run(command, check=True)
+    page = (run / "report.html").read_text()
+    assert "mrr-no-jitter" in page
+    assert "data:image/png" in page
+    assert json.loads((run / "eval" / "mrr-no-jitter.json").read_text())["checkpoint"].startswith(str(control))
+    before = {path: path.stat().st_mtime for path in tmp_path.rglob("*") if path.suffix in (".pt", ".json", ".tar")}
+    again = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert again.stdout.count("done before, kept") == 6
+    assert before == {path: path.stat().st_mtime for path in before}
