@@ -1,8 +1,6 @@
-"""Evaluate a checkpoint: `python iwm/evaluate.py PROTOCOL --checkpoint RUN_OR_FILE [--section.field value ...]`.
+"""Evaluate a checkpoint: python iwm/evaluate.py PROTOCOL --checkpoint RUN_OR_FILE [--SECTION.FIELD VALUE ...]
 
-Writes RUN/eval/PROTOCOL.json (or --output), prints a table, and renews RUN/report.html. A protocol is a module of
-iwm/evaluation with a `Settings` dataclass, `evaluate(subject, settings, output) -> dict` and `table(dict)`; to add one,
-write it and name it here.
+Writes RUN/eval/PROTOCOL.json, prints a table and renews RUN/report.html.
 """
 
 from __future__ import annotations
@@ -28,6 +26,8 @@ from iwm.training.checkpoint import CheckpointError, versions
 from shards.manifest import ShardError, write_atomically
 
 PROTOCOLS: dict[str, ModuleType] = {"mrr": mrr, "retrieval": retrieval}
+"""A protocol is a module with a `Settings` dataclass that extends evaluation.settings', a function
+`evaluate(subject, settings, output) -> dict` and `table(dict)` for the terminal. To add one: write it, name it here."""
 
 
 def evaluate(name: str, settings: Settings) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def main() -> None:
     commands: Any = Union[  # noqa: UP007  a union made of a variable's items cannot be written with |
         tuple(Annotated[protocol.Settings, tyro.conf.subcommand(name)] for name, protocol in PROTOCOLS.items())
     ]
-    settings = tyro.cli(commands, description=__doc__)
+    settings = tyro.cli(commands, description=__doc__, prog="iwm/evaluate.py")
     name = next(name for name, protocol in PROTOCOLS.items() if type(settings) is protocol.Settings)
     try:
         evaluate(name, settings)

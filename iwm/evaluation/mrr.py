@@ -14,9 +14,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
+import tyro
 from jaxtyping import Float, Int, UInt8
 from rich.box import SIMPLE_HEAD
 from rich.progress import track
@@ -37,6 +38,9 @@ DISTANCES = ("pooled", "per_token")
 Context = Literal["teacher", "student"]
 CONTEXTS: tuple[Context, ...] = ("teacher", "student")
 
+JITTERED = tuple(name for name, views in SCENARIOS.items() if views.target.jitter_probability > 0)
+"""The scenarios whose target jitter can fill a bank."""
+
 TIE = 1e-6
 """Distances that differ by less than this share of the true copy's norm are ties: float32 cannot tell them apart."""
 
@@ -49,9 +53,9 @@ class BankSettings:
     """Held-out images, each with a bank of its own; the standard error is over them."""
     size: int = 256
     """Jittered copies per image, at least 2. Chance depends on it: compare only scores of one size."""
-    scenario: str | None = None
-    """Whose target jitter fills the bank: a name of table S2's scenarios. Default: the run's own; `default` for a run
-    trained without jitter. To compare runs, give all of them the same one."""
+    scenario: Annotated[str | None, tyro.conf.arg(metavar="|".join(JITTERED))] = None
+    """Row of table S2 whose target jitter fills the bank, the same for runs that are compared. Default: the run's own
+    jitter, or that of `default` where it has none."""
     chunk: int = 256
     """Copies embedded and predicted at once; lower it when the device runs out of memory."""
 
@@ -69,13 +73,10 @@ def bank_jitter(views: Views, scenario: str | None = None) -> Photometric:
     At training's p = 0.8 a fifth of the bank would be the clean image itself, and ties would decide the score.
     Raises ConfigError for an unknown scenario or one whose target has no jitter.
     """
-    if scenario is None:
-        target = views.target if views.target.jitter_probability > 0 else SCENARIOS["default"].target
-    elif scenario in SCENARIOS and SCENARIOS[scenario].target.jitter_probability > 0:
-        target = SCENARIOS[scenario].target
-    else:
-        names = [name for name, each in SCENARIOS.items() if each.target.jitter_probability > 0]
-        raise ConfigError(f"--bank.scenario: '{scenario}' is not a scenario with jitter; choose one of {names}")
+    if scenario is not None and scenario not in JITTERED:
+        raise ConfigError(f"--bank.scenario: '{scenario}' is no scenario with jitter; choose one of {JITTERED}")
+    own = views.target if views.target.jitter_probability > 0 else SCENARIOS["default"].target
+    target = own if scenario is None else SCENARIOS[scenario].target
     return replace(target.without_destructive(), jitter_probability=1.0)
 
 

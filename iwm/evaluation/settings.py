@@ -29,5 +29,6 @@ class Settings:
     seed: int = 0
     """Of everything drawn: the same seed asks every model the same."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: the GPU where there is one."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """`bf16`: autocast of the model; distances and ranks stay exact. `auto`: as the run was trained."""
