@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -16,6 +17,8 @@ LABEL = "label"
 """Name of the main label column, whose component is `cls`."""
 
 MAX_INTEGER_CLASS = 1_000_000
+
+_COLUMN_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,31}")
 
 
 class Reference(NamedTuple):
@@ -78,8 +81,13 @@ def column(name: str, values: Iterable[str]) -> Column:
     """The label column of that name with the classes that occur in `values`.
 
     Labels that are all non-negative integers stand for themselves: the classes are 0 to the largest, whether each
-    occurs or not. Other labels are names, sorted.
+    occurs or not. Other labels are names, sorted. Raises ShardError for a column name that cannot be a tar component.
     """
+    if not _COLUMN_NAME.fullmatch(name):
+        raise ShardError(
+            f"label column '{name}' cannot become a tar component: "
+            "rename it to at most 32 letters, digits and underscores, the first a letter"
+        )
     distinct = set(values)
     component = "cls" if name == LABEL else f"{name}.cls"
     if distinct and all(value.isdecimal() and value == str(int(value)) for value in distinct):

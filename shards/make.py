@@ -224,7 +224,9 @@ def _standing(workspace: Workspace, settings: dict[str, Any], overwrite: bool) -
     try:
         if split in list_splits(out):
             manifest = load_manifest(out, split)
-            _compare(manifest.settings, settings, f"{out} holds split '{split}'")
+            # Other versions of the codecs would give other bytes, but these shards are no worse for that.
+            made_with = {**manifest.settings, "software": settings["software"]}
+            _compare(made_with, settings, f"{out} holds split '{split}'")
             check_quick(out, manifest)
             workspace.clear()
             return manifest

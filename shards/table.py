@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import csv
 import os
-import re
 from pathlib import Path
 
 from shards.listing import LABEL, Listing, Reference, Sample, column, sample_key
 from shards.manifest import ShardError
 from shards.rejection import Rejected, Rejection
-
-_COLUMN_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,31}")
 
 
 def list_table(table: Path) -> Listing:
@@ -47,14 +44,7 @@ def _label_names(table: Path, header: list[str]) -> list[str]:
         raise ShardError(f"{table} has no column 'path': its first line must name the columns, it is {header}")
     if len(set(header)) != len(header):
         raise ShardError(f"{table} names a column twice: {header}")
-    names = sorted((name for name in header if name not in ("path", "mask")), key=lambda name: name != LABEL)
-    for name in names:
-        if not _COLUMN_NAME.fullmatch(name):
-            raise ShardError(
-                f"{table}: column name '{name}' cannot become a tar component: "
-                "rename it to at most 32 letters, digits and underscores, the first a letter"
-            )
-    return names
+    return sorted((name for name in header if name not in ("path", "mask")), key=lambda name: name != LABEL)
 
 
 def _sample(folder: Path, row: dict[str, str], names: list[str]) -> Sample:

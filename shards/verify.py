@@ -69,7 +69,11 @@ def verify_shards(folder: Path, *, decode: bool, workers: int | None, console: C
     splits = [load_manifest(folder, split) for split in list_splits(folder)]
     if not splits:
         raise ShardError(f"{folder} has no manifest.json: it is no shard folder, or its first split is not finished")
-    problems: list[str] = []
+    problems = [
+        f"manifest.json: split '{manifest.split}' has other classes than '{splits[0].split}': remake one of them"
+        for manifest in splits
+        if {column.name: column for column in manifest.columns} != {column.name: column for column in splits[0].columns}
+    ]
     for manifest in splits:
         seen: set[str] = set()
         before = len(problems)
@@ -101,10 +105,14 @@ def _collect(reports: Iterable[Checked], seen: set[str], problems: list[str]) ->
 
 def _check_sums(folder: Path, manifest: Manifest) -> list[str]:
     """What the manifest says of the split as a whole."""
-    split, problems = f"manifest.json, split '{manifest.split}'", []
+    split = f"manifest.json, split '{manifest.split}'"
+    problems: list[str] = []
     sums = {"samples": sum(s.samples for s in manifest.shards), "bytes": sum(s.bytes for s in manifest.shards)}
-    sums["rejected"] = len(load_rejections(folder, manifest.split))
     sums["read"] = manifest.samples + manifest.rejected
+    try:
+        sums["rejected"] = len(load_rejections(folder, manifest.split))
+    except ShardError as error:
+        problems.append(str(error))
     for name, total in sums.items():
         if getattr(manifest, name) != total:
             problems.append(f"{split}: {name} is {getattr(manifest, name):,}, added up it is {total:,}")

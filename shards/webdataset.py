@@ -13,7 +13,7 @@ from braceexpand import braceexpand
 from PIL import Image
 
 from shards.listing import LABEL, Listing, Reference, Sample, column, sample_key
-from shards.manifest import MANIFEST, Column, Manifest, ShardError, list_splits, load_manifest
+from shards.manifest import MANIFEST, Manifest, ShardError, list_splits, load_manifest
 from shards.rejection import Rejected, Rejection
 from shards.tars import Member, list_members
 
@@ -58,22 +58,16 @@ def list_tars(tars: list[Path], label_field: str) -> Listing:
                     if names is None:
                         names, listing.masks = list(labels), mask is not None
                     if list(labels) != names or (mask is not None) != listing.masks:
-                        raise Rejected(
-                            f"has labels {list(labels)}{' and a mask' * (mask is not None)}, unlike the first"
-                        )
+                        raise Rejected(f"has the labels {list(labels)}{' and a mask' * bool(mask)}, unlike the first")
                 except Rejected as reason:
                     listing.rejections.append(Rejection(f"{tar.name}/{base}", str(reason)))
-                else:
-                    values = tuple(labels.values())
-                    listing.samples.append(
-                        Sample(
-                            base if _KEPT_KEY.fullmatch(base) else sample_key(base),
-                            _reference(tar, image),
-                            cache.setdefault(values, values),
-                            _reference(tar, mask) if mask else None,
-                        )
-                    )
-    listing.columns = [_column(name, {labels[i] for labels in cache}, ours) for i, name in enumerate(names or [])]
+                    continue
+                key = base if _KEPT_KEY.fullmatch(base) else sample_key(base)
+                # One object for all samples with the same labels: a million samples have few different ones.
+                values = cache.setdefault(tuple(labels.values()), tuple(labels.values()))
+                listing.samples.append(Sample(key, _reference(tar, image), values, mask and _reference(tar, mask)))
+    for place, name in enumerate(names or []):
+        listing.columns.append(ours.column(name) if ours else column(name, {labels[place] for labels in cache}))
     return listing
 
 
@@ -156,10 +150,6 @@ def _class_name(name: str, value: str, ours: Manifest | None) -> str:
     if not value.isdecimal() or int(value) >= len(classes):
         raise Rejected(f"label '{name}' is {value!r}, the manifest has {len(classes)} classes")
     return classes[int(value)]
-
-
-def _column(name: str, values: set[str], ours: Manifest | None) -> Column:
-    return ours.column(name) if ours else column(name, values)
 
 
 def _read(file: int, member: Member) -> bytes:

@@ -49,16 +49,21 @@ def main(arguments: Sequence[str]) -> int:
             options = tyro.cli(VerifyShards, prog="make_shards.py verify", args=arguments[1:])
             problems = verify_shards(options.out, decode=not options.quick, workers=options.workers, console=console)
             for problem in problems:
-                errors.print(f"error: {problem}")
+                errors.print(f"error: {_printable(problem)}")
             return 1 if problems else 0
         make_shards(tyro.cli(OmitArgPrefixes[MakeShards], prog="make_shards.py", args=arguments), console)
     except ShardError as error:
-        errors.print(f"error: {error}")
+        errors.print(f"error: {_printable(str(error))}")
         return 1
     except Stopped as stop:
         errors.print("stopped; finished shards are kept, and the same command goes on from there")
         return 128 + stop.number
     return 0
+
+
+def _printable(text: str) -> str:
+    """File names need not be UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import resource
@@ -17,7 +18,7 @@ from nvidia.dali import fn, pipeline_def
 from shard_sources import class_folders, contents, encoded, imagenet_train_tar, jpeg, make, photo, samples
 
 from shards.listing import Reference
-from shards.manifest import ShardError, load_manifest
+from shards.manifest import ShardError, load_manifest, save_manifest
 from shards.reading import Reader
 from shards.rejection import load_rejections
 
@@ -150,6 +151,15 @@ def test_a_folder_of_other_settings_is_refused_by_name(source, reference, option
     with pytest.raises(ShardError, match=rf"made with {name} = .*--overwrite"):
         make(source, reference, **{"min_shards": 5, **options})
     assert contents(reference) == before
+
+
+def test_newer_codecs_do_not_spoil_finished_shards(source, reference):
+    manifest = load_manifest(reference, "train")
+    before = contents(reference)["manifest.json"]
+    save_manifest(reference, dataclasses.replace(manifest, settings={**manifest.settings, "software": {"pillow": "1"}}))
+    assert make(source, reference, min_shards=5).shards == manifest.shards
+    save_manifest(reference, manifest)
+    assert contents(reference)["manifest.json"] == before
 
 
 def test_a_source_that_has_changed_is_refused(source, tmp_path):

@@ -259,6 +259,19 @@ def test_integer_labels_of_webdataset_tars_stand_for_themselves(tmp_path):
     assert {key: parts["cls"] for key, parts in samples(tmp_path / "out", manifest).items()} == {"a": b"7", "b": b"2"}
 
 
+def test_webdataset_labels_that_differ_in_kind_are_rejected(tmp_path):
+    members = {"a.jpg": jpeg(), "a.cls": b"0", "b.jpg": jpeg(), "c.jpg": jpeg(), "c.cls": b"\xff", "d.jpg": jpeg()}
+    members |= {"d.cls": b" 1\n", "e.jpg": jpeg(), "e.cls": b""}
+    (tmp_path / "a.tar").write_bytes(tar_of(members))
+    manifest = make(tmp_path / "a.tar", tmp_path / "out")
+    assert sorted(samples(tmp_path / "out", manifest)) == ["a", "d"]
+    reasons = dict(load_rejections(tmp_path / "out", "train"))
+    assert sorted(reasons) == ["a.tar/b", "a.tar/c", "a.tar/e"]
+    (tmp_path / "b.tar").write_bytes(tar_of({"a.jpg": jpeg(), "a.my scene.cls": b"0"}))
+    with pytest.raises(ShardError, match="my scene"):
+        make(tmp_path / "b.tar", tmp_path / "out2")
+
+
 def test_our_own_shards_can_be_sharded_again_without_loss(tmp_path):
     src = class_folders(tmp_path / "src", {"owl": 3, "ant": 3})
     first = make(src, tmp_path / "out")

@@ -203,6 +203,21 @@ def test_sums_that_do_not_add_up_and_stray_files_are_found(out):
     assert "train-000077.tar is not in the manifest" in found
 
 
+def test_a_missing_list_of_rejections_is_found_and_the_rest_still_checked(out):
+    (out / "rejected.jsonl").unlink()
+    flip(out / "train-000002.tar", 900)
+    found = problems(out, decode=False)
+    assert "rejected.jsonl is missing" in found
+    assert "train-000002.tar: sha256" in found
+
+
+def test_splits_with_other_classes_are_found(out):
+    manifest = load_manifest(out, "train")
+    columns = [dataclasses.replace(manifest.columns[0], classes=["b", "a"]), *manifest.columns[1:]]
+    save_manifest(out, dataclasses.replace(manifest, split="val", columns=columns, shards=[]))
+    assert "split 'val' has other classes than 'train'" in problems(out, decode=False)
+
+
 def test_the_quick_check_is_light(whole):
     """It runs at every training start in every process: it must not bring torch along."""
     code = "import sys, shards.verify; sys.exit('torch' in sys.modules or 'scipy' in sys.modules)"
