@@ -72,7 +72,9 @@ def measured_peak(device: torch.device, precision: str, size: int | None = None,
     """FLOP/s of a square matrix product in the run's precision on this machine, the median of `repeats`."""
     size = size or (8192 if device.type == "cuda" else 2048)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    # Random numbers of its own: drawing from torch's would change what a run that measures this draws after it.
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
     seconds = []
     for _ in range(repeats + 1):
         _wait(device)

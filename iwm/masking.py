@@ -29,15 +29,13 @@ class Masks(NamedTuple):
     queried: Bool[Tensor, "b m n"]
 
 
-def sample_masks(
-    masking: Masking, grid: int, seed: int, step: int, index: Int64[Tensor, "b"], accumulation: int = 0
-) -> Masks:
+def sample_masks(masking: Masking, grid: int, seed: int, step: int, index: Int64[Tensor, "b"]) -> Masks:
     """Masks for the samples at `index` of the global batch of `step`, on index's device, grid×grid patches each.
 
-    `accumulation` is the number of the pass within the step. Every sample keeps at least one visible patch.
+    Every sample keeps at least one visible patch.
     """
     k = masking.blocks
-    draws = uniform(seed, step * 4096 + accumulation, index, 4 * k + 3)
+    draws = uniform(seed, step, index, 4 * k + 3)
     blocks = _blocks(draws[:, : 4 * k].unflatten(1, (k, 4)), grid, masking.area, masking.aspect)
     union = blocks.any(dim=1)
     if masking.kind == "iwm":

@@ -74,14 +74,14 @@ def test_ijepa_context_is_a_large_square_without_the_target_blocks() -> None:
     assert context.float().mean() < 1.0
 
 
-def test_masks_depend_on_seed_step_accumulation_and_sample_alone() -> None:
-    def masks(seed: int, step: int, first: int, accumulation: int = 0) -> torch.Tensor:
-        return sample_masks(Masking(), GRID, seed, step, torch.arange(first, first + 8), accumulation).visible
+def test_masks_depend_on_seed_step_and_sample_alone() -> None:
+    def masks(seed: int, step: int, first: int) -> torch.Tensor:
+        return sample_masks(Masking(), GRID, seed, step, torch.arange(first, first + 8)).visible
 
     whole = masks(0, 5, 0)
     assert torch.equal(whole, masks(0, 5, 0))
     assert torch.equal(whole[4:], masks(0, 5, 4)[:4]), "a sample's mask depends on the other samples of its process"
-    for other in (masks(1, 5, 0), masks(0, 6, 0), masks(0, 5, 8), masks(0, 5, 0, accumulation=1)):
+    for other in (masks(1, 5, 0), masks(0, 6, 0), masks(0, 5, 8)):
         assert not torch.equal(whole, other)
 
 

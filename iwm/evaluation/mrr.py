@@ -244,6 +244,7 @@ def table(result: dict[str, Any]) -> Table:
         title="Mean reciprocal rank ± standard error",
         caption=f"{result['images']} images, bank of {result['bank']}; chance {result['chance']:.4f}",
         box=SIMPLE_HEAD,
+        pad_edge=False,
     )
     parts = {
         "MRR": result["mrr"],
@@ -256,6 +257,6 @@ def table(result: dict[str, Any]) -> Table:
     for distance in DISTANCES:
         for context in CONTEXTS:
             scores = [part[distance][context] for part in parts.values()]
-            cells = [f"{score['mean']:.3f} ±{score['standard_error']:.3f}" for score in scores]
+            cells = [f"{score['mean']:.3f}±{score['standard_error']:.3f}" for score in scores]
             made.add_row(distance.replace("_", " "), context, *cells)
     return made

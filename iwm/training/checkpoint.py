@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import pickle
 import platform
+import zipfile
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -124,8 +125,13 @@ def load(path: Path, device: torch.device | str = "cpu") -> Checkpoint:
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist")
     try:
+        # torch reads past damage inside a tensor; the archive's checksums do not.
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise CheckpointError(f"{path} is damaged: the checksum of its part {damaged} is wrong")
         content = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+    except (RuntimeError, OSError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{path} is damaged or is no checkpoint ({error})") from error
     if not isinstance(content, dict) or "format" not in content:
         raise CheckpointError(f"{path} is no checkpoint of this program: it has no field 'format'")

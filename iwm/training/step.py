@@ -44,10 +44,11 @@ def wrap(model: WorldModel, here: World, accumulation: int) -> nn.Module:
     )
 
 
-def masks_for(config: Config, here: World, step: int, accumulation: int, batch: int) -> Masks:
-    """Masks of this process's `batch` samples: those of their places in the batch of all processes."""
-    index = torch.arange(here.rank * batch, (here.rank + 1) * batch, device=here.device)
-    return sample_masks(config.masking, config.grid, config.train.seed, step, index, accumulation)
+def masks_for(config: Config, here: World, step: int, part: int, batch: int) -> Masks:
+    """Masks of this process's `batch` samples in pass `part` of a step: those of their places in the step's batch."""
+    first = (part * here.size + here.rank) * batch
+    index = torch.arange(first, first + batch, device=here.device)
+    return sample_masks(config.masking, config.grid, config.train.seed, step, index)
 
 
 def train_step(

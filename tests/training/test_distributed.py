@@ -1,0 +1,55 @@
+"""Several processes, and several passes, train what one process trains in one pass."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from iwm.config import Config, ConfigError, Data, Train
+from iwm.training.distributed import world
+from iwm.training.session import split_batch
+from tests.training.runs import alone, finish
+from tests.training.trajectory import trajectory
+
+
+def assert_same_trajectory(state: dict[str, torch.Tensor], losses: list[float]) -> None:
+    expected, expected_losses = trajectory(alone())
+    assert losses == pytest.approx(expected_losses, rel=1e-5)
+    for name, value in expected.items():
+        one, other = state[name], value
+        if name.endswith("qkv.bias"):
+            # A key's bias has no gradient but rounding, which Adam blows up: softmax does not see it.
+            one, other = (torch.cat((bias.chunk(3)[0], bias.chunk(3)[2])) for bias in (one, other))
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_two_processes_take_the_steps_of_one(tmp_path: Path, accumulation: int) -> None:
+    out = tmp_path / "state.pt"
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    finish([sys.executable, *launcher, "tests/training/trajectory.py", str(out), str(accumulation)])
+    saved = torch.load(out, weights_only=True)
+    assert_same_trajectory(saved["state"], saved["losses"])
+
+
+def test_two_passes_take_the_step_of_one() -> None:
+    first, *_, last = trajectory(alone())[1]
+    assert last < 0.7 * first, "nothing is trained, so that any two trajectories would agree"
+    assert_same_trajectory(*trajectory(alone(), accumulation=2))
+
+
+def test_a_batch_is_split_evenly_or_refused() -> None:
+    config = Config(data=Data(batch=96, micro_batch=16))
+    assert split_batch(config, 2) == (16, 3)
+    assert split_batch(Config(data=Data(batch=96)), 4) == (24, 1)
+    with pytest.raises(ConfigError, match=r"data\.batch 96 cannot be split over 5 processes"):
+        split_batch(config, 5)
+    with pytest.raises(ConfigError, match=r"data\.micro_batch 16 does not divide the 24 images"):
+        split_batch(config, 4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_asking_for_a_gpu_where_there_is_none_is_a_clear_error() -> None:
+    with pytest.raises(ConfigError, match=r"train\.device cuda: torch sees no GPU"), world(Train(device="cuda")):
+        pass

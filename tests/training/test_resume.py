@@ -1,0 +1,186 @@
+"""A run that is stopped in any way goes on by the same command, exactly where it was."""
+
+import os
+import random
+import shutil
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from iwm.config import ConfigError, Log, Optim
+from iwm.training import checkpoint as checkpoints
+from iwm.training.checkpoint import CheckpointError, load_run
+from iwm.training.resume import locked, resume_point
+from iwm.training.signals import StopWish
+from tests.training.runs import assert_same, command, finish, metrics, start, tiny_config, train_here
+
+
+def wait_for_step(run: Path, step: int, process: object) -> None:
+    deadline = time.monotonic() + 120
+    while not ((run / "metrics.jsonl").exists() and any(line["step"] >= step for line in whole_lines(run))):
+        assert process.poll() is None, process.communicate()[0]  # type: ignore[attr-defined]  # a Popen
+        assert time.monotonic() < deadline, "the run takes no steps"
+        time.sleep(0.02)
+
+
+def whole_lines(run: Path) -> list[dict[str, float]]:
+    return metrics(run) if (run / "metrics.jsonl").read_text().endswith("\n") else []
+
+
+def test_kill_9_and_sigterm_leave_a_run_that_ends_bit_for_bit_the_same(tiny_shards: Path, tmp_path: Path) -> None:
+    steps = 150
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    finish(command(tiny_shards, whole, steps))
+
+    killed = start(command(tiny_shards, cut, steps))
+    wait_for_step(cut, random.Random(0).randrange(15, 40), killed)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert checkpoints.all_checkpoints(cut), "nothing was saved before the kill"
+
+    stopped = start(command(tiny_shards, cut, steps))
+    wait_for_step(cut, 60, stopped)
+    stopped.send_signal(signal.SIGTERM)
+    output = stopped.communicate(timeout=120)[0]
+    assert stopped.returncode == 0, output
+    assert "stopped by a signal" in output
+    assert "going on from step" in output
+
+    finish(command(tiny_shards, cut, steps))
+    one, other = checkpoints.newest(whole), checkpoints.newest(cut)
+    assert one is not None
+    assert other is not None
+    assert one.step == other.step == steps
+    for part in ("model", "optimizer", "rng", "samples"):
+        assert_same(getattr(one, part), getattr(other, part), part)
+    # A stop shortens the window that its line is the mean of; later lines are the same.
+    curves = [[line for line in metrics(run) if line["step"] > 100] for run in (whole, cut)]
+    assert [(line["step"], line.get("loss")) for line in curves[0]] == [
+        (line["step"], line.get("loss")) for line in curves[1]
+    ]
+
+
+def test_training_on_two_processes_goes_on_from_one_and_says_what_changes(tiny_shards: Path, tmp_path: Path) -> None:
+    train_here(tiny_config(tiny_shards, 30), tmp_path / "run", stop_after(tmp_path / "run", 10))
+    output = finish(command(tiny_shards, tmp_path / "run", 30, processes=2))
+    assert "world_size was 1, is 2" in output
+    assert "a new epoch begins" in output
+    after = checkpoints.newest(tmp_path / "run")
+    assert after is not None
+    assert (after.step, after.samples) == (30, 240)
+    assert len(after.loader["ranks"]) == 2
+
+
+def stop_after(run: Path, step: int) -> StopWish:
+    """A wish that comes true once `step` is in the metrics."""
+
+    class After(StopWish):
+        def __bool__(self) -> bool:
+            return (run / "metrics.jsonl").exists() and any(line["step"] >= step for line in metrics(run))
+
+    return After()
+
+
+def test_other_settings_are_refused_by_name_and_harmless_ones_are_not(tiny_shards: Path, tmp_path: Path) -> None:
+    config = tiny_config(tiny_shards, 5)
+    train_here(config, tmp_path)
+    with pytest.raises(ConfigError, match=r"--optim\.lr 0\.5 \(the run has 0\.0005\).*--run-dir"):
+        resume_point(tmp_path, replace(config, optim=replace(config.optim, lr=0.5)))
+    found, changes = resume_point(tmp_path, replace(config, log=replace(config.log, every=7)))
+    assert found is not None
+    assert changes == ["log.every: 5 → 7"]
+
+
+def test_a_finished_run_is_left_as_it_is(tiny_shards: Path, tmp_path: Path) -> None:
+    config = tiny_config(tiny_shards, 5)
+    train_here(config, tmp_path)
+    before = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
+    train_here(config, tmp_path)
+    assert {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()} == before
+
+
+def test_two_trainings_cannot_share_a_folder(tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(ConfigError, match="in use by another training process"), locked(tmp_path):
+        pass
+
+
+def test_old_checkpoints_go_and_milestones_stay(tiny_shards: Path, tmp_path: Path) -> None:
+    log = Log(every=5, checkpoint_every=5, keep=2, milestone_every=10, health_every=100, tensorboard=False)
+    config = tiny_config(tiny_shards, 25, log=log)
+    train_here(replace(config, data=replace(config.data, val=None)), tmp_path)
+    assert [path.name for path in checkpoints.all_checkpoints(tmp_path)] == [
+        f"step-{step:09d}.pt" for step in (25, 20, 10)
+    ]
+
+
+def test_a_full_disk_costs_no_old_checkpoint(tiny_shards: Path, tmp_path: Path, full_disk: Path) -> None:
+    train_here(tiny_config(tiny_shards, 5), full_disk)
+    saved = checkpoints.newest(full_disk)
+    assert saved is not None
+    filler = full_disk / "filler"
+    filler.write_bytes(b"\0" * (shutil.disk_usage(full_disk).free - 4096))
+    with pytest.raises(OSError, match="older checkpoints are untouched"):
+        checkpoints.save(full_disk, replace(saved, step=6))
+    filler.unlink()
+    assert [path.name for path in (full_disk / "checkpoints").iterdir()] == ["step-000000005.pt"]
+    assert_same(checkpoints.load(checkpoints.path_of(full_disk, 5)).model, saved.model)
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path):  # type: ignore[no-untyped-def]  # a fixture that yields
+    """A real file system of 3 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.system(f"mount -t tmpfs -o size=3m tmpfs '{folder}' 2>/dev/null"):
+        pytest.skip("mounting a small file system needs root")
+    yield folder
+    os.system(f"umount '{folder}'")
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "foreign"])
+def test_a_damaged_checkpoint_is_an_error_that_names_it(tiny_shards: Path, tmp_path: Path, damage: str) -> None:
+    train_here(tiny_config(tiny_shards, 5), tmp_path)
+    path = checkpoints.path_of(tmp_path, 5)
+    content = path.read_bytes()
+    if damage == "foreign":
+        torch.save({"weights": torch.zeros(2)}, path)
+    else:
+        middle = len(content) // 2
+        flipped = (
+            content[:middle] + bytes(255 - byte for byte in content[middle : middle + 64]) + content[middle + 64 :]
+        )
+        path.write_bytes({"cut": content[:middle], "flipped": flipped, "empty": b""}[damage])
+    with pytest.raises(CheckpointError, match=path.name):
+        load_run(tmp_path)
+
+
+def test_a_metric_line_that_was_cut_short_is_dropped(tiny_shards: Path, tmp_path: Path) -> None:
+    config = tiny_config(tiny_shards, 20)
+    train_here(config, tmp_path, stop_after(tmp_path, 10))
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 999, "loss": 1.0}\n{"step": 12, "lo')
+    train_here(config, tmp_path)
+    assert max(line["step"] for line in metrics(tmp_path)) == 20
+
+
+def test_a_run_whose_gradient_stays_broken_stops_and_names_the_samples(tiny_shards: Path, tmp_path: Path) -> None:
+    broken = ("--optim.lr", "1e38", "--optim.start-lr", "1e38", "--train.nonfinite-limit", "3")
+    output = finish(command(tiny_shards, tmp_path, 100, *broken), expect=1)
+    last = output.strip().splitlines()[-1]
+    assert last.startswith("iwm/train.py: the gradient was not finite in 3 steps in a row")
+    named = last.partition("Samples of the last of them: ")[2].split(", ")
+    assert len(named) == 8
+    assert all("across" in key or "down" in key for key in named)
+    assert "Traceback" not in output
+
+
+def test_optim_values_of_the_run_stand_after_a_resume(tiny_shards: Path, tmp_path: Path) -> None:
+    config = tiny_config(tiny_shards, 20, optim=Optim(lr=1e-4, start_lr=1e-5, clip=1.0))
+    train_here(config, tmp_path, stop_after(tmp_path, 10))
+    train_here(config, tmp_path)
+    rates = {line["step"]: line["lr"] for line in metrics(tmp_path) if "lr" in line}
+    assert len(set(rates.values())) == len(rates)
