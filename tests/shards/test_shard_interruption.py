@@ -46,6 +46,7 @@ def start(source: Path, out: Path, workers: int = 2) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
 
 
@@ -136,7 +137,7 @@ def test_a_stopped_run_says_how_to_go_on_and_leaves_nothing_half_written(
     process = start(source, out, workers)
     wait_for(lambda: records(out) >= 2)
     children = workers_of(process)
-    process.send_signal(number)
+    os.killpg(process.pid, number)  # as a terminal's Ctrl-C and a batch system's SIGTERM reach workers too
     _, stderr = process.communicate(timeout=20)
     assert process.returncode == 128 + number
     assert stderr == "stopped; finished shards are kept, and the same command goes on from there\n"
