@@ -37,18 +37,25 @@ def format_index(samples: list[list[Entry]]) -> bytes:
 
 def parse_index(content: bytes, path: Path) -> list[list[Entry]]:
     """What an index says. ShardError, naming `path` and the line, where it is no whole version 1.2 index."""
-    lines = content.decode("ascii", errors="replace").splitlines()
-    header = lines[0].split() if lines else []
-    if len(header) != 2 or header[0] != VERSION or not header[1].isdigit():
+    return [parse_sample(line, path) for line in index_lines(content, path)]
+
+
+def index_lines(content: bytes, path: Path) -> list[str]:
+    """The index's lines, one a sample, as many as its first line announces."""
+    header, *lines = content.decode("ascii", errors="replace").splitlines() or [""]
+    version, _, count = header.partition(" ")
+    if version != VERSION or not count.isdigit():
         raise ShardError(f"{path} is not a DALI {VERSION} index: {_REMAKE}")
-    if len(lines) - 1 != int(header[1]):
-        raise ShardError(f"{path} announces {header[1]} samples and lists {len(lines) - 1}: {_REMAKE}")
-    return [_parse_line(line.split(" "), number, path) for number, line in enumerate(lines[1:], start=2)]
+    if len(lines) != int(count):
+        raise ShardError(f"{path} announces {count} samples and lists {len(lines)}: {_REMAKE}")
+    return lines
 
 
-def _parse_line(fields: list[str], number: int, path: Path) -> list[Entry]:
-    if len(fields) % 4 or not all(f.isdigit() for f in fields[1::4] + fields[2::4]):
-        raise ShardError(f"{path}, line {number}: not a list of 'component offset size name': {_REMAKE}")
+def parse_sample(line: str, path: Path) -> list[Entry]:
+    """The components of one sample."""
+    fields = line.split(" ")
+    if len(fields) % 4 or not all(field.isdigit() for field in fields[1::4] + fields[2::4]):
+        raise ShardError(f"{path}: {line!r} is not a list of 'component offset size name': {_REMAKE}")
     quarters = zip(fields[0::4], fields[1::4], fields[2::4], fields[3::4], strict=True)
     return [Entry(component, int(offset), int(size), name) for component, offset, size, name in quarters]
 

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from shards import jpeg
 from shards.display import show_progress
-from shards.index import Entry, parse_index
+from shards.index import Entry, index_lines, parse_index, parse_sample
 from shards.manifest import Column, Manifest, Shard, ShardError, list_splits, load_manifest
 from shards.pool import Tally, available_cores, run_tasks
 from shards.rejection import Rejected, load_rejections
@@ -40,15 +40,19 @@ def check_quick(folder: Path, manifest: Manifest) -> None:
         content = index.read_bytes()
         if hashlib.sha256(content).hexdigest() != shard.index_sha256:
             raise ShardError(f"{index} is not the index that belongs to {shard.name} (index_sha256): {REMEDY}")
-        samples = parse_index(content, index)
-        if len(samples) != shard.samples:
-            raise ShardError(f"{index} lists {len(samples)} samples, the manifest says {shard.samples}: {REMEDY}")
-        # A tar swapped for another of the same size still has other members where the index points.
-        for entry in [entry for sample in samples[:1] + samples[-1:] for entry in sample]:
-            with open(tar, "rb") as file:
-                header = os.pread(file.fileno(), tarfile.BLOCKSIZE, entry.offset - tarfile.BLOCKSIZE)
+        lines = index_lines(content, index)
+        if len(lines) != shard.samples or not lines:
+            raise ShardError(f"{index} lists {len(lines)} samples, the manifest says {shard.samples}: {REMEDY}")
+        _check_ends(tar, [parse_sample(line, index)[0] for line in (lines[0], lines[-1])])
+
+
+def _check_ends(tar: Path, entries: list[Entry]) -> None:
+    """A tar swapped for another of the same size still has other members where the index points."""
+    with open(tar, "rb") as file:
+        for entry in entries:
+            header = os.pread(file.fileno(), tarfile.BLOCKSIZE, entry.offset - tarfile.BLOCKSIZE)
             if header[:100].rstrip(b"\0") != entry.name.encode():
-                raise ShardError(f"{tar} has no member {entry.name} where {shard.index} points: {REMEDY}")
+                raise ShardError(f"{tar} has no member {entry.name} where its index points: {REMEDY}")
 
 
 class Checked(NamedTuple):

@@ -152,7 +152,7 @@ def test_tars_that_changed_places_are_found_even_at_the_same_size(out):
         tar.add(*name.split(".", 1), data)
     size = (out / "train-000000.tar").stat().st_size
     (out / "train-000000.tar").write_bytes(buffer.getvalue().ljust(size, b"\0"))
-    with pytest.raises(ShardError, match=r"train-000000\.tar has no member .*\.jpg where train-000000\.idx points"):
+    with pytest.raises(ShardError, match=r"train-000000\.tar has no member .*\.jpg where its index points"):
         check_quick(out, load_manifest(out, "train"))
 
 
