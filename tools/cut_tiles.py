@@ -2,8 +2,9 @@
 
     python tools/cut_tiles.py PHOTOGRAPHS OUT [--count 4000] [--width 500] [--height 375] [--quality 92] [--seed 0]
 
-PHOTOGRAPHS is a folder of images, any depth; OUT gets a folder per photograph with its tiles as JPEGs (a class each for
-tools/make_shards.py). The defaults are the commonest size of ImageNet's images.
+PHOTOGRAPHS is a folder of images, any depth; OUT gets JPEGs in one folder, the one class that tools/make_shards.py makes
+of them: which photograph a tile is from says nothing of another split. The defaults are the commonest size of
+ImageNet's images.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import tyro
 from PIL import Image
 from rich.progress import track
 
+CLASS = "tile"
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"}
 
 
@@ -57,7 +59,7 @@ def cut(index: int, *, paths: list[Path], options: CutTiles) -> None:
     left, top = rng.uniform(0, photograph.width - width), rng.uniform(0, photograph.height - height)
     box = (left, top, left + width, top + height)
     tile = photograph.resize((options.width, options.height), Image.Resampling.LANCZOS, box)
-    tile.save(options.out / path.stem / f"{index:06d}.jpg", quality=options.quality)
+    tile.save(options.out / CLASS / f"{path.stem}-{index:06d}.jpg", quality=options.quality)
 
 
 def main() -> int:
@@ -69,8 +71,7 @@ def main() -> int:
     if options.out.exists():
         print(f"cut_tiles: {options.out} exists already; delete it or name another folder", file=sys.stderr)
         return 1
-    for path in paths:
-        (options.out / path.stem).mkdir(parents=True, exist_ok=True)
+    (options.out / CLASS).mkdir(parents=True)
     # Neighbours in the list share a photograph, so that each process decodes it once.
     order = sorted(range(options.count), key=lambda index: index % len(paths))
     with ProcessPoolExecutor() as pool:
