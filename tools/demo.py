@@ -48,7 +48,7 @@ class Options:
     """Folder of the demo's data and shards."""
     steps: int | None = None
     """Training steps; default: the recipe's."""
-    control_steps: int = 1500
+    control_steps: int = 1000
     """Training steps of the control without jitter."""
     tiles: tuple[int, int] = (4096, 384)
     """Training and validation tiles made."""

@@ -37,7 +37,7 @@ POOL = 256
 class Settings(Common):
     """Picture: what the predictor's output retrieves. Writes RUN/eval/retrieval.png beside the JSON."""
 
-    bank: BankSettings = field(default_factory=lambda: BankSettings(images=4))
+    bank: BankSettings = field(default_factory=lambda: BankSettings(images=6))
     actions: int = 3
     """Actions shown per photograph, drawn from its bank."""
 
@@ -113,7 +113,7 @@ def draw(rows: list[Row], bank: int, path: Path) -> None:
         for a, retrieval in enumerate(row.retrievals):
             _show(line[3 * a + 2], retrieval.retrieved, "retrieved")
             _show(line[3 * a + 3], retrieval.truth, "truth")
-            words = textwrap.fill(retrieval.action, 26) + f"\nrank {retrieval.rank:g} of {bank}"
+            words = textwrap.fill(retrieval.action, 40) + f"\nrank {retrieval.rank:g} of {bank}"
             line[3 * a + 2].set_title(words, fontsize=7, loc="left", linespacing=1.3)
     figure.savefig(path, dpi=160)
 
