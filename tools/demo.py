@@ -12,6 +12,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -73,11 +74,12 @@ class Options:
 
 @dataclass(frozen=True)
 class Stage:
-    """One command, what it is for, and how to see that it was finished before."""
+    """One command and what it is for."""
 
     title: str
     command: list[str]
-    finished: Callable[[], bool]
+    finished: Callable[[], bool] | None = None
+    """Whether it was done to its end; None where the command itself keeps what is done."""
 
 
 class DemoError(RuntimeError):
@@ -109,7 +111,7 @@ def stages(options: Options) -> list[Stage]:
 
 def _shard(options: Options, split: str) -> Stage:
     command = ["tools/make_shards.py", str(options.tiles_csv(split)), str(options.shards)]
-    return Stage(f"Write {split} shards", [*command, "--split", split], lambda: False)
+    return Stage(f"Write {split} shards", [*command, "--split", split])
 
 
 def _train(title: str, options: Options, run: Path, steps: int, more: list[str]) -> Stage:
@@ -138,15 +140,28 @@ def run_stages(todo: list[Stage], console: Console) -> None:
     """Run the stages that are not finished. Raises DemoError at the first that fails."""
     for i, stage in enumerate(todo, start=1):
         console.rule(f"{i}/{len(todo)} {stage.title}", align="left")
-        if stage.finished():
+        if stage.finished is not None and stage.finished():
             console.print("done before, kept")
             continue
         console.print(f"$ python {shlex.join(stage.command)}", style="dim", soft_wrap=True, highlight=False)
         start = time.monotonic()
-        code = subprocess.run([sys.executable, *stage.command], check=False).returncode
+        code = _run([sys.executable, *stage.command])
         if code != 0:
             raise DemoError(f"'{stage.title}' failed (exit code {code}, its message is above); mend it and run again")
+        if stage.finished is not None and not stage.finished():
+            raise DemoError(f"'{stage.title}' was stopped before its end; run again to go on from there")
         console.print(f"{time.monotonic() - start:.0f} s", style="dim")
+
+
+def _run(command: list[str]) -> int:
+    """Run a command to its end; its exit code. Stopped by Ctrl-C, it is asked to stop too, and waited for: it saves."""
+    process = subprocess.Popen(command)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.terminate()
+        process.wait()
+        raise
 
 
 def summary(out: Path) -> Table:
@@ -178,6 +193,7 @@ def _read(path: Path) -> dict[str, Any]:
 def main() -> int:
     options, console, start = tyro.cli(Options), Console(), time.monotonic()
     os.chdir(ROOT)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         run_stages(stages(options), console)
     except DemoError as error:
