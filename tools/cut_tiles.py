@@ -2,9 +2,9 @@
 
     python tools/cut_tiles.py PHOTOGRAPHS OUT [--count 4000] [--width 500] [--height 375] [--quality 92] [--seed 0]
 
-PHOTOGRAPHS is a folder of images, any depth; OUT gets JPEGs in one folder, the one class that tools/make_shards.py makes
-of them: which photograph a tile is from says nothing of another split. The defaults are the commonest size of
-ImageNet's images.
+PHOTOGRAPHS is a folder of images, any depth; OUT gets JPEGs in one folder, which tools/make_shards.py takes as one
+class: which photograph a tile is from says nothing of another split. The defaults are the commonest size of ImageNet's
+images.
 """
 
 from __future__ import annotations
