@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from dali_pipelines.augmentation import Views
 from dali_pipelines.classification import centre_crops
@@ -245,7 +246,7 @@ def _run(pipeline: Any, folder: Path) -> list[Tensor]:
             f"{folder}: DALI could not make a batch: {_reason(error)}. If it is a bad sample, "
             f"'python tools/make_shards.py verify {folder}' names it"
         ) from error
-    return [torch.from_dlpack(output.as_tensor()) for output in outputs]
+    return [from_dlpack(output.as_tensor()) for output in outputs]
 
 
 def _reason(error: RuntimeError) -> str:

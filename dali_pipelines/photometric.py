@@ -6,8 +6,10 @@ Milliseconds in comments are per 224² image on one CPU core with DALI 2.4.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 from nvidia.dali import fn, types
 from nvidia.dali import math as dali_math
 
@@ -43,7 +45,9 @@ def draw(spec: Photometric) -> Drawn:
     grayscale = _coin(spec.grayscale_probability)
     blur = _coin(spec.blur_probability)
     solarize = _coin(spec.solarize_probability)
-    values = {name: fn.constant(fdata=[identity], shape=[]) for name, identity in _IDENTITIES.items()}
+    values = {
+        name: types.Constant(identity, types.FLOAT, shape=[], device="cpu") for name, identity in _IDENTITIES.items()
+    }
     if jitter is not None:
         for name in JITTER_FIELDS:
             values[name] = _where(jitter, spec.jitter_range(name), _IDENTITIES[name])
@@ -61,13 +65,15 @@ _IDENTITIES = dict(zip(PHOTOMETRIC_FIELDS, IDENTITY, strict=True))
 
 def apply(image: DataNode, drawn: Drawn, spec: Photometric, colour: ColourDefinition, backend: Backend) -> DataNode:
     """The view: uint8 HWC to uint8 HWC. Each op runs on the samples it was drawn for and on no other."""
-    jitter = {"linear": _jitter_linear, "torchvision": _jitter_torchvision}[colour]
     if drawn.jitter is not None and drawn.jitter:
-        image = jitter(image, drawn.values, spec, backend)
+        if colour == "linear":
+            image = _jitter_linear(image, drawn.values, spec, backend)
+        else:
+            image = _jitter_torchvision(image, drawn.values, spec, backend)
     if drawn.grayscale is not None and drawn.grayscale:
         image = _grey(image, channels=3)
     if drawn.blur is not None and drawn.blur:
-        image = fn.gaussian_blur(image, sigma=drawn.values["blur_sigma"])
+        image = _blur(image, drawn.values["blur_sigma"], widest=spec.blur_sigma[1], backend=backend)
     if drawn.solarize is not None and drawn.solarize:
         image = fn.lookup_table(image, keys=_LEVELS, values=_SOLARIZED, dtype=types.UINT8)
     return image
@@ -78,9 +84,9 @@ _SOLARIZED = [255 - level if level >= SOLARIZE_THRESHOLD else level for level in
 
 
 def _jitter_linear(image: DataNode, values: dict[str, DataNode], spec: Photometric, backend: Backend) -> DataNode:
-    """brightness · (mean grey + contrast · (x - mean grey)), rounded; then saturation and hue as one 3×3 map in YIQ.
+    """brightness · (mean grey + contrast · (x - mean grey)); then the colour scaled and turned about the grey axis.
 
-    uint8 between the two: brightness_contrast is a table look-up there (0.05 instead of 0.35 on floats).
+    Rounded to uint8 between the two: brightness_contrast is a table look-up there (0.05 instead of 0.35 on floats).
     """
     if spec.brightness or spec.contrast:
         image = fn.brightness_contrast(
@@ -90,9 +96,56 @@ def _jitter_linear(image: DataNode, values: dict[str, DataNode], spec: Photometr
             contrast_center=_argument(_mean_grey(image), backend),
         )
     if spec.saturation or spec.hue:
-        twisted = fn.color_twist(image, saturation=values["saturation"], hue=360.0 * values["hue"], dtype=types.FLOAT)
-        image = _to_uint8(twisted)
+        weights = [_turn_weight(values["saturation"], values["hue"], channel) for channel in range(3)]
+        image = _turn_by_filter(image, weights) if backend == "cpu" else _turn_by_matrix(image, weights)
     return image
+
+
+def _turn_weight(saturation: DataNode, hue: DataNode, channel: int) -> DataNode:
+    """What a channel gets of the channel that many places after it: R, G, B, R, ...
+
+    Saturation scales and hue (turns) turns the colour about the grey axis of RGB, so that the map is a circulant matrix
+    and three weights are all of it. Closer to HSV than DALI's own hue, which turns in YIQ: 26.9 against 22.4 dB.
+    """
+    return (1.0 + 2.0 * saturation * dali_math.cos(2 * math.pi * (hue + channel / 3))) / 3.0
+
+
+def _turn_by_filter(image: DataNode, weights: list[DataNode]) -> DataNode:
+    """A circulant matrix is a filter that wraps round: over channels, on planes. 0.18, where color_twist takes 0.95."""
+    same, next_one, last = weights
+    planes = fn.transpose(image, perm=[2, 0, 1])
+    rows = fn.reshape(planes, shape=[3, -1], layout="HW")
+    turned = fn.filter(rows, fn.reshape(fn.stack(last, same, next_one), shape=[3, 1]), border="wrap")
+    return fn.crop_mirror_normalize(
+        fn.reshape(turned, shape=planes.shape(), layout="CHW"),
+        dtype=types.UINT8,
+        output_layout="HWC",
+        mean=[0.0],
+        std=[1.0],
+    )
+
+
+def _turn_by_matrix(image: DataNode, weights: list[DataNode]) -> DataNode:
+    """The same map in one kernel: what a GPU is best at."""
+    same, next_one, last = weights
+    rows = [fn.stack(same, next_one, last), fn.stack(last, same, next_one), fn.stack(next_one, last, same)]
+    return fn.coord_transform(image, M=fn.stack(*rows), dtype=types.UINT8)
+
+
+def _blur(image: DataNode, sigma: DataNode, *, widest: float, backend: Backend) -> DataNode:
+    """torchvision's GaussianBlur with 2·ceil(3·widest) + 1 taps (13 for the paper's), borders mirrored.
+
+    On CPU as two filters, rounded between: 0.2, where gaussian_blur takes 0.7 to 1.6.
+    """
+    reach = math.ceil(3 * widest)
+    taps = 2 * reach + 1
+    if backend == "gpu":
+        return fn.gaussian_blur(image, sigma=sigma, window_size=taps)
+    offsets = types.Constant(np.arange(-reach, reach + 1, dtype=np.float32), device="cpu")
+    weights = dali_math.exp(-0.5 * (offsets / sigma) ** 2)
+    weights = weights / fn.reductions.sum(weights)
+    image = fn.filter(image, fn.reshape(weights, shape=[1, taps]))
+    return fn.filter(image, fn.reshape(weights, shape=[taps, 1]))
 
 
 def _jitter_torchvision(image: DataNode, values: dict[str, DataNode], spec: Photometric, backend: Backend) -> DataNode:

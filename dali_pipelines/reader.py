@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from nvidia.dali import fn, types
 
@@ -89,18 +89,17 @@ def read(source: Source, *, shuffle_buffer: int, seed: int, prefetch: int) -> En
     """
     paths = [str(source.folder / shard.name) for shard in source.manifest.shards]
     indexes = [str(source.folder / shard.index) for shard in source.manifest.shards]
-    labelled = source.component is not None
     order = (
         {"random_shuffle": True, "initial_fill": shuffle_buffer, "shuffle_after_epoch": True}
         | {"shuffle_after_epoch_seed": seed}
         if shuffle_buffer
         else {"stick_to_shard": True}
     )
-    components = fn.readers.webdataset(
+    components: Any = fn.readers.webdataset(
         name=READER,
         paths=paths,
         index_paths=indexes,
-        ext=["jpg", source.component] if labelled else ["jpg"],
+        ext=["jpg"] if source.component is None else ["jpg", source.component],
         missing_component_behavior="error",
         shard_id=source.rank,
         num_shards=source.world_size,
@@ -108,8 +107,14 @@ def read(source: Source, *, shuffle_buffer: int, seed: int, prefetch: int) -> En
         prefetch_queue_depth=prefetch,
         **order,
     )
-    jpeg, label = (components[0], fn.pad(components[1], fill_value=0)) if labelled else (components, None)
-    return Encoded(jpeg, label, fn.pad(fn.get_property(jpeg, key="source_info"), fill_value=0))
+    if source.component is None:
+        return Encoded(components, None, _origin(components))
+    jpeg, label = components
+    return Encoded(jpeg, fn.pad(label, fill_value=0), _origin(jpeg))
+
+
+def _origin(jpeg: DataNode) -> DataNode:
+    return fn.pad(fn.get_property(jpeg, key="source_info"), fill_value=0)
 
 
 class Crop(NamedTuple):

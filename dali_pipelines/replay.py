@@ -20,8 +20,6 @@ from dali_pipelines.augmentation import (
 )
 
 _LUMA = (0.299, 0.587, 0.114)
-_RGB_TO_YIQ = ((0.299, 0.587, 0.114), (0.596, -0.274, -0.321), (0.211, -0.523, 0.311))
-"""The three-digit constants of DALI's color_twist."""
 
 
 def draw_photometric(spec: Photometric, n: int, generator: torch.Generator) -> Float[Tensor, "n 7"]:
@@ -67,22 +65,13 @@ def photometric(
 def _jitter_linear(x: Float[Tensor, "b h w 3"], values: dict[str, Tensor]) -> Float[Tensor, "b h w 3"]:
     centre = _grey(x).mean((1, 2, 3), keepdim=True)
     x = (values["brightness"] * (centre + values["contrast"] * (x - centre))).round().clamp(0, 255)
-    saturation, hue = values["saturation"].flatten(), values["hue"].flatten()
-    turned = torch.einsum("bij,bhwj->bhwi", _twist(saturation, hue), x).clamp(0, 255).floor()
-    # Not drawn is no twist at all: the identity map's rounding error would cost a grey level when truncated.
-    return torch.where((values["saturation"] == 1) & (values["hue"] == 0), x, turned)
-
-
-def _twist(saturation: Float[Tensor, " b"], hue: Float[Tensor, " b"]) -> Float[Tensor, "b 3 3"]:
-    """Saturation and hue (turns) as DALI's color_twist makes them: scale and rotate the colour plane of YIQ."""
-    to_yiq = torch.tensor(_RGB_TO_YIQ, device=hue.device)
-    angle = hue * 2 * torch.pi
-    cosine, sine = saturation * angle.cos(), saturation * angle.sin()
-    turn = torch.zeros(len(hue), 3, 3, device=hue.device)
-    turn[:, 0, 0] = 1
-    turn[:, 1, 1] = turn[:, 2, 2] = cosine
-    turn[:, 1, 2], turn[:, 2, 1] = sine, -sine
-    return torch.linalg.inv(to_yiq) @ turn @ to_yiq
+    thirds = torch.arange(3, device=x.device) / 3
+    angles = 2 * torch.pi * (values["hue"].flatten(1) + thirds)
+    same, next_one, last = ((1 + 2 * values["saturation"].flatten(1) * angles.cos()) / 3).unbind(1)
+    circulant = torch.stack([same, next_one, last, last, same, next_one, next_one, last, same], dim=1).unflatten(
+        1, (3, 3)
+    )
+    return torch.einsum("bij,bhwj->bhwi", circulant, x).round().clamp(0, 255)
 
 
 def _jitter_torchvision(x: Float[Tensor, "b h w 3"], values: dict[str, Tensor]) -> Float[Tensor, "b h w 3"]:
@@ -111,17 +100,20 @@ def _grey(x: Float[Tensor, "b h w 3"]) -> Float[Tensor, "b h w 1"]:
 
 
 def _blur(x: Float[Tensor, "b h w 3"], sigma: Float[Tensor, " b"]) -> Float[Tensor, "b h w 3"]:
-    """Gaussian of 2·ceil(3σ) + 1 taps, borders mirrored without repeating the edge, rounded."""
+    """Along rows, then along columns, rounded after each, borders mirrored.
+
+    The graph has as many taps as the widest sigma it may draw needs; here it is the widest of the batch. What lies
+    beyond three sigmas is 0.3% of a kernel.
+    """
     b, h, w, _ = x.shape
-    radii = (3 * sigma).ceil()
-    reach = int(radii.max())
+    reach = int((3 * sigma).ceil().max())
     offsets = torch.arange(-reach, reach + 1, device=x.device)
-    taps = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2) * (offsets.abs() <= radii[:, None])
+    taps = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2)
     taps = (taps / taps.sum(1, keepdim=True)).repeat_interleave(3, dim=0)
     planes = x.permute(0, 3, 1, 2).reshape(1, b * 3, h, w)
-    planes = conv2d(pad(planes, (reach, reach, 0, 0), mode="reflect"), taps[:, None, None, :], groups=b * 3)
-    planes = conv2d(pad(planes, (0, 0, reach, reach), mode="reflect"), taps[:, None, :, None], groups=b * 3)
-    return planes.reshape(b, 3, h, w).permute(0, 2, 3, 1).round()
+    planes = conv2d(pad(planes, (reach, reach, 0, 0), mode="reflect"), taps[:, None, None, :], groups=b * 3).round()
+    planes = conv2d(pad(planes, (0, 0, reach, reach), mode="reflect"), taps[:, None, :, None], groups=b * 3).round()
+    return planes.reshape(b, 3, h, w).permute(0, 2, 3, 1)
 
 
 def crop(images: list[UInt8[Tensor, "_ _ 3"]], geometry: Float[Tensor, "b 7"], size: int) -> UInt8[Tensor, "b h w 3"]:

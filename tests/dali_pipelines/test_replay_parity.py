@@ -13,6 +13,7 @@ from pipeline_shards import photographs_and_noise
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
+from dali_pipelines import photometric as dali_photometric
 from dali_pipelines import replay
 from dali_pipelines.augmentation import (
     GEOMETRY,
@@ -117,6 +118,23 @@ def test_the_torchvision_definition_is_torchvisions_own_jitter(shards: Path, dev
     rows = batch.params[:, SOURCE].tolist()
     expected = [torchvision_jitter(x, row) for x, row in zip(batch.target.cpu(), rows, strict=True)]
     assert error(batch.source.cpu(), torch.stack(expected)).mean() <= 0.5
+
+
+def test_the_linear_definition_is_near_torchvisions(shards: Path) -> None:
+    spec = replace(STILL, jitter_probability=1.0, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
+    batch = one_batch(shards, "cpu", spec, "linear")
+    rows = batch.params[:, SOURCE].tolist()
+    expected = [torchvision_jitter(x, row) for x, row in zip(batch.target, rows, strict=True)]
+    assert error(batch.source, torch.stack(expected)).mean() <= 8.0
+
+
+def test_the_gpus_matrix_and_the_cpus_filter_turn_colours_alike(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both operators run on CPU, so that this holds where there is no GPU to try the other on."""
+    by_filter = one_batch(shards, "cpu", OPS["together always"])
+    monkeypatch.setattr(dali_photometric, "_turn_by_filter", dali_photometric._turn_by_matrix)
+    by_matrix = one_batch(shards, "cpu", OPS["together always"])
+    assert torch.equal(by_filter.params, by_matrix.params)
+    assert error(by_filter.source, by_matrix.source).max() <= 0.05
 
 
 def test_grayscale_is_pillows(shards: Path) -> None:
