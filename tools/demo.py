@@ -168,13 +168,13 @@ def summary(out: Path) -> Table:
     """The figures that the demo is about, beside what is expected of them."""
     own, control = (_read(out / "eval" / name) for name in ("mrr.json", "mrr-no-jitter.json"))
     table = Table(title="Can the predictor apply the action that it is told?", box=SIMPLE_HEAD)
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for column in ("MRR, pooled", "per token", "expected", ""):
         table.add_column(column, justify="right", no_wrap=True)
     rows = (
-        ("world model", own["mrr"], "at least"),
-        ("the same, shuffled actions", own["shuffled_actions"], "at most"),
-        ("model trained without jitter", control["mrr"], "at most"),
+        ("the world model", own["mrr"], "at least"),
+        ("… told shuffled actions", own["shuffled_actions"], "at most"),
+        ("trained without jitter", control["mrr"], "at most"),
     )
     for name, scores, bound in rows:
         pooled, limit = scores["pooled"]["teacher"]["mean"], EXPECTED[bound]
