@@ -85,14 +85,14 @@ def _jitter_torchvision(x: Float[Tensor, "b h w 3"], values: dict[str, Tensor]) 
 
 def _rotate_hue(x: Float[Tensor, "b h w 3"], turns: Float[Tensor, "b 1 1"]) -> Float[Tensor, "b h w 3"]:
     red, green, blue = x.unbind(-1)
-    value = x.amax(-1)
-    chroma = value - x.amin(-1)
+    value, lowest = x.amax(-1), x.amin(-1)
+    chroma = value - lowest
     within = torch.where(red == value, green - blue, torch.where(green == value, blue - red, red - green))
     sector = torch.where(red == value, 0.0, torch.where(green == value, 2.0, 4.0))
-    sixths = within / chroma.clamp(min=1) + sector + 6 * turns
-    distance = (sixths[..., None] + torch.tensor([5.0, 3.0, 1.0], device=x.device)) % 6
-    fall = torch.minimum(distance, 4 - distance).clamp(0, 1)
-    return ((value[..., None] - chroma[..., None] * fall) * (255.999 / 255)).clamp(0, 255).floor()
+    hue = (within / chroma.clamp(min=1) + sector + 6 * turns) % 6
+    shares = torch.stack([(hue - 3).abs() - 1, 2 - (hue - 2).abs(), 2 - (hue - 4).abs()], dim=-1)
+    turned = lowest[..., None] + chroma[..., None] * shares.clamp(0, 1)
+    return (turned * (255.999 / 255)).clamp(0, 255).floor()
 
 
 def _grey(x: Float[Tensor, "b h w 3"]) -> Float[Tensor, "b h w 1"]:

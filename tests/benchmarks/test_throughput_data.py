@@ -1,0 +1,102 @@
+"""The data benchmark, run as its user runs it, and the work its baseline does."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import skimage.data
+import torch
+from PIL import Image
+from rich.console import Console
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+from baselines.torchvision_loader import TwoViews, Variant  # noqa: E402  (found by the line above)
+from data_mode import BenchmarkError, Data, ratio, run  # noqa: E402
+from pinned import Rate  # noqa: E402
+
+from dali_pipelines.augmentation import NO_COLOUR, Photometric, Views  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 tiles of one photograph, made by the project's own tool."""
+    folder = tmp_path_factory.mktemp("benchmark")
+    (folder / "tiles" / "astronaut").mkdir(parents=True)
+    photograph = Image.fromarray(skimage.data.astronaut())
+    for i in range(24):
+        photograph.crop((8 * i, 4 * i, 8 * i + 200, 4 * i + 150)).save(folder / "tiles" / "astronaut" / f"{i}.jpg")
+    make = [sys.executable, BENCHMARKS.parent / "tools" / "make_shards.py"]
+    subprocess.run([*make, folder / "tiles", folder / "shards", "--split", "train"], check=True, capture_output=True)
+    return folder / "shards"
+
+
+def throughput(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, BENCHMARKS / "throughput.py", "data", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.long
+def test_a_measurement_compares_on_equal_terms_and_says_on_what(shards: Path, tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    quick = ("--size", 32, "--batch", 8, "--seconds", 0.5, "--repeats", 1)
+    done = throughput("--shards", shards, *quick, "--json", file)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(file.read_text())
+    assert result["views"]["size"] == 32
+    assert set(result["images_per_second"]["wall"]) == {"dali", "torchvision pil", "torchvision tensor"}
+    for clock in ("wall", "core"):
+        rates = result["images_per_second"][clock]
+        assert all(rate["p10"] <= rate["median"] <= rate["p90"] for rate in rates.values())
+        opponent = max(("torchvision pil", "torchvision tensor"), key=lambda name: rates[name]["median"])
+        expected = rates["dali"]["median"] / rates[opponent]["median"]
+        assert result["ratio"][clock]["median"] == pytest.approx(expected, rel=0.01)
+    assert {"processor", "cores", "packages", "commit"} <= set(result["machine"])
+
+
+def test_a_users_mistake_is_one_line_and_no_traceback(shards: Path) -> None:
+    done = throughput("--shards", shards, "--batch", 25)
+    assert done.returncode == 1
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert re.search("--batch 25: .* has only 24 images", done.stderr), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ({"scenario": "purple"}, "--scenario purple: there is none of that name; there are default"),
+        ({"recipe": "cake"}, "--recipe cake: there is none of that name; there are demo"),
+        ({"cores": 9999}, "--cores 9999: this process may use"),
+    ],
+)
+def test_other_mistakes_name_the_option_and_what_there_is(shards: Path, mistake: dict[str, Any], message: str) -> None:
+    with pytest.raises(BenchmarkError, match=message):
+        run(Data(shards=shards, batch=8, **mistake), Console())
+
+
+def test_the_ratio_is_over_the_faster_baseline_turn_by_turn() -> None:
+    turns = {
+        "dali": [[Rate(200, 300)], [Rate(100, 300)]],
+        "torchvision pil": [[Rate(100, 100)], [Rate(50, 100)]],
+        "torchvision tensor": [[Rate(50, 200)], [Rate(50, 100)]],
+    }
+    assert ratio(turns, "wall") == {"over": "torchvision pil", "median": 2.0, "lowest": 2.0, "highest": 2.0}
+    assert ratio(turns, "core") == {"over": "torchvision tensor", "median": 2.25, "lowest": 1.5, "highest": 3.0}
+
+
+@pytest.mark.parametrize("variant", ["pil", "tensor"])
+def test_the_baseline_does_the_same_work(shards: Path, variant: Variant) -> None:
+    torch.manual_seed(0)
+    always = Photometric(1.0, 0.4, 0.4, 0.2, 0.1, 1.0, 1.0, (0.1, 2.0), 1.0)
+    source, target = TwoViews(shards, "train", Views(size=48, source=always, target=NO_COLOUR), variant)[3]
+    assert source.shape == target.shape == (3, 48, 48)
+    assert source.dtype == target.dtype == torch.uint8
+    assert (source[0] == source[1]).all()
+    assert not (target[0] == target[1]).all()
