@@ -69,7 +69,8 @@ class Views:
     target: Photometric = field(default_factory=lambda: Photometric().without_destructive())
     source: Photometric = field(default_factory=Photometric)
     colour: ColourDefinition = "linear"
-    """`linear`: cheap, one clamp. `torchvision`: the maths of torchvision's ColorJitter, in the fixed order."""
+    """Maths of the jitter, in the fixed order. `torchvision`: ColorJitter's own, clamped after each step, hue in HSV.
+    `linear`: two affine maps, brightness with contrast and saturation with hue; hue turns about the grey axis."""
 
 
 def _scenario(
