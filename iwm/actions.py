@@ -65,7 +65,9 @@ def action_between(
         jitter = torch.cat((factors, hue), dim=1)
     else:
         jitter = target[:, : len(JITTER)] - source[:, : len(JITTER)]
-    parts = [jitter / jitter.new_tensor(spec.scale), (source[:, len(JITTER) :] > 0).to(jitter.dtype)]
+    # Divided column by column: a tensor of the scales would have to be copied to the device, which waits for it.
+    scaled = torch.stack([column / scale for column, scale in zip(jitter.unbind(1), spec.scale, strict=True)], dim=1)
+    parts = [scaled, (source[:, len(JITTER) :] > 0).to(jitter.dtype)]
     if spec.target_flags:
         parts.append((target[:, len(JITTER) :] > 0).to(jitter.dtype))
     return torch.cat(parts, dim=1)

@@ -89,7 +89,7 @@ def uniform(seed: int, step: int, index: Int64[Tensor, "b"], draws: int) -> Floa
 
     SplitMix64 in counter mode (Steele, Lea and Flood, 2014), in wrapping int64 arithmetic.
     """
-    state = _mix(_mix(index.new_tensor(seed)) + step)
+    state = _mix(_mix(torch.full_like(index, seed)) + step)
     state = _mix(_mix(state + index)[:, None] + torch.arange(draws, device=index.device))
     return _shift(state, 11).to(torch.float64) * 2.0**-53
 

@@ -28,6 +28,7 @@ class WorldModel(nn.Module):
         self.encoder = Encoder(config.encoder, config.views.size)
         self.predictor = Predictor(config, self.action_spec.size)
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
+        self._visible_width: int | None = None
 
     def forward(
         self,
@@ -38,8 +39,7 @@ class WorldModel(nn.Module):
     ) -> Float[Tensor, ""]:
         """Training loss of a batch: how far predictions are from the target encoder's features."""
         targets = self.targets(target)
-        width = None if source.device.type == "cpu" else most_visible(self.config.masking, self.config.grid)
-        context = self.encoder(source, select_visible(masks.visible, width))
+        context = self.encoder(source, select_visible(masks.visible, self._visible_width))
         action = action_from_params(params, self.action_spec)
         separate = masks.queried.shape[1]
         visible = masks.visible.repeat_interleave(separate, dim=0)
@@ -88,6 +88,9 @@ class WorldModel(nn.Module):
         self.to(memory_format=torch.channels_last)
         kind = self.config.train.attention
         use_attention(self, fused=kind == "fused" or (kind == "auto" and device.type == "cuda"))
+        # On a CPU in eager mode each batch is as wide as it must be. Elsewhere shapes must not change.
+        static = compiled or device.type != "cpu"
+        self._visible_width = most_visible(self.config.masking, self.config.grid) if static else None
         if compiled:
             for part in (self.encoder, self.target_encoder, self.predictor):
                 for block in part.blocks:

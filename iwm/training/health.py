@@ -42,7 +42,9 @@ def health(model: WorldModel, images: UInt8[Tensor, "b h w 3"]) -> dict[str, flo
     log = model.config.log
     was_training = model.training
     model.eval()
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=model.config.train.precision == "bf16"):
+    bf16 = torch.autocast(images.device.type, torch.bfloat16, enabled=model.config.train.precision == "bf16")
+    # Eager: its batch shapes are its own, and each would be compiled beside the training step's.
+    with bf16, torch.compiler.set_stance("force_eager"):
         settings = BankSettings(images=log.health_images, size=log.health_bank)
         scores = summarise(measure(model, images[: log.health_images], settings))
         with torch.no_grad():

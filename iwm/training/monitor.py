@@ -66,11 +66,21 @@ class Monitor:
     On a terminal: a live table and a progress bar. Elsewhere: one plain line per measurement.
     """
 
-    def __init__(self, run: Path, title: str, steps: int, start: int, *, main: bool, tensorboard: bool) -> None:
+    def __init__(
+        self,
+        run: Path,
+        title: str,
+        steps: int,
+        start: int,
+        *,
+        main: bool,
+        tensorboard: bool,
+        console: Console | None = None,
+    ) -> None:
         self._main = main
         if not main:
             return
-        self._console = Console(soft_wrap=True)
+        self._console = console or Console()
         self._path = run / METRICS
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=start) if tensorboard else None
         self._title, self._latest = title, dict[str, float]()
@@ -109,7 +119,7 @@ class Monitor:
     def say(self, text: str) -> None:
         """One line of plain information."""
         if self._main:
-            self._console.print(text, highlight=False, markup=False)
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def advance(self, step: int) -> None:
         """Move the bar: `step` steps are done."""
