@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -20,14 +20,14 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     return [{"params": decayed, "decay": True}, {"params": spared, "decay": False, "weight_decay": 0.0}]
 
 
-def apex_fused_adam() -> type[torch.optim.Optimizer] | None:
+def apex_fused_adam() -> Callable[..., torch.optim.Optimizer] | None:
     """apex's FusedAdam where apex was built with its CUDA kernels, else None ('apex' on PyPI is another package)."""
     try:
         importlib.import_module("amp_C")
         optimizers = importlib.import_module("apex.optimizers")
     except ImportError:
         return None
-    fused_adam: type[torch.optim.Optimizer] = optimizers.FusedAdam
+    fused_adam: Callable[..., torch.optim.Optimizer] = optimizers.FusedAdam
     return fused_adam
 
 
