@@ -1,0 +1,73 @@
+"""The command line of iwm/train.py: recipe, then scenario, then single fields; mistakes end in one clear line."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dali_pipelines.augmentation import SCENARIOS
+from iwm import train
+from iwm.recipes import RECIPES
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["iwm/train.py", *arguments])
+    return train.main()
+
+
+def test_fields_override_the_scenario_and_the_scenario_the_recipe() -> None:
+    command = train.parse(["iwm_b16_equi_18x384", "--scenario", "strong", "--views.source.hue", "0.3"])
+    assert command.run_dir == Path("runs/iwm_b16_equi_18x384-strong")
+    assert command.config.views.source.brightness == SCENARIOS["strong"].source.brightness
+    assert command.config.views.source.hue == 0.3
+    assert command.config.predictor.depth == 18
+    plain = train.parse(["demo"])
+    assert plain.config == RECIPES["demo"]()
+    assert plain.run_dir == Path("runs/demo")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["no_such_recipe"], "no_such_recipe"),
+        (["demo", "--optim.momentum", "0.9"], "--optim.momentum"),
+        (["demo", "--scenario", "sepia"], "sepia"),
+        (["demo", "--data.batch", "many"], "many"),
+    ],
+)
+def test_what_is_not_known_is_refused_by_name(
+    arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        train.parse(arguments)
+    assert stop.value.code == 2
+    assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data.shards", "nowhere"], "nowhere/manifest.json does not exist"),
+        (["--views.size", "30"], "views.size 30 is not a multiple of encoder.patch 8"),
+        (["--train.device", "cuda"], "train.device cuda: torch sees no GPU"),
+        (["--optim.kernels", "apex"], "optim.kernels apex"),
+        (["--data.val", "test"], "no split 'test'"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_1(
+    arguments: list[str],
+    message: str,
+    tiny_shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    shards = ["--data.shards", str(tiny_shards), "--data.batch", "8"]
+    assert run_main(monkeypatch, "demo", "--run-dir", str(tmp_path / "run"), *shards, *arguments) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("iwm/train.py: ")
+    assert len(error.strip().splitlines()) == 1
