@@ -10,8 +10,8 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from dali_pipelines.loader import ValidationLoader
 from iwm.config import Config, ConfigError
+from iwm.evaluation.held_out import first_images
 from iwm.evaluation.settings import Settings
 from iwm.models.world_model import WorldModel
 from iwm.training.checkpoint import all_checkpoints, load_run
@@ -39,25 +39,15 @@ class Subject:
     def images(self, most: int, at_least: int | None = None) -> tuple[UInt8[Tensor, "b h w 3"], list[str]]:
         """The first `most` held-out images as the run's clean views, on the device, with their sample keys.
 
-        Shards are shuffled when they are made, so the first are as good as any. ConfigError where the split holds fewer
-        than `at_least` (default: `most`).
+        Raises ConfigError where the split holds fewer than `at_least` (default: `most`).
         """
-        loader = ValidationLoader(
-            self.shards, self.split, size=self.config.views.size, batch_size=min(most, 64), device=self.device.type
-        )
-        images: list[Tensor] = []
-        keys: list[str] = []
-        for batch in loader:
-            images.append(batch.images.clone())
-            keys += batch.keys
-            if len(keys) >= most:
-                break
+        images, keys = first_images(self.shards, self.split, size=self.config.views.size, most=most, device=self.device)
         if len(keys) < (at_least or most):
             raise ConfigError(
                 f"{self.shards}: split '{self.split}' has {len(keys)} images, {at_least or most} are asked for; "
                 "lower --bank.images"
             )
-        return torch.cat(images)[:most], keys[:most]
+        return images, keys
 
 
 def load_subject(settings: Settings) -> Subject:

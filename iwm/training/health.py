@@ -6,9 +6,9 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from dali_pipelines.loader import ValidationLoader
 from iwm.config import Config
 from iwm.evaluation.health import feature_std, rankme
+from iwm.evaluation.held_out import first_images
 from iwm.evaluation.mrr import BankSettings, measure, summarise
 from iwm.models.world_model import WorldModel
 from iwm.training.distributed import World
@@ -21,20 +21,9 @@ def held_out(config: Config, here: World) -> UInt8[Tensor, "b h w 3"] | None:
     """The first held-out images as clean views, on the main process; None elsewhere or where no split is watched."""
     if config.data.val is None or not here.main:
         return None
-    wanted = max(config.log.health_images, FEATURE_IMAGES)
-    loader = ValidationLoader(
-        config.data.shards,
-        config.data.val,
-        size=config.views.size,
-        batch_size=min(64, wanted),
-        device=here.device,
-    )
-    images: list[Tensor] = []
-    for batch in loader:
-        images.append(batch.images.clone())
-        if sum(len(part) for part in images) >= wanted:
-            break
-    return torch.cat(images)[:wanted]
+    most = max(config.log.health_images, FEATURE_IMAGES)
+    size, device = config.views.size, here.device
+    return first_images(config.data.shards, config.data.val, size=size, most=most, device=device)[0]
 
 
 def health(model: WorldModel, images: UInt8[Tensor, "b h w 3"]) -> dict[str, float]:
