@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Generator, Iterable
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any, NamedTuple, TypeVar
@@ -90,6 +91,8 @@ def _start(work: Callable[[Task], Generator[Report, None, None]]) -> tuple[Conne
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs, work), daemon=True)
+    # Started first, for it unblocks the signals that are blocked next.
+    resource_tracker.ensure_running()
     # Ctrl-C reaches all processes of a terminal. Workers inherit that these signals are blocked: the parent decides.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from iwm.training import checkpoint as checkpoints
-from tests.training.runs import ROOT, assert_same, command, finish, metrics, start
+from tests.training.runs import assert_same, command, finish, metrics, start
 
 KILLS = 5
 STEPS = 400
@@ -30,78 +30,58 @@ def test_ten_kills_leave_shards_byte_for_byte_and_parameters_bit_for_bit_the_sam
     seed = time.time_ns()
     rng = random.Random(seed)
     print(f"\nseed {seed}")
-    photographs = draw_images(tmp_path / "images", 1500)
+    images = draw_images(tmp_path / "images", 1500)
 
-    def making(out: str) -> list[str]:
-        tool = [sys.executable, "tools/make_shards.py", str(photographs), str(tmp_path / out), "--split", "train"]
-        return [*tool, "--resize", "320", "--shard-mb", "2"]
+    def making(out: Path) -> list[str]:
+        options = ["--split", "train", "--resize", "320", "--shard-mb", "2"]
+        return [sys.executable, "tools/make_shards.py", str(images), str(out), *options]
 
-    finish(making("whole"))
-    seconds = killed_until_done(
-        making("cut"), rng, lambda: (tmp_path / "cut").exists(), lambda: (tmp_path / "cut/manifest.json").exists()
-    )
-    print(f"shards: {KILLS} kills after {seconds} s of work; comparing with the uninterrupted result")
-    whole, cut = (contents(tmp_path / name) for name in ("whole", "cut"))
-    assert whole.keys() == cut.keys()
-    assert [name for name in whole if whole[name] != cut[name]] == []
-    print(f"shards: {len(whole)} files byte for byte the same")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    kill_until_done(making, whole, cut, rng)
+    files, others = contents(whole), contents(cut)
+    assert files.keys() == others.keys()
+    assert [name for name in files if files[name] != others[name]] == []
+    print(f"shards: {len(files)} files byte for byte those of an uninterrupted run")
 
-    def training(run: str) -> list[str]:
-        return command(tmp_path / "cut", tmp_path / run, STEPS, "--data.val", "None", "--log.checkpoint-every", "5")
+    def training(run: Path) -> list[str]:
+        return command(whole, run, STEPS, "--data.val", "None", "--log.checkpoint-every", "5")
 
-    finish(training("run"))
-    run = tmp_path / "run-cut"
-    seconds = killed_until_done(
-        training("run-cut"),
-        rng,
-        lambda: (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_size > 0,
-        lambda: (
-            bool(checkpoints.all_checkpoints(run)) and checkpoints.all_checkpoints(run)[0].stem.endswith(f"{STEPS}")
-        ),
-    )
-    print(f"training: {KILLS} kills after {seconds} s of work; comparing with the uninterrupted run")
-    one, other = checkpoints.newest(tmp_path / "run"), checkpoints.newest(run)
+    whole_run, cut_run = tmp_path / "run", tmp_path / "run-cut"
+    kill_until_done(training, whole_run, cut_run, rng)
+    one, other = checkpoints.newest(whole_run), checkpoints.newest(cut_run)
     assert one is not None
     assert other is not None
     assert one.step == other.step == STEPS
     assert_same(one.model, other.model)
     assert_same(one.optimizer, other.optimizer)
-    assert [line["step"] for line in metrics(run)] == [line["step"] for line in metrics(tmp_path / "run")]
-    print(f"training: {len(one.model)} tensors and the optimiser's state bit for bit the same after {STEPS} steps")
+    assert [line["step"] for line in metrics(cut_run)] == [line["step"] for line in metrics(whole_run)]
+    print(f"training: {len(one.model)} tensors and the optimiser bit for bit those of an uninterrupted run")
 
 
-def killed_until_done(
-    line: list[str], rng: random.Random, working: Callable[[], bool], done: Callable[[], bool]
-) -> list[float]:
-    """Start a command and kill it, KILLS times, each at a random moment of its work; then let it finish.
-
-    A moment is a random time after `working` is first true. Returns those times, in seconds.
-    """
-    moments: list[float] = []
+def kill_until_done(job: Callable[[Path], list[str]], whole: Path, cut: Path, rng: random.Random) -> None:
+    """Run a job into `whole` undisturbed; into `cut` with KILLS kills at random moments of its work, then to the end."""
+    began = time.monotonic()
+    finish([*job(whole)[:2], "--help"])
+    startup = time.monotonic() - began
+    began = time.monotonic()
+    finish(job(whole))
+    work = time.monotonic() - began - startup
+    print(f"{job(whole)[1]}: {startup:.1f} s to start, {work:.1f} s of work")
+    moments: list[str] = []
     while len(moments) < KILLS:
-        process = start(line)
-        while not working() and process.poll() is None:
-            time.sleep(0.01)
-        moment = rng.uniform(0.0, 1.5) + (0.0 if not moments else startup_seconds())
+        process = start(job(cut))
+        moment = startup + rng.uniform(0, work / 4)
         try:
             output = process.communicate(timeout=moment)[0]
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
-            moments.append(round(moment, 2))
+            moments.append(f"{moment:.2f}")
         else:
             assert process.returncode == 0, output
-            assert not done(), f"the work ended after {len(moments)} kills: give it more to do"
-    finish(line)
-    return moments
-
-
-@cache
-def startup_seconds() -> float:
-    """How long this machine needs to import the program: a kill before that is no kill at work."""
-    began = time.monotonic()
-    subprocess.run([sys.executable, "-c", "import iwm.train"], cwd=ROOT, check=True)
-    return time.monotonic() - began
+            shutil.rmtree(cut)  # done before it could be killed: begin again
+    print(f"killed after {', '.join(moments)} s")
+    finish(job(cut))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,13 @@ pathlib.Path({str(started)!r}).touch()
 time.sleep(60)
 """
     demo = f"from tools.demo import _run; import sys; _run([sys.executable, '-c', {stage!r}])"
-    process = subprocess.Popen([sys.executable, "-c", demo], cwd=SCRIPT.parents[1], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", demo],
+        cwd=SCRIPT.parents[1],
+        stderr=subprocess.DEVNULL,
+        # A background job inherits that Ctrl-C is ignored; a terminal's does not.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
     while not started.exists():
         assert process.poll() is None
         time.sleep(0.05)
