@@ -59,7 +59,7 @@ def test_ten_kills_leave_shards_byte_for_byte_and_parameters_bit_for_bit_the_sam
 
 
 def kill_until_done(job: Callable[[Path], list[str]], whole: Path, cut: Path, rng: random.Random) -> None:
-    """Run a job into `whole` undisturbed; into `cut` with KILLS kills at random moments of its work, then to the end."""
+    """Run a job into `whole` undisturbed, and into `cut` with KILLS kills at random moments of its work."""
     began = time.monotonic()
     finish([*job(whole)[:2], "--help"])
     startup = time.monotonic() - began
