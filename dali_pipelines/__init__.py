@@ -1,9 +1,11 @@
 """Pipelines that decode shards, make views of images and write down every number they drew.
 
-Importing this sets OMP_WAIT_POLICY to PASSIVE where it is not set: torch's CPU threads otherwise spin while they wait,
-and take the cores from the pipeline's threads and from other processes (measured in docs/lab-notebook.md).
+Importing this sets GOMP_SPINCOUNT where neither it nor OMP_WAIT_POLICY is set, so that it must come before torch: torch's
+CPU threads otherwise spin for long while they wait, and take the cores from the pipeline's threads and from other
+processes (measured in docs/lab-notebook.md).
 """
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")

@@ -11,9 +11,8 @@ from rich.console import Console
 from shards.make import MakeShards, make_shards
 from shards.plan import Cut
 
-# Before torch is loaded; see dali_pipelines/__init__.py on waiting.
+# Before torch is loaded.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @pytest.fixture(scope="session")
