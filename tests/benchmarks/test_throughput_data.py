@@ -12,17 +12,15 @@ from typing import Any
 import pytest
 import skimage.data
 import torch
+from baselines.torchvision_loader import TwoViews, Variant
+from data_mode import BenchmarkError, Data, ratio, run
 from PIL import Image
+from pinned import Rate
 from rich.console import Console
 
+from dali_pipelines.augmentation import NO_COLOUR, Photometric, Views
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-from baselines.torchvision_loader import TwoViews, Variant  # noqa: E402  (found by the line above)
-from data_mode import BenchmarkError, Data, ratio, run  # noqa: E402
-from pinned import Rate  # noqa: E402
-
-from dali_pipelines.augmentation import NO_COLOUR, Photometric, Views  # noqa: E402
 
 
 @pytest.fixture(scope="module")

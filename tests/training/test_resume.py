@@ -4,7 +4,9 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,10 +21,10 @@ from iwm.training.signals import StopWish
 from tests.training.runs import assert_same, command, finish, metrics, start, tiny_config, train_here
 
 
-def wait_for_step(run: Path, step: int, process: object) -> None:
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 120
     while not ((run / "metrics.jsonl").exists() and any(line["step"] >= step for line in whole_lines(run))):
-        assert process.poll() is None, process.communicate()[0]  # type: ignore[attr-defined]  # a Popen
+        assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, "the run takes no steps"
         time.sleep(0.02)
 
@@ -131,7 +133,7 @@ def test_a_full_disk_costs_no_old_checkpoint(tiny_shards: Path, tmp_path: Path, 
 
 
 @pytest.fixture
-def full_disk(tmp_path: Path):  # type: ignore[no-untyped-def]  # a fixture that yields
+def full_disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 3 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
