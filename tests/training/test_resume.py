@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -75,6 +76,19 @@ def test_training_on_two_processes_goes_on_from_one_and_says_what_changes(tiny_s
     assert after is not None
     assert (after.step, after.samples) == (30, 240)
     assert len(after.loader["ranks"]) == 2
+
+
+def test_sigterm_to_torchrun_lets_all_processes_save_after_the_same_step(tiny_shards: Path, tmp_path: Path) -> None:
+    launcher = start(command(tiny_shards, tmp_path, 100_000, "--data.val", "None", processes=2))
+    wait_for_step(tmp_path, 15, launcher)
+    launcher.send_signal(signal.SIGTERM)
+    output = launcher.communicate(timeout=120)[0]
+    stopped = re.search(r"stopped by a signal after step ([\d,]+)", output)
+    assert stopped, output
+    saved = checkpoints.newest(tmp_path)
+    assert saved is not None
+    assert saved.step == int(stopped[1].replace(",", ""))
+    assert len(saved.loader["ranks"]) == 2
 
 
 def stop_after(run: Path, step: int) -> StopWish:
