@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import skimage
 import torch
 from baselines import torchvision_loader
+from photographs import PHOTOGRAPHS
 from pinned import Rate, Stream, measure, summary
 from rich.console import Console
 from rich.table import Table
@@ -164,9 +164,6 @@ def show(result: dict[str, Any], options: Data, console: Console) -> None:
             )
 
 
-PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png", "retina.jpg")
-
-
 def generated_shards(folder: Path, console: Console) -> Path:
     """Shards of photo-like JPEGs of ImageNet's commonest size, made once with the project's own tools."""
     shards = folder / "shards"
@@ -175,8 +172,8 @@ def generated_shards(folder: Path, console: Console) -> Path:
     console.print(f"making shards to measure on in {shards}")
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "photographs").mkdir(parents=True)
-    for name in PHOTOGRAPHS:
-        shutil.copy(Path(skimage.__file__).parent / "data" / name, folder / "photographs" / name)
+    for photograph in PHOTOGRAPHS:
+        shutil.copy(photograph, folder / "photographs")
     cut = ["cut_tiles.py", folder / "photographs", folder / "tiles", "--count", "1200"]
     make = ["make_shards.py", folder / "tiles", shards, "--split", "train"]
     for tool, *arguments in (cut, make):

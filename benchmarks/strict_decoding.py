@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
-import skimage
 import tyro
+from photographs import PHOTOGRAPHS
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
@@ -19,8 +18,6 @@ from rich.table import Table
 
 from shards.images import ImageRules, normalise
 from shards.rejection import Rejected
-
-PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png", "retina.jpg")
 
 
 def _overwritten(length: int, by: Callable[[np.ndarray, np.random.Generator], np.ndarray]) -> Callable[..., bytes]:
@@ -47,7 +44,7 @@ DAMAGE: dict[str, Callable[[bytes, int, np.random.Generator], bytes]] = {
 
 def tile(rng: np.random.Generator) -> bytes:
     """A random part of a photograph, as a JPEG of quality 92."""
-    photograph = Image.open(Path(skimage.__file__).parent / "data" / str(rng.choice(PHOTOGRAPHS))).convert("RGB")
+    photograph = Image.open(PHOTOGRAPHS[rng.integers(len(PHOTOGRAPHS))]).convert("RGB")
     height = rng.uniform(0.5, 1.0) * min(photograph.height, photograph.width * 0.75)
     left, top = rng.uniform(0, photograph.width - height / 0.75), rng.uniform(0, photograph.height - height)
     buffer = io.BytesIO()
