@@ -21,6 +21,7 @@ from shards.listing import Reference
 from shards.manifest import ShardError, load_manifest, save_manifest
 from shards.reading import Reader
 from shards.rejection import load_rejections
+from tests.disks import small_disk
 
 ROOT = Path(__file__).parents[2]
 
@@ -240,13 +241,8 @@ def test_a_file_that_may_not_be_written_further_leaves_whole_shards_only(source,
     assert contents(tmp_path / "out") == contents(reference)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount the small disk that this test fills")
 def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(source, reference, tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "none", str(disk)], check=False).returncode:
-        pytest.skip("mounting is not permitted here")
-    try:
+    with small_disk(tmp_path / "disk", "100k") as disk:
         result = run_tool(source, disk / "out", "--split", "train", "--min-shards", 5, "--workers", 1)
         assert result.returncode == 1
         assert re.search(r"error: cannot write to .*: No space left on device; make room", result.stderr)
@@ -257,8 +253,6 @@ def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(source, reference, tmp
         subprocess.run(["mount", "-o", "remount,size=10m", str(disk)], check=True)
         assert run_tool(source, disk / "out", "--split", "train", "--min-shards", 5).returncode == 0
         assert contents(disk / "out") == contents(reference)
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

@@ -19,6 +19,7 @@ from iwm.training import checkpoint as checkpoints
 from iwm.training.checkpoint import CheckpointError, load_run
 from iwm.training.resume import locked, resume_point
 from iwm.training.signals import StopWish
+from tests.disks import small_disk
 from tests.training.runs import assert_same, command, finish, metrics, start, tiny_config, train_here
 
 
@@ -149,12 +150,8 @@ def test_a_full_disk_costs_no_old_checkpoint(tiny_shards: Path, tmp_path: Path, 
 @pytest.fixture
 def full_disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 3 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if os.system(f"mount -t tmpfs -o size=3m tmpfs '{folder}' 2>/dev/null"):
-        pytest.skip("mounting a small file system needs root")
-    yield folder
-    os.system(f"umount '{folder}'")
+    with small_disk(tmp_path / "disk", "3m") as folder:
+        yield folder
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "foreign"])
