@@ -36,7 +36,7 @@ class Data:
     micro_batch: int | None = None
     """Most images per process in one pass; the rest is accumulated. None: the whole share of a process in one pass."""
     threads: int = 0
-    """CPU threads of each process's pipeline; 0: this machine's cores shared by its processes."""
+    """CPU threads of each process's pipeline; 0: the cores that may be used, shared by the machine's processes."""
     prefetch: int = 2
     """Batches prepared ahead."""
 

@@ -23,7 +23,8 @@ from iwm.evaluation.run_folder import ReportError
 from iwm.evaluation.settings import Settings
 from iwm.evaluation.subject import load_subject
 from iwm.training.checkpoint import CheckpointError, versions
-from shards.manifest import ShardError, write_atomically
+from shards.atomic import write_atomically
+from shards.manifest import ShardError
 
 PROTOCOLS: dict[str, ModuleType] = {"mrr": mrr, "retrieval": retrieval}
 """A protocol is a module with a `Settings` dataclass that extends evaluation.settings', a function

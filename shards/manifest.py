@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from shards.atomic import write_atomically
 
 SCHEMA_VERSION = 1
 
@@ -69,26 +70,6 @@ class Manifest:
 
 MANIFEST = "manifest.json"
 """File name inside a shard folder; one file for all of the folder's splits."""
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside `path`, fsync, rename: a reader sees the old file or the whole new one, also after a power cut."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until renames in the folder are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

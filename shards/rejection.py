@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from shards.manifest import ShardError, folder_lock, write_atomically
+from shards.atomic import write_atomically
+from shards.manifest import ShardError, folder_lock
 
 REJECTED = "rejected.jsonl"
 """File name inside a shard folder."""

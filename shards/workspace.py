@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from shards.manifest import Shard, ShardError, write_atomically
+from shards.atomic import write_atomically
+from shards.manifest import Shard, ShardError
 from shards.rejection import Rejection
 
 

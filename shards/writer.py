@@ -10,10 +10,11 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import BinaryIO, NamedTuple
 
+from shards.atomic import sync_folder
 from shards.images import ImageRules, normalise, normalise_mask
 from shards.index import Entry, format_index
 from shards.listing import Sample
-from shards.manifest import Column, Shard, sync_folder
+from shards.manifest import Column, Shard
 from shards.pool import Tally
 from shards.reading import Reader
 from shards.rejection import Rejected, Rejection

@@ -22,7 +22,7 @@ from typing import Any
 from iwm.evaluation.chart import Line, line_chart, number
 from iwm.evaluation.mrr import CONTEXTS, DISTANCES
 from iwm.evaluation.run_folder import ReportError, Run, read_run
-from shards.manifest import write_atomically
+from shards.atomic import write_atomically
 
 
 def write_report(folder: Path) -> Path:

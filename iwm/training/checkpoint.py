@@ -20,6 +20,7 @@ import torch
 
 from iwm.config import Config, from_dict, to_dict
 from iwm.models.world_model import WorldModel
+from shards.atomic import sync_folder
 
 FORMAT = 1
 
@@ -94,11 +95,7 @@ def save(run: Path, checkpoint: Checkpoint) -> Path:
         temporary.unlink(missing_ok=True)
         # torch's zip writer reports a failed write as a RuntimeError of its own.
         raise OSError(f"{path} could not be written ({error}); older checkpoints are untouched") from error
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(path.parent)
     return path
 
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from iwm.config import ConfigError, Train
+from shards.pool import available_cores
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,6 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
-    def barrier(self) -> None:
-        if self.size > 1:
-            dist.barrier()
-
 
 @contextmanager
 def world(train: Train) -> Iterator[World]:
@@ -62,7 +59,7 @@ def world(train: Train) -> Iterator[World]:
         torch.set_float32_matmul_precision("high")
     elif local_size > 1:
         # torchrun gives each process one thread unless told otherwise.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
+        torch.set_num_threads(cores_each(local_size))
     if size > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
@@ -87,6 +84,11 @@ def _device(train: Train, local_rank: int) -> torch.device:
             "there: lower --nproc_per_node"
         )
     return torch.device("cuda", local_rank)
+
+
+def cores_each(processes: int) -> int:
+    """CPU cores for each of a machine's processes, at least one."""
+    return max(1, available_cores() // processes)
 
 
 class StopAgreement:

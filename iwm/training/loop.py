@@ -18,7 +18,7 @@ from iwm.training.monitor import Monitor, memory_gib, rewind
 from iwm.training.session import Session, checkpoint_of
 from iwm.training.signals import StopWish
 from iwm.training.step import StepResult, masks_for, train_step
-from shards.manifest import write_atomically
+from shards.atomic import write_atomically
 
 
 class TrainingError(RuntimeError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import resource
 import time
 from collections.abc import Mapping
@@ -17,6 +16,8 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
+
+from shards.atomic import write_atomically
 
 METRICS = "metrics.jsonl"
 
@@ -41,9 +42,7 @@ def rewind(run: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [line for line in path.read_text().splitlines() if _is_line_up_to(line, step)]
-    temporary = path.with_suffix(".partial")
-    temporary.write_text("".join(line + "\n" for line in kept))
-    os.replace(temporary, path)
+    write_atomically(path, "".join(line + "\n" for line in kept).encode())
 
 
 def _is_line_up_to(line: str, step: int) -> bool:

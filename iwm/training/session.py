@@ -15,7 +15,7 @@ from iwm.config import Config, ConfigError
 from iwm.models.world_model import WorldModel
 from iwm.training import checkpoint as checkpoints
 from iwm.training.checkpoint import Checkpoint
-from iwm.training.distributed import World
+from iwm.training.distributed import World, cores_each
 from iwm.training.optim import build_optimizer, load_state, state_for_checkpoint
 from iwm.training.resume import resume_point
 from iwm.training.schedules import Schedules, schedules
@@ -131,7 +131,7 @@ def _open_loader(
             device=here.device,
             rank=here.rank,
             world_size=here.size,
-            threads=config.data.threads or max(1, (os.cpu_count() or 1) // here.local_size),
+            threads=config.data.threads or cores_each(here.local_size),
             prefetch=config.data.prefetch,
             state=state,
         )
