@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -15,7 +12,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from baselines import torchvision_loader
-from photographs import PHOTOGRAPHS
+from generated import generated_shards
+from mistakes import BenchmarkError
 from pinned import Rate, Stream, measure, summary
 from rich.console import Console
 from rich.table import Table
@@ -23,9 +21,7 @@ from rich.table import Table
 from dali_pipelines.augmentation import SCENARIOS, ColourDefinition, Views
 from dali_pipelines.loader import ViewLoader
 from iwm.recipes import RECIPES
-from shards.manifest import MANIFEST, load_manifest
-
-TOOLS = Path(__file__).parents[1] / "tools"
+from shards.manifest import load_manifest
 
 
 @dataclass(frozen=True)
@@ -60,10 +56,6 @@ class Data:
     """Turns of each contender."""
     json: Path | None = None
     """File to write everything to."""
-
-
-class BenchmarkError(ValueError):
-    """A benchmark that cannot be run; the message names the option and the remedy."""
 
 
 def run(options: Data, console: Console) -> dict[str, Any]:
@@ -162,22 +154,3 @@ def show(result: dict[str, Any], options: Data, console: Console) -> None:
                 f"dali / {against['over']}: {against['median']:.2f} "
                 f"({against['lowest']:.2f} to {against['highest']:.2f} over {options.repeats} turns)"
             )
-
-
-def generated_shards(folder: Path, console: Console) -> Path:
-    """Shards of photo-like JPEGs of ImageNet's commonest size, made once with the project's own tools."""
-    shards = folder / "shards"
-    if (shards / MANIFEST).exists():
-        return shards
-    console.print(f"making shards to measure on in {shards}")
-    shutil.rmtree(folder, ignore_errors=True)
-    (folder / "photographs").mkdir(parents=True)
-    for photograph in PHOTOGRAPHS:
-        shutil.copy(photograph, folder / "photographs")
-    cut = ["cut_tiles.py", folder / "photographs", folder / "tiles", "--count", "1200"]
-    make = ["make_shards.py", folder / "tiles", shards, "--split", "train"]
-    for tool, *arguments in (cut, make):
-        command = [sys.executable, str(TOOLS / str(tool)), *map(str, arguments)]
-        if (code := subprocess.run(command, check=False).returncode) != 0:
-            raise BenchmarkError(f"{' '.join(command)} ended with code {code}; its message stands above")
-    return shards

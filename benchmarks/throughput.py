@@ -11,6 +11,7 @@ import sys
 import data_mode
 import tyro
 from machine import machine
+from mistakes import BenchmarkError
 from rich.console import Console
 
 from shards.manifest import ShardError
@@ -23,7 +24,7 @@ def main() -> int:
     )
     try:
         result = {**data_mode.run(options, console), "machine": machine()}
-    except (data_mode.BenchmarkError, ShardError) as error:
+    except (BenchmarkError, ShardError) as error:
         print(f"benchmarks/throughput.py: {error}", file=sys.stderr)
         return 1
     if options.json is not None:

@@ -13,7 +13,8 @@ import pytest
 import skimage.data
 import torch
 from baselines.torchvision_loader import TwoViews, Variant
-from data_mode import BenchmarkError, Data, ratio, run
+from data_mode import Data, ratio, run
+from mistakes import BenchmarkError
 from PIL import Image
 from pinned import Rate
 from rich.console import Console
