@@ -9,7 +9,7 @@ import torch
 
 from iwm.actions import action_spec
 from iwm.config import Config
-from iwm.masking import expected_visible
+from iwm.masking import rooms, token_statistics
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def training_flops(config: Config, visible: float | None = None) -> Flops:
     """FLOPs per image of `config`. visible: mean number of visible patches; None: that of the configured masks."""
     n = config.grid**2
     e = config.encoder
-    visible = expected_visible(config.masking, config.grid) if visible is None else visible
+    visible = token_statistics(config.masking, config.grid).visible if visible is None else visible
     context = 3 * transformer_flops(visible, e.width, e.depth, e.mlp_ratio) + 2 * embedding_flops(config, visible)
     teacher = transformer_flops(n, e.width, e.depth, e.mlp_ratio) + embedding_flops(config, n)
     if config.masking.kind == "ijepa":
@@ -66,6 +66,26 @@ def predictor_flops(config: Config, visible: float, tokens: float) -> float:
         # Of the first layer only the action's part is computed per image; that of the positions, once per batch.
         flops += 2 * p.width * (k + 2 * config.grid**2 * p.width)
     return flops
+
+
+@dataclass(frozen=True)
+class TokenRatio:
+    """Tokens processed by a compiled step over tokens needed; what is above 1 is filling of packed buffers."""
+
+    context_encoder: float
+    predictor: float
+    step: float
+    """Of all three parts together; the target encoder has no filling."""
+
+
+def token_ratio(config: Config, images: int) -> TokenRatio:
+    """For steps of `images` per process in one pass. Eager steps have no filling: theirs is 1."""
+    n, separate = config.grid**2, config.masking.kind == "ijepa"
+    tokens, buffers = token_statistics(config.masking, config.grid), rooms(config.masking, config.grid, 0, images)
+    context, needed = buffers.context.tokens / images, tokens.predicted if separate else n
+    predictor = buffers.rows.tokens / images if separate else n
+    step = (context + n + predictor) / (tokens.visible + n + needed)
+    return TokenRatio(context / tokens.visible, predictor / needed, step)
 
 
 def measured_peak(device: torch.device, precision: str, size: int | None = None, repeats: int = 5) -> float:

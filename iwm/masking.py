@@ -10,13 +10,16 @@ column as well, and no visible patch is thrown away to make a batch rectangular.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
 from iwm.config import Masking
+from iwm.packing import Packing, Room, pack, room, to_device
 
 
 class Masks(NamedTuple):
@@ -67,21 +70,68 @@ def _blocks(
     return (rows[..., :, None] & columns[..., None, :]).flatten(-2)
 
 
-def most_visible(masking: Masking, grid: int) -> int:
-    """The most patches a sample can keep: all but one smallest block. A static width for the padded form."""
-    if masking.kind == "ijepa":
-        return grid * grid - 1
-    cells = masking.area[0] * grid * grid
-    ratios = torch.linspace(masking.aspect[0], masking.aspect[1], 10_001, dtype=torch.float64)
-    heights = (cells * ratios).sqrt().round().clamp(1, grid)
-    widths = (cells / ratios).sqrt().round().clamp(1, grid)
-    return grid * grid - int((heights * widths).min())
+class PackedMasks(NamedTuple):
+    """Masks as a training step takes them, on its device."""
+
+    visible: Bool[Tensor, "b n"]
+    queried: Bool[Tensor, "b m n"]
+    context: Packing
+    """Of the visible patches of each image, in grids of n: what the context encoder sees."""
+    rows: Packing | None
+    """Of what the predictor sees in each of the b · m predictions, in grids of n places and the extra tokens behind
+    them; None where that is all of them, as it is for `iwm`."""
+
+    def to(self, device: torch.device) -> PackedMasks:
+        """On the device; the host does not wait for the copies."""
+        visible, queried = to_device(self.visible, device), to_device(self.queried, device)
+        rows = None if self.rows is None else self.rows.to(device)
+        return PackedMasks(visible, queried, self.context.to(device), rows)
 
 
-def expected_visible(masking: Masking, grid: int, samples: int = 4096) -> float:
-    """Mean number of visible patches, over `samples` masks of seed 0."""
-    masks = sample_masks(masking, grid, seed=0, step=0, index=torch.arange(samples))
-    return masks.visible.sum().item() / samples
+def pack_masks(masks: Masks, rooms: Rooms | None, extra: int) -> PackedMasks:
+    """Pack masks that were drawn on the host. rooms: static shapes for a compiled step; extra: tokens of the predictor
+    that stand for no patch (sequence conditioning)."""
+    context = pack(masks.visible, rooms.context if rooms else None)
+    seen = (masks.visible[:, None] | masks.queried).flatten(0, 1)
+    if seen.all():
+        return PackedMasks(masks.visible, masks.queried, context, None)
+    rows = pack(F.pad(seen, (0, extra), value=True), rooms.rows if rooms else None)
+    return PackedMasks(masks.visible, masks.queried, context, rows)
+
+
+class Rooms(NamedTuple):
+    """Static shapes of PackedMasks."""
+
+    context: Room
+    rows: Room
+
+
+@lru_cache
+def rooms(masking: Masking, grid: int, extra: int, images: int) -> Rooms:
+    """Buffers for batches of `images`, after the statistics of these masks."""
+    tokens = token_statistics(masking, grid)
+    context = room(tokens.visible, tokens.visible_deviation, images, grid * grid)
+    predicted = tokens.predicted + masking.blocks * extra
+    return Rooms(context, room(predicted, tokens.predicted_deviation, images, grid * grid + extra))
+
+
+class TokenStatistics(NamedTuple):
+    """Mean and standard deviation over images of the patches that the context encoder sees, and of those that the
+    predictor sees in all predictions of an image together."""
+
+    visible: float
+    visible_deviation: float
+    predicted: float
+    predicted_deviation: float
+
+
+@lru_cache
+def token_statistics(masking: Masking, grid: int, images: int = 4096) -> TokenStatistics:
+    """Measured on masks of seed 0."""
+    masks = sample_masks(masking, grid, seed=0, step=0, index=torch.arange(images))
+    visible = masks.visible.sum(1).double()
+    predicted = (masks.visible[:, None] | masks.queried).sum((1, 2)).double()
+    return TokenStatistics(visible.mean().item(), visible.std().item(), predicted.mean().item(), predicted.std().item())
 
 
 def uniform(seed: int, step: int, index: Int64[Tensor, "b"], draws: int) -> Float64[Tensor, "b {draws}"]:

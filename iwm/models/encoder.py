@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int64, UInt8
+from jaxtyping import Float, UInt8
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from iwm.config import Encoder as EncoderConfig
+from iwm.models.attention import Attention
 from iwm.models.layers import initialise, rescale_by_depth, run_blocks, sincos_positions
+from iwm.packing import Packing
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-class VisiblePatches(NamedTuple):
-    """The visible patches of a batch, padded to one width: their `place` in the grid, and which are `present`."""
-
-    place: Int64[Tensor, "b w"]
-    present: Bool[Tensor, "b w"]
-
-
-def select_visible(visible: Bool[Tensor, "b n"], width: int | None) -> VisiblePatches:
-    """Indices of the visible patches in order, first in each row.
-
-    width: a static bound on their number (masking.most_visible), so that shapes never change and nothing is read from
-    the device; None: this batch's own maximum, which reads the device once (free on a CPU).
-    """
-    counts = visible.sum(dim=1)
-    width = int(counts.max()) if width is None else width
-    place = visible.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :width]
-    return VisiblePatches(place, torch.arange(width, device=visible.device) < counts[:, None])
 
 
 def patchify(images: UInt8[Tensor, "b h w 3"], patch: int) -> UInt8[Tensor, "b n p"]:
@@ -54,7 +35,7 @@ class Encoder(VisionTransformer):
     pixel_shift: Tensor
 
     def __init__(self, config: EncoderConfig, image_size: int) -> None:
-        super().__init__(**timm_arguments(config, image_size))
+        super().__init__(**timm_arguments(config, image_size), attn_layer=Attention)
         self.patch = config.patch
         grid = image_size // config.patch
         self.pos_embed = nn.Parameter(sincos_positions(config.width, grid)[None], requires_grad=False)
@@ -65,15 +46,12 @@ class Encoder(VisionTransformer):
         self.register_buffer("pixel_scale", (1 / (255 * std)).repeat(config.patch**2), persistent=False)
         self.register_buffer("pixel_shift", (-mean / std).repeat(config.patch**2), persistent=False)
 
-    def forward(
-        self, images: UInt8[Tensor, "b h w 3"], visible: VisiblePatches | None = None
-    ) -> Float[Tensor, "b t d"]:
-        """Features of all patches, or of the visible ones (in `visible.place` order; absent entries hold noise)."""
-        tokens = self.embed(images, visible)
-        tokens = run_blocks(self.blocks, tokens, None if visible is None else visible.present)
-        return self.norm(tokens)
+    def forward(self, images: UInt8[Tensor, "b h w 3"], packing: Packing | None = None) -> Float[Tensor, "r t d"]:
+        """Features of all patches [b, n, d], or of those that are packed [1, t, d]."""
+        tokens = self.embed(images, packing)
+        return self.norm(run_blocks(self.blocks, tokens, packing))
 
-    def embed(self, images: UInt8[Tensor, "b h w 3"], visible: VisiblePatches | None = None) -> Float[Tensor, "b t d"]:
+    def embed(self, images: UInt8[Tensor, "b h w 3"], packing: Packing | None = None) -> Float[Tensor, "r t d"]:
         """Patch embedding with positions; only what is visible is normalised and embedded.
 
         The convolution of timm's PatchEmbed, written as the matrix product it is; its weight is kept channels-last, so
@@ -81,9 +59,12 @@ class Encoder(VisionTransformer):
         """
         patches = patchify(images, self.patch)
         positions: Tensor = self.pos_embed
-        if visible is not None:
-            patches = patches.gather(1, visible.place[:, :, None].expand(-1, -1, patches.shape[-1]))
-            positions = self.pos_embed[0][visible.place]
+        if packing is not None:
+            n = patches.shape[1]
+            rows = patches.flatten(0, 1)
+            # Filling shows the last patch of the batch.
+            patches = rows.index_select(0, packing.place.clamp(max=len(rows) - 1))[None]
+            positions = positions[:, packing.place % n]
         weight = self.patch_embed.proj.weight.permute(0, 2, 3, 1).flatten(1)
         pixels = patches * self.pixel_scale + self.pixel_shift
         return F.linear(pixels, weight, self.patch_embed.proj.bias) + positions

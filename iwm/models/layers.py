@@ -1,4 +1,4 @@
-"""What encoder and predictor share: positions, initialisation, the choice of attention, running timm's blocks."""
+"""What encoder and predictor share: positions, initialisation, running and compiling timm's blocks."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from collections.abc import Iterable
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
-from timm.models.vision_transformer import Attention, Block
+from jaxtyping import Float
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+
+from iwm.packing import Packing
 
 
 def sincos_positions(width: int, grid: int) -> Float[Tensor, "n {width}"]:
@@ -45,18 +47,18 @@ def rescale_by_depth(blocks: Iterable[Block]) -> None:
             block.mlp.fc2.weight.div_(math.sqrt(2.0 * number))
 
 
-def use_attention(module: nn.Module, fused: bool) -> None:
-    """Make every attention below `module` fused (scaled_dot_product_attention) or plain (matmul, softmax, matmul)."""
-    for part in module.modules():
-        if isinstance(part, Attention):
-            part.fused_attn = fused
-
-
 def run_blocks(
-    blocks: Iterable[nn.Module], tokens: Float[Tensor, "b t d"], present: Bool[Tensor, "b t"] | None
+    blocks: Iterable[nn.Module], tokens: Float[Tensor, "b t d"], packing: Packing | None = None
 ) -> Float[Tensor, "b t d"]:
-    """Send tokens through blocks. Tokens that are not `present` are attended by none; None: all are present."""
-    mask = None if present is None else present[:, None, None, :]
+    """Send tokens through blocks: rows of equal length, or one row of packed ones."""
     for block in blocks:
-        tokens = block(tokens, attn_mask=mask)
+        tokens = block(tokens, attn_mask=packing)
     return tokens
+
+
+def compile_parts(module: nn.Module, blocks: Iterable[nn.Module], *methods: str) -> None:
+    """Compile each block by itself, and these methods of the module, for static shapes."""
+    for block in blocks:
+        block.compile(dynamic=False)
+    for method in methods:
+        setattr(module, method, torch.compile(getattr(module, method), dynamic=False))

@@ -6,12 +6,15 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from iwm.config import Config
+from iwm.masking import PackedMasks
+from iwm.models.attention import Attention
 from iwm.models.layers import initialise, rescale_by_depth, run_blocks, sincos_positions
+from iwm.packing import lay, pick
 
 
 class FeatureConditioning(nn.Module):
@@ -63,6 +66,8 @@ class Predictor(nn.Module):
         self.action_tokens = (
             SequenceConditioning(width, action_size) if config.action.conditioning == "sequence" else None
         )
+        self.extra = action_size if config.action.conditioning == "sequence" else 0
+        """Tokens that stand for no patch."""
         self.blocks = nn.ModuleList(
             Block(
                 width,
@@ -70,6 +75,7 @@ class Predictor(nn.Module):
                 config.predictor.mlp_ratio,
                 qkv_bias=True,
                 norm_layer=partial(nn.LayerNorm, eps=1e-6),
+                attn_layer=Attention,
             )
             for _ in range(config.predictor.depth)
         )
@@ -81,45 +87,55 @@ class Predictor(nn.Module):
             rescale_by_depth(self.blocks)
 
     def inpaint(
-        self,
-        context: Float[Tensor, "b w e"],
-        visible: Bool[Tensor, "b n"],
-        queried: Bool[Tensor, "b n"],
-        action: Float[Tensor, "b k"],
-    ) -> Float[Tensor, "b n e"]:
+        self, context: Float[Tensor, "1 t e"], masks: PackedMasks, action: Float[Tensor, "b k"]
+    ) -> Float[Tensor, "b m n e"]:
         """Predict target features at every position of the grid, of which those `queried` (and visible) mean something.
 
-        context: features of the visible patches in position order, first in each row (encoder.select_visible). Visible
-        positions hold them, queried positions a mask token; positions that are neither are attended by none.
+        context: features of the visible patches, packed. Visible positions hold them, queried ones a mask token;
+        positions that are neither are attended by none. One pass for all m predictions of each image.
         """
-        place = (visible.cumsum(dim=1) - 1).clamp(0, context.shape[1] - 1)
-        seen = self.embed(context)
-        seen = seen.gather(1, place[:, :, None].expand(-1, -1, seen.shape[-1])) + self.positions
-        tokens = torch.where(visible[:, :, None], seen, self.queries(action).to(seen.dtype))
-        return self._run(tokens, action, visible | queried, slice(0, tokens.shape[1]))
+        tokens = self.place(context, masks, action)
+        tokens = run_blocks(self.blocks, tokens, masks.rows)
+        return self.finish(tokens, masks)
+
+    def place(
+        self, context: Float[Tensor, "1 t e"], masks: PackedMasks, action: Float[Tensor, "b k"]
+    ) -> Float[Tensor, "r s d"]:
+        """Context features and mask tokens in their places of the grid: [b, n, d], or packed [1, t, d]."""
+        b, m, n = masks.queried.shape
+        at = masks.context.place
+        seen = self.embed(context[0]) + self.positions[at % n]
+        tokens = lay(seen, at, self.queries(action).to(seen.dtype).flatten(0, 1)).unflatten(0, (b, n))
+        tokens = self.with_action(tokens, action)
+        if masks.rows is None:
+            return tokens
+        return pick(tokens[:, None].expand(-1, m, -1, -1).flatten(0, 2), masks.rows.place)[None]
+
+    def finish(self, tokens: Float[Tensor, "r s d"], masks: PackedMasks) -> Float[Tensor, "b m n e"]:
+        """Predictions from what left the last block, back in the grid; nothing (zero) where nothing was packed."""
+        b, m, n = masks.queried.shape
+        if masks.rows is not None:
+            predictions = self.project(self.norm(tokens[0]))
+            places = b * m * (n + self.extra)
+            predictions = lay(predictions, masks.rows.place, predictions.new_zeros(places, predictions.shape[1]))
+            return predictions.view(b, m, n + self.extra, -1)[:, :, :n]
+        return self.project(self.norm(tokens[:, :n]))[:, None]
 
     def transform(self, context: Float[Tensor, "b n e"], action: Float[Tensor, "b k"]) -> Float[Tensor, "b n e"]:
         """Predict the features of the whole transformed image from those of the whole source image."""
         n = context.shape[1]
         seen = self.embed(context) + self.positions
         tokens = torch.cat((seen, self.queries(action).to(seen.dtype)), dim=1)
-        return self._run(tokens, action, None, slice(n, 2 * n))
+        tokens = run_blocks(self.blocks, self.with_action(tokens, action))
+        return self.project(self.norm(tokens[:, n : 2 * n]))
 
     def queries(self, action: Float[Tensor, "b k"]) -> Float[Tensor, "b n d"]:
         """Mask tokens of every position, with the action mixed in where conditioning is `feature`."""
         tokens = self.mask_token + self.positions
         return tokens.expand(action.shape[0], -1, -1) if self.mix is None else self.mix(tokens, action)
 
-    def _run(
-        self,
-        tokens: Float[Tensor, "b t d"],
-        action: Float[Tensor, "b k"],
-        present: Bool[Tensor, "b t"] | None,
-        wanted: slice,
-    ) -> Float[Tensor, "b s e"]:
-        if self.action_tokens is not None:
-            extra = self.action_tokens(action).to(tokens.dtype)
-            tokens = torch.cat((tokens, extra), dim=1)
-            if present is not None:
-                present = torch.cat((present, present.new_ones(extra.shape[:2])), dim=1)
-        return self.project(self.norm(run_blocks(self.blocks, tokens, present)[:, wanted]))
+    def with_action(self, tokens: Float[Tensor, "b s d"], action: Float[Tensor, "b k"]) -> Float[Tensor, "b s2 d"]:
+        """With the action's own tokens behind where conditioning is `sequence`."""
+        if self.action_tokens is None:
+            return tokens
+        return torch.cat((tokens, self.action_tokens(action).to(tokens.dtype)), dim=1)

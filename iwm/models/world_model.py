@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from iwm.actions import ActionSpec, action_from_params, action_spec
 from iwm.config import Config
-from iwm.masking import Masks, most_visible
-from iwm.models.encoder import Encoder, select_visible
-from iwm.models.layers import use_attention
+from iwm.masking import PackedMasks
+from iwm.models.attention import use_attention
+from iwm.models.encoder import Encoder
+from iwm.models.layers import compile_parts
 from iwm.models.predictor import Predictor
 
 
@@ -28,38 +29,37 @@ class WorldModel(nn.Module):
         self.encoder = Encoder(config.encoder, config.views.size)
         self.predictor = Predictor(config, self.action_spec.size)
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
-        self._visible_width: int | None = None
 
     def forward(
         self,
         source: UInt8[Tensor, "b h w 3"],
         target: UInt8[Tensor, "b h w 3"],
         params: Float[Tensor, "b p"],
-        masks: Masks,
+        masks: PackedMasks,
     ) -> Float[Tensor, ""]:
         """Training loss of a batch: how far predictions are from the target encoder's features."""
         targets = self.targets(target)
-        context = self.encoder(source, select_visible(masks.visible, self._visible_width))
-        action = action_from_params(params, self.action_spec)
-        separate = masks.queried.shape[1]
-        visible = masks.visible.repeat_interleave(separate, dim=0)
-        queried = masks.queried.flatten(0, 1)
-        predictions = self.predictor.inpaint(
-            context.repeat_interleave(separate, dim=0), visible, queried, action.repeat_interleave(separate, dim=0)
-        )
-        counted = queried | visible if self.config.loss.predict == "all" else queried
-        return self.distance(predictions, targets.repeat_interleave(separate, dim=0), counted)
+        context = self.encoder(source, masks.context)
+        predictions = self.predictor.inpaint(context, masks, action_from_params(params, self.action_spec))
+        counted = masks.queried
+        if self.config.loss.predict == "all":
+            counted = counted | masks.visible[:, None]
+        return self.distance(predictions, targets, counted)
 
     def distance(
-        self, predictions: Float[Tensor, "b n d"], targets: Float[Tensor, "b n d"], counted: Bool[Tensor, "b n"]
+        self,
+        predictions: Float[Tensor, "b m n d"],
+        targets: Float[Tensor, "b n d"],
+        counted: Bool[Tensor, "b m n"],
     ) -> Float[Tensor, ""]:
-        """The loss between predictions and targets over the counted tokens; every image weighs the same."""
+        """The loss between predictions and targets over the counted tokens; every prediction weighs the same."""
         compare = F.mse_loss if self.config.loss.kind == "l2" else F.smooth_l1_loss
+        targets = targets[:, None].expand_as(predictions)
         per_token = compare(predictions.float(), targets.float(), reduction="none").mean(dim=-1)
-        per_image = (per_token * counted).sum(dim=1)
+        per_row = (per_token * counted).sum(dim=-1)
         if self.config.loss.reduction == "mean":
-            per_image = per_image / counted.sum(dim=1).clamp(min=1)
-        return per_image.mean()
+            per_row = per_row / counted.sum(dim=-1).clamp(min=1)
+        return per_row.mean()
 
     @torch.no_grad()
     def targets(self, images: UInt8[Tensor, "b h w 3"]) -> Float[Tensor, "b n d"]:
@@ -88,11 +88,9 @@ class WorldModel(nn.Module):
         self.to(memory_format=torch.channels_last)
         kind = self.config.train.attention
         use_attention(self, fused=kind == "fused" or (kind == "auto" and device.type == "cuda"))
-        # On a CPU in eager mode each batch is as wide as it must be. Elsewhere shapes must not change.
-        static = compiled or device.type != "cpu"
-        self._visible_width = most_visible(self.config.masking, self.config.grid) if static else None
         if compiled:
-            for part in (self.encoder, self.target_encoder, self.predictor):
-                for block in part.blocks:
-                    block.compile(dynamic=False)
+            for encoder in (self.encoder, self.target_encoder):
+                compile_parts(encoder, encoder.blocks, "embed")
+            compile_parts(self.predictor, self.predictor.blocks, "place", "finish")
+            compile_parts(self, (), "distance")
         return self

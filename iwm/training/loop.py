@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -37,13 +39,12 @@ def pretrain(session: Session, wish: StopWish) -> None:
     watched = held_out(config, here)
     flops_share = training_flops(config).total / measured_peak(here.device, config.train.precision) / here.size
     agreement, streak = StopAgreement(here), 0
-    # Collected with the metrics instead, so that no process pauses while the others wait for it.
-    gc.collect()
-    gc.disable()
-
-    with Monitor(
-        s.run, f"iwm · {s.run}", s.schedules.steps, s.step, main=here.main, tensorboard=config.log.tensorboard
-    ) as monitor:
+    with (
+        collecting_by_hand(),
+        Monitor(
+            s.run, f"iwm · {s.run}", s.schedules.steps, s.step, main=here.main, tensorboard=config.log.tensorboard
+        ) as monitor,
+    ):
         for line in s.opening:
             monitor.say(line)
         window, ended, saved = Window(), s.step >= s.schedules.steps, True
@@ -87,9 +88,22 @@ def pretrain(session: Session, wish: StopWish) -> None:
                 saved = _save(s, monitor)
         if s.step < s.schedules.steps:
             monitor.say(f"stopped by a signal after step {s.step:,}; the same command goes on from there")
-    gc.enable()
     if not saved:
         raise TrainingError(f"{s.run}: the last checkpoint could not be written; free some space and run this again")
+
+
+@contextmanager
+def collecting_by_hand() -> Iterator[None]:
+    """Garbage is collected with the metrics alone, so that no process pauses while the others wait for it. What is
+    there before the first step is left out: looking through it takes hundreds of milliseconds."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 @dataclass

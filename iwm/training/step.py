@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dali_pipelines.loader import Batch
+from iwm.actions import action_spec
 from iwm.config import Config
-from iwm.masking import Masks, sample_masks
+from iwm.masking import PackedMasks, pack_masks, rooms, sample_masks
 from iwm.models.world_model import WorldModel
 from iwm.training.distributed import World
 from iwm.training.optim import set_values, step_unless
@@ -44,11 +45,17 @@ def wrap(model: WorldModel, here: World, accumulation: int) -> nn.Module:
     )
 
 
-def masks_for(config: Config, here: World, step: int, part: int, batch: int) -> Masks:
-    """Masks of this process's `batch` samples in pass `part` of a step: those of their places in the step's batch."""
+def masks_for(config: Config, here: World, step: int, part: int, batch: int) -> PackedMasks:
+    """Masks of this process's `batch` samples in pass `part` of a step: those of their places in the step's batch.
+
+    Drawn and packed on the host, in shapes that never change where the step is compiled.
+    """
     first = (part * here.size + here.rank) * batch
-    index = torch.arange(first, first + batch, device=here.device)
-    return sample_masks(config.masking, config.grid, config.train.seed, step, index)
+    index = torch.arange(first, first + batch)
+    drawn = sample_masks(config.masking, config.grid, config.train.seed, step, index)
+    extra = action_spec(config.action, config.views).size if config.action.conditioning == "sequence" else 0
+    fixed = rooms(config.masking, config.grid, extra, batch) if config.train.compile else None
+    return pack_masks(drawn, fixed, extra).to(here.device)
 
 
 def train_step(
@@ -56,7 +63,7 @@ def train_step(
     wrapped: nn.Module,
     optimizer: torch.optim.Optimizer,
     batches: Sequence[Batch],
-    masks: Sequence[Masks],
+    masks: Sequence[PackedMasks],
     values: Values,
 ) -> StepResult:
     """Accumulate the gradient of `batches`, clip it, step, and move the target encoder.

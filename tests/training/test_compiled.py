@@ -1,40 +1,42 @@
 """The compiled step: the eager step's losses, and no recompilation once it is warm."""
 
+import json
+import sys
 from pathlib import Path
 
 import pytest
-from torch._dynamo.utils import counters
 
-from iwm.config import Log, Train
+from iwm.train import parse
 from iwm.training.signals import StopWish
-from tests.training.runs import metrics, tiny_config, train_here
+from tests.training.runs import arguments, finish, metrics, train_here
 
-STEPS, WARM = 12, 3
+STEPS, COMPARED, WARM = 500, 24, 3
+GRAPHS = 8
+"""Embedding and block of both encoders, placing, block and finishing of the predictor, the loss."""
 
 
-class CountGraphs(StopWish):
-    """Asked after every step; notes how many graphs have been compiled by then, and never wants to stop."""
+class StopAfter(StopWish):
+    """Asked after every step; wants to stop after some."""
 
-    def __init__(self) -> None:
-        self.graphs: list[int] = []
+    def __init__(self, steps: int) -> None:
+        self.left = steps
 
     def __bool__(self) -> bool:
-        self.graphs.append(counters["stats"]["unique_graphs"])
-        return False
+        self.left -= 1
+        return self.left <= 0
 
 
 @pytest.mark.timeout(600)
-def test_nothing_is_recompiled_after_warm_up_and_losses_are_the_eager_ones(tiny_shards: Path, tmp_path: Path) -> None:
-    log = Log(every=1, checkpoint_every=100, health_every=6, health_images=2, health_bank=8, tensorboard=False)
-    for name, compiled in (("eager", False), ("compiled", True)):
-        counters.clear()
-        graphs = CountGraphs()
-        config = tiny_config(tiny_shards, STEPS, train=Train(compile=compiled, precision="fp32"), log=log)
-        train_here(config, tmp_path / name, graphs)
-        assert len(graphs.graphs) >= STEPS
-        assert graphs.graphs[-1] == graphs.graphs[WARM], f"recompiled after step {WARM}: {graphs.graphs}"
-        assert graphs.graphs[-1] == (3 if compiled else 0), (
-            "context encoder, target encoder and predictor: a graph each"
-        )
-    losses = [[line["loss"] for line in metrics(tmp_path / name) if "loss" in line] for name in ("eager", "compiled")]
+def test_nothing_is_recompiled_in_500_steps_and_losses_are_the_eager_ones(tiny_shards: Path, tmp_path: Path) -> None:
+    eager, compiled = tmp_path / "eager", tmp_path / "compiled"
+    settings = ("--train.precision", "fp32", "--log.every", "4", "--log.health-every", "250")
+    words = arguments(tiny_shards, compiled, STEPS, *settings)
+    train_here(parse([*words, "--train.no-compile"]).config, eager, StopAfter(COMPARED))
+    output = finish([sys.executable, "tests/training/graphs.py", str(compiled), *words, "--train.compile"])
+    counted = json.loads(output.splitlines()[-1])
+    assert len(counted["graphs"]) >= STEPS
+    assert counted["graphs"][-1] == counted["graphs"][WARM], f"recompiled after step {WARM}: {counted['graphs']}"
+    assert counted["graphs"][-1] == GRAPHS
+    assert counted["breaks"] == 0
+    losses = [[line["loss"] for line in metrics(run) if "loss" in line][: COMPARED // 4] for run in (eager, compiled)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)

@@ -1,0 +1,69 @@
+"""Self-attention of timm's blocks, among the tokens of a row or of a packed sequence."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from timm.models.vision_transformer import Attention as TimmAttention
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+
+from iwm.packing import Packing, take
+
+
+class Attention(TimmAttention):
+    """timm's Attention, parameter for parameter, that also takes packed tokens.
+
+    With a Packing as `attn_mask` (which timm's Block hands through), x is one row of packed tokens [1, t, d], each
+    attending to its own sequence alone: with variable-length kernels on a GPU in bf16, elsewhere by way of rows padded
+    to one width, which only queries, keys and values are; projections and MLP never see padding.
+    """
+
+    def forward(
+        self, x: Float[Tensor, "b t d"], attn_mask: Packing | Tensor | None = None, is_causal: bool = False
+    ) -> Float[Tensor, "b t d"]:
+        if not isinstance(attn_mask, Packing):
+            plain: Tensor = super().forward(x, attn_mask, is_causal)
+            return plain
+        qkv = self.qkv(x[0])
+        attend = _attend_varlen if self.fused_attn and qkv.is_cuda and qkv.dtype == torch.bfloat16 else _attend_padded
+        attended: Tensor = self.proj(attend(qkv, attn_mask, self.num_heads, self.fused_attn))
+        return attended[None]
+
+
+def _attend_varlen(qkv: Float[Tensor, "t d3"], packing: Packing, heads: int, fused: bool) -> Float[Tensor, "t d"]:
+    q, k, v = qkv.unflatten(1, (3, heads, -1)).unbind(1)
+    longest = packing.present.shape[1]
+    out = varlen_attn(q, k, v, packing.offsets, packing.offsets, longest, longest)
+    assert isinstance(out, Tensor)  # it is a tuple only where more is asked for
+    return out.flatten(1)
+
+
+def _attend_padded(qkv: Float[Tensor, "t d3"], packing: Packing, heads: int, fused: bool) -> Float[Tensor, "t d"]:
+    present = packing.present
+    rows = qkv.new_zeros(present.numel(), qkv.shape[1]).index_copy(0, packing.slot, qkv)
+    q, k, v = rows.view(*present.shape, 3, heads, -1).permute(2, 0, 3, 1, 4)
+    attended = attention(q, k, v, present, fused)
+    return take(attended.transpose(1, 2).reshape(present.numel(), -1), packing.slot)
+
+
+def attention(
+    q: Float[Tensor, "b h t c"],
+    k: Float[Tensor, "b h t c"],
+    v: Float[Tensor, "b h t c"],
+    present: Bool[Tensor, "b t"],
+    fused: bool,
+) -> Float[Tensor, "b h t c"]:
+    """Attention to the tokens that are present: by the fused kernel, or as matmul, softmax, matmul (faster on CPUs)."""
+    if fused:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=present[:, None, None])
+    weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    return weights.masked_fill(~present[:, None, None], torch.finfo(q.dtype).min).softmax(dim=-1) @ v
+
+
+def use_attention(module: nn.Module, fused: bool) -> None:
+    """Make every attention below `module` fused (or of variable length) or plain (matmul, softmax, matmul)."""
+    for part in module.modules():
+        if isinstance(part, Attention):
+            part.fused_attn = fused
