@@ -8,12 +8,12 @@ from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali import math as dali_math
 
 from dali_pipelines.photometric import Backend, DataNode
-from dali_pipelines.reader import Source, decode, read
+from dali_pipelines.reader import GpuDecoder, Source, decode, read
 
 
 @pipeline_def(exec_dynamic=True)
 def centre_crops(
-    source: Source, size: int, *, backend: Backend, read_ahead: int, hw_decoder_load: float
+    source: Source, size: int, *, backend: Backend, read_ahead: int, decoder: GpuDecoder
 ) -> tuple[DataNode, ...]:
     """Outputs: images (uint8 HWC, size×size), origin, and the label if one is read.
 
@@ -23,7 +23,7 @@ def centre_crops(
     encoded = read(source, shuffle_buffer=0, seed=0, prefetch=read_ahead)
     sides = fn.peek_image_shape(encoded.jpeg, dtype=types.INT32)[:2]
     resized = sides * math.ceil(size * 256 / 224) // dali_math.min(sides[0], sides[1])
-    image = decode(encoded.jpeg, backend, hw_decoder_load)
+    image = decode(encoded.jpeg, backend, decoder)
     image = fn.resize(image, size=fn.cast(resized, dtype=types.FLOAT))
     surplus = resized - size
     margin = (surplus + surplus // 2 % 2) // 2

@@ -18,9 +18,13 @@ from torch.utils.dlpack import from_dlpack
 from dali_pipelines.augmentation import Views
 from dali_pipelines.classification import centre_crops
 from dali_pipelines.photometric import Backend
-from dali_pipelines.reader import open_source
+from dali_pipelines.reader import GpuDecoder, open_source
 from dali_pipelines.views import two_views
 from shards.manifest import ShardError
+
+
+GPU_DECODER = GpuDecoder()
+"""DALI's own division of the work, and room for images of up to 2048×2048."""
 
 
 class SampleKeys(Sequence[str]):
@@ -98,10 +102,10 @@ class ViewLoader:
         prefetch: int = 2,
         label: str | None = None,
         shuffle_buffer: int = 2048,
-        hw_decoder_load: float = 0.65,
+        decoder: GpuDecoder = GPU_DECODER,
         state: dict[str, Any] | None = None,
     ) -> None:
-        """`shuffle_buffer`: encoded images held to draw from; `hw_decoder_load`: share the GPU's JPEG engine gets."""
+        """`shuffle_buffer`: encoded images held to draw from; `decoder`: of a GPU."""
         backend, device_id = _backend(device)
         source = open_source(folder, split, label=label, rank=rank, world_size=world_size)
         self.samples_per_epoch = source.manifest.samples
@@ -127,7 +131,7 @@ class ViewLoader:
             shuffle_buffer=min(shuffle_buffer, source.samples),
             order_seed=_seed(seed),
             read_ahead=prefetch,
-            hw_decoder_load=hw_decoder_load,
+            decoder=decoder,
             batch_size=batch_size,
             num_threads=threads,
             device_id=device_id,
@@ -192,7 +196,7 @@ class ValidationLoader:
         threads: int = 4,
         prefetch: int = 2,
         label: str | None = None,
-        hw_decoder_load: float = 0.65,
+        decoder: GpuDecoder = GPU_DECODER,
     ) -> None:
         backend, device_id = _backend(device)
         self._source = open_source(folder, split, label=label, rank=rank, world_size=world_size)
@@ -204,7 +208,7 @@ class ValidationLoader:
             size,
             backend=backend,
             read_ahead=prefetch,
-            hw_decoder_load=hw_decoder_load,
+            decoder=decoder,
             batch_size=batch_size,
             num_threads=threads,
             device_id=device_id,

@@ -63,13 +63,32 @@ def draw(spec: Photometric) -> Drawn:
 _IDENTITIES = dict(zip(PHOTOMETRIC_FIELDS, IDENTITY, strict=True))
 
 
-def apply(image: DataNode, drawn: Drawn, spec: Photometric, colour: ColourDefinition, backend: Backend) -> DataNode:
-    """The view: uint8 HWC to uint8 HWC. Each op runs on the samples it was drawn for and on no other."""
+class Shared(NamedTuple):
+    """What both views of a sample start from, computed once; DALI leaves out what no op asks for."""
+
+    image: DataNode
+    """uint8 HWC."""
+    mean_grey: DataNode
+    """Scalar in grey levels, in CPU memory."""
+    planes: DataNode
+    """The image as uint8 CHW: the layout that a CPU turns colours in."""
+
+
+def shared(image: DataNode, backend: Backend) -> Shared:
+    """Both views' common ground, from the crop, uint8 HWC."""
+    return Shared(image, _argument(_mean_grey(image), backend), _permuted(image, "CHW"))
+
+
+def apply(shared: Shared, drawn: Drawn, spec: Photometric, colour: ColourDefinition, backend: Backend) -> DataNode:
+    """The view: uint8 HWC. Each op runs on the samples it was drawn for and on no other."""
+    image = shared.image
     if drawn.jitter is not None and drawn.jitter:
-        if colour == "linear":
-            image = _jitter_linear(image, drawn.values, spec, backend)
-        else:
+        if colour == "torchvision":
             image = _jitter_torchvision(image, drawn.values, spec, backend)
+        elif backend == "cpu":
+            image = _jitter_on_planes(shared, drawn.values, spec)
+        else:
+            image = _jitter_on_pixels(shared, drawn.values, spec)
     if drawn.grayscale is not None and drawn.grayscale:
         image = _grey(image, channels=3)
     if drawn.blur is not None and drawn.blur:
@@ -83,47 +102,46 @@ _LEVELS = list(range(256))
 _SOLARIZED = [255 - level if level >= SOLARIZE_THRESHOLD else level for level in _LEVELS]
 
 
-def _jitter_linear(image: DataNode, values: dict[str, DataNode], spec: Photometric, backend: Backend) -> DataNode:
-    """brightness · (mean grey + contrast · (x - mean grey)); then the colour scaled and turned about the grey axis.
+def _jitter_on_planes(shared: Shared, values: dict[str, DataNode], spec: Photometric) -> DataNode:
+    """The linear definition where CPUs are fast: a circulant matrix is a filter over channels that wraps round.
 
-    Rounded to uint8 between the two: brightness_contrast is a table look-up there (0.05 instead of 0.35 on floats).
+    0.18 for the turn, where color_twist takes 0.95.
     """
-    if spec.brightness or spec.contrast:
-        image = fn.brightness_contrast(
-            image,
-            brightness=values["brightness"],
-            contrast=values["contrast"],
-            contrast_center=_argument(_mean_grey(image), backend),
-        )
+    planes = _brightness_contrast(fn.reshape(shared.planes, shape=[3, -1, 1], layout="HWC"), shared, values, spec)
     if spec.saturation or spec.hue:
-        weights = [_turn_weight(values["saturation"], values["hue"], channel) for channel in range(3)]
-        image = _turn_by_filter(image, weights) if backend == "cpu" else _turn_by_matrix(image, weights)
+        same, next_one, last = _turn_weights(values)
+        kernel = fn.reshape(fn.stack(last, same, next_one), shape=[3, 1])
+        planes = fn.filter(fn.reshape(planes, shape=[3, -1], layout="HW"), kernel, border="wrap")
+    return _permuted(fn.reshape(planes, shape=shared.planes.shape()), "HWC")
+
+
+def _jitter_on_pixels(shared: Shared, values: dict[str, DataNode], spec: Photometric) -> DataNode:
+    """The same maths in two kernels without a change of layout: what a GPU is best at."""
+    image = _brightness_contrast(shared.image, shared, values, spec)
+    if spec.saturation or spec.hue:
+        same, next_one, last = _turn_weights(values)
+        rows = [fn.stack(same, next_one, last), fn.stack(last, same, next_one), fn.stack(next_one, last, same)]
+        image = fn.coord_transform(image, M=fn.stack(*rows), dtype=types.UINT8)
     return image
 
 
-def _turn_weight(saturation: DataNode, hue: DataNode, channel: int) -> DataNode:
-    """What a channel gets of the channel that many places after it: R, G, B, R, ...
+def _brightness_contrast(image: DataNode, shared: Shared, values: dict[str, DataNode], spec: Photometric) -> DataNode:
+    """brightness · (mean grey + contrast · (x - mean grey)), rounded to uint8: 0.05 where floats take 0.35."""
+    if not (spec.brightness or spec.contrast):
+        return image
+    return fn.brightness_contrast(
+        image, brightness=values["brightness"], contrast=values["contrast"], contrast_center=shared.mean_grey
+    )
+
+
+def _turn_weights(values: dict[str, DataNode]) -> list[DataNode]:
+    """What a channel gets of itself, of the next and of the last one: R, G, B, R, ...
 
     Saturation scales and hue (turns) turns the colour about the grey axis of RGB, so that the map is a circulant matrix
     and three weights are all of it. Closer to HSV than DALI's own hue, which turns in YIQ: 26.9 against 22.4 dB.
     """
-    return (1.0 + 2.0 * saturation * dali_math.cos(2 * math.pi * (hue + channel / 3))) / 3.0
-
-
-def _turn_by_filter(image: DataNode, weights: list[DataNode]) -> DataNode:
-    """A circulant matrix is a filter that wraps round: over channels, on planes. 0.18, where color_twist takes 0.95."""
-    same, next_one, last = weights
-    planes = fn.transpose(image, perm=[2, 0, 1])
-    rows = fn.reshape(planes, shape=[3, -1], layout="HW")
-    turned = fn.filter(rows, fn.reshape(fn.stack(last, same, next_one), shape=[3, 1]), border="wrap")
-    return _interleave(fn.reshape(turned, shape=planes.shape()))
-
-
-def _turn_by_matrix(image: DataNode, weights: list[DataNode]) -> DataNode:
-    """The same map in one kernel: what a GPU is best at."""
-    same, next_one, last = weights
-    rows = [fn.stack(same, next_one, last), fn.stack(last, same, next_one), fn.stack(next_one, last, same)]
-    return fn.coord_transform(image, M=fn.stack(*rows), dtype=types.UINT8)
+    angles = (2 * math.pi * (values["hue"] + channel / 3) for channel in range(3))
+    return [(1.0 + 2.0 * values["saturation"] * dali_math.cos(angle)) / 3.0 for angle in angles]
 
 
 def _blur(image: DataNode, sigma: DataNode, *, widest: float, backend: Backend) -> DataNode:
@@ -179,7 +197,7 @@ def _rotate_hue(image: DataNode, turns: DataNode) -> DataNode:
     # How much of the chroma each channel has at this hue, from 0 to 6: all six sectors of HSV → RGB in one formula.
     shares = (dali_math.abs(hue - 3.0) - 1.0, 2.0 - dali_math.abs(hue - 2.0), 2.0 - dali_math.abs(hue - 4.0))
     turned = (lowest + chroma * dali_math.max(dali_math.min(share, 1.0), 0.0) for share in shares)
-    return _interleave(_to_uint8(fn.stack(*turned, axis=0) * _FLOAT_TO_UINT8))
+    return _permuted(_to_uint8(fn.stack(*turned, axis=0) * _FLOAT_TO_UINT8), "HWC")
 
 
 _FLOAT_TO_UINT8 = 255.999 / 255
@@ -204,10 +222,13 @@ def _to_uint8(image: DataNode) -> DataNode:
     return fn.slice(image, start=[0], rel_shape=[1.0], axes=[0], dtype=types.UINT8)
 
 
-def _interleave(planes: DataNode) -> DataNode:
-    """uint8 CHW to HWC. By an operator that can also normalise, and here does not: 0.07, where transpose takes 0.22."""
-    planes = fn.reinterpret(planes, layout="CHW")
-    return fn.crop_mirror_normalize(planes, dtype=types.UINT8, output_layout="HWC", mean=[0.0], std=[1.0])
+def _permuted(image: DataNode, layout: Literal["CHW", "HWC"]) -> DataNode:
+    """uint8 of the other of the two layouts to this one.
+
+    By an operator that can also normalise, and here does not: 0.07, where transpose takes 0.22.
+    """
+    image = fn.reinterpret(image, layout="HWC" if layout == "CHW" else "CHW")
+    return fn.crop_mirror_normalize(image, dtype=types.UINT8, output_layout=layout, mean=[0.0], std=[1.0])
 
 
 def _argument(node: DataNode, backend: Backend) -> DataNode:

@@ -7,7 +7,7 @@ from nvidia.dali import fn, pipeline_def, types
 from dali_pipelines import photometric
 from dali_pipelines.augmentation import PHOTOMETRIC_FIELDS, Views
 from dali_pipelines.photometric import Backend, DataNode, Drawn
-from dali_pipelines.reader import Crop, Source, decode_crop, draw_crop, read
+from dali_pipelines.reader import Crop, GpuDecoder, Source, decode_box, draw_crop, read, resize_box
 
 
 @pipeline_def(enable_conditionals=True, exec_dynamic=True, enable_checkpointing=True)
@@ -19,7 +19,7 @@ def two_views(
     shuffle_buffer: int,
     order_seed: int,
     read_ahead: int,
-    hw_decoder_load: float,
+    decoder: GpuDecoder,
 ) -> tuple[DataNode, ...]:
     """Outputs: source and target (uint8 HWC), params (float32 [len(PARAMS)]), origin, and the label if one is read.
 
@@ -29,9 +29,10 @@ def two_views(
     crop = draw_crop(encoded.jpeg, views)
     drawn_target = photometric.draw(views.target)
     drawn_source = photometric.draw(views.source)
-    image = decode_crop(encoded.jpeg, crop, views.size, backend, hw_decoder_load)
-    target_view = photometric.apply(image, drawn_target, views.target, views.colour, backend)
-    source_view = photometric.apply(image, drawn_source, views.source, views.colour, backend)
+    box = decode_box(encoded.jpeg, crop, backend, decoder)
+    shared = photometric.shared(resize_box(box, crop, views.size, backend), backend)
+    target_view = photometric.apply(shared, drawn_target, views.target, views.colour, backend)
+    source_view = photometric.apply(shared, drawn_source, views.source, views.colour, backend)
     params = _params(crop, drawn_target, drawn_source)
     if backend == "gpu":
         params = params.gpu()

@@ -131,7 +131,7 @@ def test_the_linear_definition_is_near_torchvisions(shards: Path) -> None:
 def test_the_gpus_matrix_and_the_cpus_filter_turn_colours_alike(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both operators run on CPU, so that this holds where there is no GPU to try the other on."""
     by_filter = one_batch(shards, "cpu", OPS["together always"])
-    monkeypatch.setattr(dali_photometric, "_turn_by_filter", dali_photometric._turn_by_matrix)
+    monkeypatch.setattr(dali_photometric, "_jitter_on_planes", dali_photometric._jitter_on_pixels)
     by_matrix = one_batch(shards, "cpu", OPS["together always"])
     assert torch.equal(by_filter.params, by_matrix.params)
     assert error(by_filter.source, by_matrix.source).max() <= 0.05
