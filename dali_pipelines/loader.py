@@ -22,7 +22,6 @@ from dali_pipelines.reader import GpuDecoder, open_source
 from dali_pipelines.views import two_views
 from shards.manifest import ShardError
 
-
 GPU_DECODER = GpuDecoder()
 """DALI's own division of the work, and room for images of up to 2048×2048."""
 
