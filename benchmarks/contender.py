@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import count
 from typing import NamedTuple
+
+from step_modes import Window
+from stopwatch import timed
+
+from dali_pipelines.loader import Batch
+from iwm.config import Config
+from iwm.training.distributed import World
 
 
 class Contender(NamedTuple):
@@ -16,3 +24,13 @@ class Contender(NamedTuple):
     """Floating-point operations that are needed per image, in the sense of iwm/flops.py."""
     images: int
     """Images of one step, on this process."""
+
+
+MakeContender = Callable[[Config, World, Sequence[Batch]], Contender]
+"""Builds one, for these resident batches of a step."""
+
+
+def measure_contender(here: World, contender: Contender, steps: int) -> Window:
+    """Some of its steps, timed as the model's own are."""
+    numbers = count()
+    return Window(timed(lambda: contender.step(next(numbers)), steps, here.device))
