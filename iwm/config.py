@@ -39,6 +39,12 @@ class Data:
     """CPU threads of each process's pipeline; 0: the cores that may be used, shared by the machine's processes."""
     prefetch: int = 2
     """Batches prepared ahead."""
+    hw_decoder_load: float = 0.65
+    """On a GPU: share of the images, 0 to 1, that its JPEG engine decodes; the rest goes to nvJPEG's kernels."""
+    decoder_width_hint: int = 2048
+    """On a GPU: width in pixels that the JPEG engine gets memory for in advance; wider images cost a reallocation."""
+    decoder_height_hint: int = 2048
+    """The same of the height. `benchmarks/throughput.py tune` measures these five and writes a file for --tuned."""
 
 
 @dataclass(frozen=True)
@@ -217,6 +223,16 @@ class Config:
         )
         _need(c.masking.blocks >= 1 and 0 < c.masking.area[0] <= c.masking.area[1] < 1, "masking.area is no share")
         _need(c.data.batch >= 1, f"data.batch {c.data.batch} must be positive")
+        _need(c.data.threads >= 0, f"data.threads {c.data.threads} must be positive (or 0, for this process's cores)")
+        _need(c.data.prefetch >= 1, f"data.prefetch {c.data.prefetch} must be at least 1")
+        _need(
+            0 <= c.data.hw_decoder_load <= 1,
+            f"data.hw_decoder_load {c.data.hw_decoder_load} is no share: it must be between 0 and 1",
+        )
+        _need(
+            min(c.data.decoder_width_hint, c.data.decoder_height_hint) >= 0,
+            "data.decoder_width_hint and data.decoder_height_hint are pixels: they must not be negative",
+        )
         _need(
             c.schedule.steps is None or c.schedule.steps >= 1,
             f"schedule.steps {c.schedule.steps} must be positive (or None, to go by epochs)",

@@ -13,6 +13,9 @@ from iwm.training.checkpoint import Checkpoint, newest
 MAY_CHANGE = (
     "data.shards",
     "data.threads",
+    "data.prefetch",
+    "data.hw_decoder_load",
+    "data.decoder_",
     "data.micro_batch",
     "optim.kernels",
     "train.device",

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dali_pipelines.loader import StateError, ViewLoader
+from dali_pipelines.reader import GpuDecoder
 from iwm.config import Config, ConfigError
 from iwm.models.world_model import WorldModel
 from iwm.training import checkpoint as checkpoints
@@ -133,6 +134,9 @@ def _open_loader(
             world_size=here.size,
             threads=config.data.threads or cores_each(here.local_size),
             prefetch=config.data.prefetch,
+            decoder=GpuDecoder(
+                config.data.hw_decoder_load, config.data.decoder_width_hint, config.data.decoder_height_hint
+            ),
             state=state,
         )
 
