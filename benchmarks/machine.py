@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 
+from iwm.training.tuned import processor
+
 PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda130", "numpy", "pillow", "timm")
 
 
 def machine() -> dict[str, Any]:
     """Processor, cores, memory, GPU, versions and the commit."""
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -26,16 +28,6 @@ def machine() -> dict[str, Any]:
         "packages": {name: version(name) for name in PACKAGES},
         "commit": _commit(),
     }
-
-
-def _processor() -> str:
-    listing = Path("/proc/cpuinfo")
-    if not listing.exists():
-        return platform.processor()
-    names = [
-        line.partition(":")[2].strip() for line in listing.read_text().splitlines() if line.startswith("model name")
-    ]
-    return names[0] if names else platform.processor()
 
 
 def _commit() -> str:
