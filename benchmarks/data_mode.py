@@ -1,25 +1,22 @@
-"""Mode `data`: images per second of the two-view pipeline alone, against torchvision doing the same work."""
+"""Mode `data`: images per second of the two-view pipeline alone, against others doing the same work."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from baselines import torchvision_loader
+from data_contenders import BASELINES, DECODE, Baseline, Device, Work, entrants, how_to_install, installed
 from generated import generated_shards
-from mistakes import BenchmarkError
-from pinned import Rate, Stream, measure, summary
+from mistakes import BenchmarkError, named
+from pinned import Rate, measure, summary
 from rich.console import Console
 from rich.table import Table
 
 from dali_pipelines.augmentation import SCENARIOS, ColourDefinition, Views
-from dali_pipelines.loader import ViewLoader
 from iwm.recipes import RECIPES
 from shards.manifest import load_manifest
 
@@ -28,7 +25,7 @@ from shards.manifest import load_manifest
 class Data:
     """Images per second of the data pipeline alone.
 
-    Contenders take turns, each in a process of its own, on equal cores.
+    Contenders take turns, each in a process of its own, on equal cores and the same JPEGs.
     """
 
     recipe: str | None = None
@@ -43,9 +40,12 @@ class Data:
     """Folder of shards; None: 1,200 JPEGs of 500×375 cut from scikit-image's photographs, made in data/benchmark."""
     split: str = "train"
     """Split of the shards."""
-    baseline: Literal["torchvision", "none"] = "torchvision"
-    device: Literal["cpu", "cuda"] = "cpu"
-    """Where the DALI pipeline works; the baseline works on the CPU."""
+    baseline: tuple[Literal[Baseline, "all", "none"], ...] = ("torchvision",)
+    """One or several. `torchvision`: DataLoader and transforms v2, on Pillow images and on tensors. `webdataset`: its
+    package's own loader with the same transforms. `ffcv`: without hue, grayscale, blur and solarize, which it lacks.
+    `decode`: JPEG decode and nothing else, the limit. `all`: those that are installed."""
+    device: Device = "cpu"
+    """Where the DALI pipeline works; baselines work on the CPU."""
     cores: int = 1
     """CPU cores that each contender is pinned to, and its worker threads or processes."""
     batch: int = 64
@@ -59,8 +59,9 @@ class Data:
 
 
 def run(options: Data, console: Console) -> dict[str, Any]:
-    """Measure and print a table. Raises BenchmarkError and ShardError."""
+    """Measure and print a table per clock. Raises BenchmarkError and ShardError."""
     views = chosen_views(options)
+    baselines = chosen_baselines(options, console)
     folder = options.shards or generated_shards(Path("data/benchmark"), console)
     samples = load_manifest(folder, options.split).samples
     if samples < options.batch:
@@ -70,16 +71,14 @@ def run(options: Data, console: Console) -> dict[str, Any]:
         raise BenchmarkError(f"--cores {options.cores}: this process may use {len(available)}")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise BenchmarkError("--device cuda: this machine has no usable GPU; say --device cpu")
-    contenders: dict[str, Stream] = {"dali": partial(dali_batches, options, folder, views)}
-    for variant in ("pil", "tensor") if options.baseline == "torchvision" else ():
-        contenders[f"torchvision {variant}"] = partial(
-            torchvision_loader.batches, folder, options.split, views, variant, options.batch, options.cores
-        )
+    work = Work(folder, options.split, views, options.batch, options.cores)
+    contenders = entrants(work, options.device, baselines, console)
     turns: dict[str, list[list[Rate]]] = {name: [] for name in contenders}
     for turn in range(options.repeats):
-        for name, stream in contenders.items():
+        for name, contender in contenders.items():
             with console.status(f"turn {turn + 1} of {options.repeats}: {name}"):
-                turns[name].append(measure(stream, available[: options.cores], options.seconds, WINDOWS))
+                turns[name].append(measure(contender.stream, available[: options.cores], options.seconds, WINDOWS))
+    rivals = [name for name, contender in contenders.items() if contender.same_work and name != "dali"]
     result = {
         "mode": "data",
         "views": asdict(views),
@@ -89,7 +88,8 @@ def run(options: Data, console: Console) -> dict[str, Any]:
             clock: {name: summary([getattr(rate, clock) for turn in turns[name] for rate in turn]) for name in turns}
             for clock in CLOCKS
         },
-        "ratio": {clock: ratio(turns, clock) for clock in CLOCKS} if len(turns) > 1 else None,
+        "dali_over": {clock: {name: ratio(turns, name, clock) for name in turns if name != "dali"} for clock in CLOCKS},
+        "fastest_rival": {clock: fastest(turns, rivals, clock) if rivals else None for clock in CLOCKS},
     }
     show(result, options, console)
     return result
@@ -103,38 +103,46 @@ CLOCKS = {"wall": "images/s by the clock", "core": "images per second of CPU tim
 
 def chosen_views(options: Data) -> Views:
     """The recipe's views with what the options put in their place."""
-    for name, value, table in (("recipe", options.recipe, RECIPES), ("scenario", options.scenario, SCENARIOS)):
-        if value is not None and value not in table:
-            raise BenchmarkError(f"--{name} {value}: there is none of that name; there are {', '.join(table)}")
-    views = RECIPES[options.recipe]().views if options.recipe else Views()
+    views = named("--recipe", options.recipe, RECIPES)().views if options.recipe else Views()
     if options.scenario:
-        views = replace(views, source=SCENARIOS[options.scenario].source, target=SCENARIOS[options.scenario].target)
+        row = named("--scenario", options.scenario, SCENARIOS)
+        views = replace(views, source=row.source, target=row.target)
     return replace(views, size=options.size or views.size, colour=options.colour or views.colour)
 
 
-def dali_batches(options: Data, folder: Path, views: Views) -> Iterator[int]:
-    """Endless: the number of images of each batch, once it is there."""
-    loader = ViewLoader(
-        folder,
-        options.split,
-        views,
-        batch_size=options.batch,
-        seed=0,
-        device=options.device,
-        threads=options.cores,
-    )
-    for batch in loader:
-        if options.device == "cuda":
-            torch.cuda.synchronize()
-        yield len(batch.source)
+def chosen_baselines(options: Data, console: Console) -> tuple[Baseline, ...]:
+    """Baselines in the order of BASELINES. `all` leaves out what is not installed, and says so."""
+    names = options.baseline
+    if "none" in names and len(names) > 1:
+        raise BenchmarkError(f"--baseline {' '.join(names)}: 'none' stands alone")
+    if "all" not in names:
+        return tuple(name for name in BASELINES if name in names)
+    for name in BASELINES:
+        if not installed(name):
+            console.print(f"without {name}: {how_to_install(name)}")
+    return tuple(name for name in BASELINES if installed(name))
 
 
-def ratio(turns: dict[str, list[list[Rate]]], clock: str) -> dict[str, Any]:
-    """DALI over the faster baseline, turn by turn: what slows a whole turn down slows both."""
-    medians = {name: [float(np.median([getattr(r, clock) for r in turn])) for turn in turns[name]] for name in turns}
-    opponent = max((name for name in turns if name != "dali"), key=lambda name: float(np.median(medians[name])))
-    ratios = [round(ours / theirs, 3) for ours, theirs in zip(medians["dali"], medians[opponent], strict=True)]
-    return {"over": opponent, "median": float(np.median(ratios)), "lowest": min(ratios), "highest": max(ratios)}
+Turns = dict[str, list[list[Rate]]]
+"""Rates of each contender's turns, each of WINDOWS stretches."""
+
+
+def ratio(turns: Turns, other: str, clock: str) -> dict[str, float]:
+    """DALI over another contender, turn by turn: what slows a whole turn down slows both."""
+    ratios = [
+        round(ours / theirs, 3)
+        for ours, theirs in zip(*(medians(turns[n], clock) for n in ("dali", other)), strict=True)
+    ]
+    return {"median": float(np.median(ratios)), "lowest": min(ratios), "highest": max(ratios)}
+
+
+def fastest(turns: Turns, names: list[str], clock: str) -> str:
+    """Which of these contenders is fastest by a clock."""
+    return max(names, key=lambda name: float(np.median(medians(turns[name], clock))))
+
+
+def medians(turns: list[list[Rate]], clock: str) -> list[float]:
+    return [float(np.median([getattr(rate, clock) for rate in turn])) for turn in turns]
 
 
 def show(result: dict[str, Any], options: Data, console: Console) -> None:
@@ -143,14 +151,16 @@ def show(result: dict[str, Any], options: Data, console: Console) -> None:
             title=f"two views of {result['views']['size']} px on {options.device}, {options.cores} core(s): {meaning}"
         )
         table.add_column("")
-        for column in ("median", "p10", "p90"):
+        for column in ("median", "p10", "p90", "dali / this", f"over {options.repeats} turns"):
             table.add_column(column, justify="right")
         for name, rate in result["images_per_second"][clock].items():
-            table.add_row(name, *(f"{rate[column]:.0f}" for column in ("median", "p10", "p90")))
+            cells = [f"{rate[column]:.0f}" for column in ("median", "p10", "p90")]
+            if against := result["dali_over"][clock].get(name):
+                cells += [f"{against['median']:.2f}", f"{against['lowest']:.2f}–{against['highest']:.2f}"]
+            table.add_row(name, *cells)
         console.print(table)
-        if result["ratio"] is not None:
-            against = result["ratio"][clock]
-            console.print(
-                f"dali / {against['over']}: {against['median']:.2f} "
-                f"({against['lowest']:.2f} to {against['highest']:.2f} over {options.repeats} turns)"
-            )
+        if rival := result["fastest_rival"][clock]:
+            times = result["dali_over"][clock][rival]["median"]
+            console.print(f"dali is {times:.2f} times {rival}, the fastest that does the same work")
+        if limit := result["dali_over"][clock].get(DECODE):
+            console.print(f"dali reaches {limit['median']:.2f} of {DECODE}, the limit")

@@ -1,8 +1,7 @@
 """What the DALI pipeline is compared with: the same two views by torchvision and a DataLoader, from the same tars.
 
 Two variants, as people write them: `pil` (Pillow decode, transforms on Pillow images) and `tensor` (torchvision.io
-decode, v2 transforms on uint8 tensors). Reading is a seek and a read at the offsets of the shards' own index, so that
-neither pays for files or for scanning tars.
+decode, v2 transforms on uint8 tensors).
 """
 
 from __future__ import annotations
@@ -10,10 +9,11 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from baselines.stored import places
 from jaxtyping import UInt8
 from PIL import Image, ImageFilter
 from torch import Tensor
@@ -22,30 +22,14 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import v2
 
 from dali_pipelines.augmentation import SOLARIZE_THRESHOLD, Photometric, Views
-from shards.index import parse_index
-from shards.manifest import load_manifest
 
 Variant = Literal["pil", "tensor"]
 
 
-class Place(NamedTuple):
-    tar: Path
-    offset: int
-    size: int
+class TwoViewTransforms:
+    """From a decoded image to source and target, uint8 [3, size, size]: one crop and flip, then each one's colours."""
 
-
-class TwoViews(Dataset[tuple[Tensor, Tensor]]):
-    """Item i: source and target, uint8 [3, size, size], of sample i."""
-
-    def __init__(self, folder: Path, split: str, views: Views, variant: Variant) -> None:
-        self._places = [
-            Place(folder / shard.name, entry.offset, entry.size)
-            for shard in load_manifest(folder, split).shards
-            for sample in parse_index((folder / shard.index).read_bytes(), folder / shard.index)
-            for entry in sample
-            if entry.component == "jpg"
-        ]
-        self._decode: Callable[[bytes], Any] = {"pil": decode_pil, "tensor": decode_tensor}[variant]
+    def __init__(self, views: Views, variant: Variant) -> None:
         self._crop = v2.Compose(
             [
                 v2.RandomResizedCrop(views.size, scale=views.crop_scale, ratio=views.crop_ratio, antialias=True),
@@ -55,15 +39,24 @@ class TwoViews(Dataset[tuple[Tensor, Tensor]]):
         self._target = colours(views.target, variant)
         self._source = colours(views.source, variant)
 
+    def __call__(self, image: Any) -> tuple[Tensor, Tensor]:
+        cropped = self._crop(image)
+        return self._source(cropped), self._target(cropped)
+
+
+class TwoViews(Dataset[tuple[Tensor, Tensor]]):
+    """Item i: source and target, uint8 [3, size, size], of sample i."""
+
+    def __init__(self, folder: Path, split: str, views: Views, variant: Variant) -> None:
+        self._places = places(folder, split)
+        self._decode: Callable[[bytes], Any] = {"pil": decode_pil, "tensor": decode_tensor}[variant]
+        self._views = TwoViewTransforms(views, variant)
+
     def __len__(self) -> int:
         return len(self._places)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        place = self._places[index]
-        with open(place.tar, "rb") as file:
-            file.seek(place.offset)
-            image = self._crop(self._decode(file.read(place.size)))
-        return self._source(image), self._target(image)
+        return self._views(self._decode(self._places[index].read()))
 
 
 def decode_pil(content: bytes) -> Image.Image:

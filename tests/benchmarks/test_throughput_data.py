@@ -13,7 +13,7 @@ import pytest
 import skimage.data
 import torch
 from baselines.torchvision_loader import TwoViews, Variant
-from data_mode import Data, ratio, run
+from data_mode import Data, fastest, ratio, run
 from mistakes import BenchmarkError
 from PIL import Image
 from pinned import Rate
@@ -56,7 +56,8 @@ def test_a_measurement_compares_on_equal_terms_and_says_on_what(shards: Path, tm
         assert all(rate["p10"] <= rate["median"] <= rate["p90"] for rate in rates.values())
         opponent = max(("torchvision pil", "torchvision tensor"), key=lambda name: rates[name]["median"])
         expected = rates["dali"]["median"] / rates[opponent]["median"]
-        assert result["ratio"][clock]["median"] == pytest.approx(expected, rel=0.01)
+        assert result["fastest_rival"][clock] == opponent
+        assert result["dali_over"][clock][opponent]["median"] == pytest.approx(expected, rel=0.01)
     assert {"processor", "cores", "packages", "commit"} <= set(result["machine"])
 
 
@@ -86,8 +87,11 @@ def test_the_ratio_is_over_the_faster_baseline_turn_by_turn() -> None:
         "torchvision pil": [[Rate(100, 100)], [Rate(50, 100)]],
         "torchvision tensor": [[Rate(50, 200)], [Rate(50, 100)]],
     }
-    assert ratio(turns, "wall") == {"over": "torchvision pil", "median": 2.0, "lowest": 2.0, "highest": 2.0}
-    assert ratio(turns, "core") == {"over": "torchvision tensor", "median": 2.25, "lowest": 1.5, "highest": 3.0}
+    rivals = ["torchvision pil", "torchvision tensor"]
+    assert fastest(turns, rivals, "wall") == "torchvision pil"
+    assert ratio(turns, "torchvision pil", "wall") == {"median": 2.0, "lowest": 2.0, "highest": 2.0}
+    assert fastest(turns, rivals, "core") == "torchvision tensor"
+    assert ratio(turns, "torchvision tensor", "core") == {"median": 2.25, "lowest": 1.5, "highest": 3.0}
 
 
 @pytest.mark.parametrize("variant", ["pil", "tensor"])

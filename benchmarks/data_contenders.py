@@ -1,0 +1,127 @@
+"""Who contends in mode `data`: the DALI pipeline, what it is measured against, and the limit of both."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from baselines import jpeg_decode, torchvision_loader
+from mistakes import BenchmarkError
+from pinned import Stream
+from rich.console import Console
+
+from dali_pipelines.augmentation import Views
+from dali_pipelines.loader import ViewLoader
+from shards.manifest import MANIFEST
+
+Device = Literal["cpu", "cuda"]
+Baseline = Literal["torchvision", "webdataset", "ffcv", "decode"]
+DECODE = "JPEG decode alone"
+"""Name of the limit in every table."""
+
+
+class Work(NamedTuple):
+    """What is done, the same for all contenders."""
+
+    folder: Path
+    split: str
+    views: Views
+    batch: int
+    cores: int
+    """Worker threads or processes."""
+
+
+class Entrant(NamedTuple):
+    """One contender; `same_work` where it makes both whole views, so that its rate is a rival's."""
+
+    stream: Stream
+    same_work: bool
+
+
+def entrants(work: Work, device: str, baselines: tuple[Baseline, ...], console: Console) -> dict[str, Entrant]:
+    """Contenders by name, `dali` first. Raises BenchmarkError where a baseline is not installed."""
+    chosen = {"dali": Entrant(partial(dali_batches, work, device), True)}
+    for baseline in baselines:
+        if not installed(baseline):
+            raise BenchmarkError(f"--baseline {baseline}: {how_to_install(baseline)}")
+        chosen.update(BASELINES[baseline](work, console))
+    return chosen
+
+
+INSTALL: dict[Baseline, str] = {
+    "webdataset": "'pip install webdataset'",
+    "ffcv": "it is built from source: pkg-config, libopencv-dev and libturbojpeg0-dev (Debian's names), then "
+    "'pip install ffcv'",
+}
+"""How baselines are installed that the benchmarks do not bring along; the package has the baseline's name."""
+
+
+def installed(baseline: Baseline) -> bool:
+    return baseline not in INSTALL or find_spec(baseline) is not None
+
+
+def how_to_install(baseline: Baseline) -> str:
+    return f"the package {baseline} is not installed here ({INSTALL[baseline]})"
+
+
+def dali_batches(work: Work, device: str) -> Iterator[int]:
+    """Endless: the number of images of each batch, once it is there."""
+    loader = ViewLoader(
+        work.folder,
+        work.split,
+        work.views,
+        batch_size=work.batch,
+        seed=0,
+        device=device,
+        threads=work.cores,
+    )
+    for batch in loader:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        yield len(batch.source)
+
+
+def _torchvision(work: Work, console: Console) -> dict[str, Entrant]:
+    folder, split, views, batch, cores = work
+    variants: tuple[torchvision_loader.Variant, ...] = ("pil", "tensor")
+    return {
+        f"torchvision {variant}": Entrant(
+            partial(torchvision_loader.batches, folder, split, views, variant, batch, cores), True
+        )
+        for variant in variants
+    }
+
+
+def _webdataset(work: Work, console: Console) -> dict[str, Entrant]:
+    loader = importlib.import_module("baselines.webdataset_loader")
+    return {"webdataset": Entrant(partial(loader.batches, *work), True)}
+
+
+def _ffcv(work: Work, console: Console) -> dict[str, Entrant]:
+    loader = importlib.import_module("baselines.ffcv_loader")
+    shards = f"{work.split} of {(work.folder / MANIFEST).read_text()}"
+    file = Path("data/benchmark") / f"ffcv-{hashlib.sha256(shards.encode()).hexdigest()[:16]}.beton"
+    if not file.exists():
+        console.print(f"writing the same JPEGs as FFCV's dataset to {file}")
+        loader.write_dataset(work.folder, work.split, file, work.cores)
+    return {
+        "ffcv, part of the jitter": Entrant(partial(loader.batches, file, work.views, work.batch, work.cores), False)
+    }
+
+
+def _decode(work: Work, console: Console) -> dict[str, Entrant]:
+    return {DECODE: Entrant(partial(jpeg_decode.batches, work.folder, work.split, work.batch, work.cores), False)}
+
+
+BASELINES: dict[Baseline, Callable[[Work, Console], dict[str, Entrant]]] = {
+    "torchvision": _torchvision,
+    "webdataset": _webdataset,
+    "ffcv": _ffcv,
+    "decode": _decode,
+}
