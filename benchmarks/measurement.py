@@ -91,6 +91,7 @@ def measure(
         "processes": here.size,
         "pipeline_threads": config.data.threads or cores_each(here.local_size),
         "torch_threads": torch.get_num_threads(),
+        "optimiser": f"{type(session.optimizer).__module__}.{type(session.optimizer).__name__}",
         "warm_up": {"first_step_seconds": first.seconds, "seconds": first.seconds + others.seconds},
         "graphs": graphs,
         "recompilations": recompilations,

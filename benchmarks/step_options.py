@@ -16,6 +16,7 @@ from mistakes import BenchmarkError, named
 from dali_pipelines.augmentation import SCENARIOS
 from iwm.config import Config
 from iwm.recipes import RECIPES, with_scenario
+from iwm.training.tuned import read_tuned
 
 GENERATED = Path("data/benchmark")
 """Where shards are made to measure on."""
@@ -35,6 +36,8 @@ class StepOptions:
     shards: Path | None = None
     """Folder of shards (short for --data.shards); None: 1,200 JPEGs of 500×375 cut from scikit-image's photographs,
     made in data/benchmark."""
+    tuned: Path | None = None
+    """File of `throughput.py tune`, whose pipeline settings go over the recipe's."""
     seconds: float = 60.0
     """Measured time of each mode, all turns together; at least five steps a turn. Default: 60 on a GPU, else 6."""
     repeats: int = 3
@@ -62,17 +65,20 @@ Options = TypeVar("Options", bound=StepOptions)
 def begun(kind: type[Options], arguments: Sequence[str]) -> Options:
     """A mode's options as recipe, scenario and shards make them; the command line puts single fields over them.
 
-    Raises BenchmarkError where there is no such recipe or scenario.
+    Raises BenchmarkError where there is no such recipe or scenario, ConfigError where a tuned file is no good.
     """
     first = ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", default="iwm_b16_equi_18x384" if torch.cuda.is_available() else "demo")
     first.add_argument("--scenario")
     first.add_argument("--shards", type=Path)
+    first.add_argument("--tuned", type=Path)
     chosen = first.parse_known_args(arguments)[0]
     config = named("--recipe", chosen.recipe, RECIPES)()
     if chosen.scenario is not None:
         named("--scenario", chosen.scenario, SCENARIOS)
         config = with_scenario(config, chosen.scenario)
+    if chosen.tuned is not None:
+        config = read_tuned(chosen.tuned).over(config)
     most = BATCH_EACH * int(os.environ.get("WORLD_SIZE", 1))
     data = replace(
         config.data, shards=chosen.shards or GENERATED / "shards", batch=min(config.data.batch, most), val=None
@@ -82,5 +88,6 @@ def begun(kind: type[Options], arguments: Sequence[str]) -> Options:
         recipe=chosen.recipe,
         scenario=chosen.scenario,
         shards=chosen.shards,
+        tuned=chosen.tuned,
         seconds=60.0 if torch.cuda.is_available() else 6.0,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def most_expensive(events: EventList, on_gpu: bool) -> list[dict[str, Any]]:
     total = sum(map(microseconds, counted))
     return [
         {
-            "name": event.key,
+            "name": re.sub(r"## Call CompiledFxGraph (\w{8})\w* ##", r"compiled graph \1", event.key),
             "calls_per_step": event.count / STEPS,
             "ms_per_step": round(microseconds(event) / STEPS / 1e3, 4),
             "share": round(microseconds(event) / total, 4),

@@ -1,0 +1,110 @@
+"""Modes `model`, `end-to-end`, `interference` and `all`: how fast training is, and what holds it back.
+
+Under torchrun every process measures its share, and the first one reports.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from baselines import ijepa_step, plain_step
+from generated import generated_shards
+from measurement import measure
+from mistakes import BenchmarkError
+from picture import check_name
+from pipeline_limits import pipeline_limits
+from rich.console import Console
+from step_options import GENERATED, StepOptions
+from step_tables import show
+from verdict import limit, ratios
+
+from iwm.training.distributed import world
+from iwm.training.tuned import read_tuned, this_machine
+from shards.manifest import load_manifest
+
+
+@dataclass(frozen=True)
+class Model(StepOptions):
+    """Training steps on resident batches, each with masks of its own."""
+
+    baselines: bool = False
+    """Also the plain eager step, and a step written the way I-JEPA's public code works."""
+
+
+@dataclass(frozen=True)
+class EndToEnd(StepOptions):
+    """Training: pipeline and model, as iwm/train.py runs them."""
+
+
+@dataclass(frozen=True)
+class Interference(StepOptions):
+    """Training steps on resident batches, without and with the pipeline at work beside them."""
+
+
+@dataclass(frozen=True)
+class All(StepOptions):
+    """All of these and the pipeline alone, what they say together, and the pipeline's parts and rivals."""
+
+    baselines: bool = True
+    """Also the pipeline's operators one by one, pure JPEG decoding, and torchvision's loader."""
+    plot: Path | None = None
+    """File for a picture, .png or .svg: each stage against its limit."""
+
+    def check(self) -> None:
+        super().check()
+        if self.plot is not None:
+            check_name(self.plot)
+
+
+MEASURED: dict[type[StepOptions], tuple[str, ...]] = {
+    Model: ("model",),
+    EndToEnd: ("end-to-end",),
+    Interference: ("model", "interference"),
+    All: ("data", "model", "interference", "end-to-end"),
+}
+"""What each mode measures, in the order of a turn. The last is what --profile looks at."""
+
+
+def run(options: StepOptions, console: Console) -> dict[str, Any]:
+    """Measure, print tables, and return what goes into --json. On processes other than the first it prints nothing.
+
+    Raises BenchmarkError, ConfigError and ShardError.
+    """
+    options.check()
+    config = options.config
+    with world(config.train) as here:
+        console.quiet = not here.main
+        if here.main and config.data.shards == GENERATED / "shards":
+            generated_shards(GENERATED, console)
+        here.gather("shards are there")
+        if options.tuned is not None:
+            for line in read_tuned(options.tuned).remarks(this_machine(here.device, here.local_size)):
+                console.print(line, highlight=False, soft_wrap=True)
+        samples = load_manifest(config.data.shards, config.data.train).samples
+        if samples < config.data.batch:
+            raise BenchmarkError(
+                f"--data.batch {config.data.batch}: {config.data.shards} has only {samples} images in "
+                f"'{config.data.train}'"
+            )
+        rivals = (
+            (plain_step.contender, ijepa_step.contender) if isinstance(options, Model) and options.baselines else ()
+        )
+        try:
+            result = measure(options, MEASURED[type(options)], rivals, here, console)
+        except torch.OutOfMemoryError as error:
+            raise BenchmarkError(
+                f"--data.batch {config.data.batch}: more than the GPU can hold; lower it or set --data.micro-batch"
+            ) from error
+        if isinstance(options, All):
+            rates = {name: mode["turns"] for name, mode in result["modes"].items()}
+            medians = {name: float(np.median(turns)) for name, turns in rates.items()}
+            result |= {"ratios": ratios(rates), "limit": limit(medians, here.device.type == "cuda")}
+    if isinstance(options, All) and options.baselines and here.main:
+        threads = result["pipeline_threads"]
+        result["pipeline_limits"] = pipeline_limits(config, here.device, threads, console)
+    show(result, console)
+    return result
