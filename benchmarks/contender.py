@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 from itertools import count
 from typing import NamedTuple
 
-from step_modes import Window
-from stopwatch import timed
+from stopwatch import Window, watch
 
 from dali_pipelines.loader import Batch
 from iwm.config import Config
@@ -33,4 +32,4 @@ MakeContender = Callable[[Config, World, Sequence[Batch]], Contender]
 def measure_contender(here: World, contender: Contender, steps: int) -> Window:
     """Some of its steps, timed as the model's own are."""
     numbers = count()
-    return Window(timed(lambda: contender.step(next(numbers)), steps, here.device))
+    return watch(lambda: contender.step(next(numbers)), steps, here.device)

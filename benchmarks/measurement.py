@@ -113,6 +113,7 @@ def summarised(turns: Sequence[Turn], measured: Measured, peak: float) -> dict[s
     return {
         "images_per_second": spread(rates),
         "turns": rates,
+        "images_per_cpu_second": spread([turn.images_per_cpu_second for turn in turns]),
         "step_ms": spread(steps),
         "steps": len(steps),
         "seconds": seconds,

@@ -15,10 +15,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event, Semaphore
-from typing import NamedTuple
 
 import torch
-from stopwatch import timed
+from stopwatch import Window, watch
 
 from dali_pipelines.loader import Batch
 from iwm.config import Config
@@ -26,19 +25,6 @@ from iwm.training.distributed import World
 from iwm.training.optim import set_values, step_unless
 from iwm.training.session import Session, open_session
 from iwm.training.step import masks_for, train_step
-
-
-class Window(NamedTuple):
-    """Some steps in a row."""
-
-    steps: list[float]
-    """Seconds of each."""
-    waited: float = 0.0
-    """Seconds that the host waited for data in all of them."""
-
-    @property
-    def seconds(self) -> float:
-        return sum(self.steps)
 
 
 def open_subject(config: Config, here: World) -> Session:
@@ -71,12 +57,12 @@ def take_step(session: Session, batches: Sequence[Batch]) -> None:
 
 def measure_data(session: Session, steps: int) -> Window:
     """A: the pipeline makes the batches of each step, and nothing else runs."""
-    return Window(timed(lambda: _next_batches(session), steps, session.here.device))
+    return watch(lambda: _next_batches(session), steps, session.here.device)
 
 
 def measure_model(session: Session, batches: Sequence[Batch], steps: int) -> Window:
     """B: training steps on resident batches, each with masks of its own; the pipeline rests."""
-    return Window(timed(lambda: take_step(session, batches), steps, session.here.device))
+    return watch(lambda: take_step(session, batches), steps, session.here.device)
 
 
 def measure_end_to_end(session: Session, steps: int) -> Window:
@@ -90,7 +76,7 @@ def measure_end_to_end(session: Session, steps: int) -> Window:
         waited += time.perf_counter() - start
         take_step(session, batches)
 
-    return Window(timed(step, steps, session.here.device), waited)
+    return watch(step, steps, session.here.device)._replace(waited=waited)
 
 
 def measure_interference(session: Session, batches: Sequence[Batch], steps: int) -> Window:
@@ -114,12 +100,12 @@ def measure_interference(session: Session, batches: Sequence[Batch], steps: int)
     with ThreadPoolExecutor(1) as thread:
         pipeline = thread.submit(make_and_drop)
         try:
-            seconds = timed(step, steps, device)
+            window = watch(step, steps, device)
         finally:
             over.set()
             wanted.release()
         pipeline.result()
-    return Window(seconds)
+    return window
 
 
 def measure_updates(session: Session, steps: int) -> dict[str, Window]:
@@ -131,8 +117,8 @@ def measure_updates(session: Session, steps: int) -> dict[str, Window]:
     momentum = session.schedules.at(session.step).ema
     set_values(session.optimizer, lr=0.0, weight_decay=0.0)
     return {
-        "optimiser": Window(timed(lambda: step_unless(session.optimizer, finite), steps, device)),
-        "ema": Window(timed(lambda: session.model.update_target(momentum), steps, device)),
+        "optimiser": watch(lambda: step_unless(session.optimizer, finite), steps, device),
+        "ema": watch(lambda: session.model.update_target(momentum), steps, device),
     }
 
 

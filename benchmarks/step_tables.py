@@ -11,8 +11,8 @@ from rich.table import Table
 from verdict import MEANING
 
 
-def show(result: Mapping[str, Any], console: Console) -> None:
-    """Everything that was found, as a person reads it."""
+def show_training(result: Mapping[str, Any], console: Console) -> None:
+    """What was found of training itself."""
     console.print(f"\n{_title(result)}\n", highlight=False, soft_wrap=True)
     console.print(_steps(result))
     for line in _remarks(result):
@@ -20,12 +20,18 @@ def show(result: Mapping[str, Any], console: Console) -> None:
     console.print()
     if result["operators"] is not None:
         console.print(_operators(result))
-    if "pipeline_stages" in result:
-        console.print(_stages(result))
-        console.print(_limits(result))
-    if "ratios" in result:
-        console.print(_ratios(result))
-        console.print(f"[bold]What limits this machine:[/] {result['limit']}\n", highlight=False, soft_wrap=True)
+
+
+def show_pipeline(result: Mapping[str, Any], console: Console) -> None:
+    """What was found of the pipeline by itself."""
+    console.print(_limits(result))
+    console.print(_stages(result))
+
+
+def show_together(result: Mapping[str, Any], console: Console) -> None:
+    """The ratios, and what limits the machine."""
+    console.print(_ratios(result))
+    console.print(f"[bold]What limits this machine:[/] {result['limit']}\n", highlight=False, soft_wrap=True)
 
 
 def _title(result: Mapping[str, Any]) -> str:
@@ -46,11 +52,12 @@ def _table(first: str, *columns: str) -> Table:
 
 
 def _steps(result: Mapping[str, Any]) -> Table:
-    table = _table("median (p10–p90)", "images/s", "ms a step", "MFU", "peak GiB", "data wait")
+    table = _table("median (p10–p90)", "images/s", "per CPU second", "ms a step", "MFU", "GiB", "data wait")
     for name, mode in result["modes"].items():
         table.add_row(
             name,
             _spread(mode["images_per_second"]),
+            _number(mode["images_per_cpu_second"]["median"]),
             _spread(mode["step_ms"]),
             "" if mode["mfu"] is None else f"{mode['mfu']:.1%}",
             f"{mode['memory_gib']:.2f}",
@@ -97,14 +104,14 @@ def _operators(result: Mapping[str, Any]) -> Table:
 
 
 def _stages(result: Mapping[str, Any]) -> Table:
-    table = _table("the pipeline's operators", "ms per image, median (p10–p90)")
+    table = _table("the pipeline's operators, on one core", "ms per image, median (p10–p90)")
     for name, ms in result["pipeline_stages"].items():
         table.add_row(name, _spread(ms))
     return table
 
 
 def _limits(result: Mapping[str, Any]) -> Table:
-    table = _table("beside the pipeline, each in a process of its own", "images/s", "per second of CPU time")
+    table = _table("the pipeline by itself, its rivals, its limit", "images/s", "per second of CPU time")
     for name, rates in result["pipeline_limits"].items():
         table.add_row(name, _spread(rates["wall"]), _spread(rates["core"]))
     return table

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch._dynamo.utils import counters
@@ -13,14 +14,36 @@ from torch._dynamo.utils import counters
 from iwm.training.loop import collecting_by_hand
 
 
+class Window(NamedTuple):
+    """Some steps in a row."""
+
+    steps: list[float]
+    """Seconds of each."""
+    cpu_seconds: float
+    """CPU time of all this process's threads in all of them."""
+    waited: float = 0.0
+    """Seconds that the host waited for data in all of them."""
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.steps)
+
+
 def timed(step: Callable[[], object], steps: int, device: torch.device) -> list[float]:
-    """Seconds of each of `steps` calls in a row.
+    """Seconds of each of `steps` calls in a row, as `watch` takes them."""
+    return watch(step, steps, device).steps
+
+
+def watch(step: Callable[[], object], steps: int, device: torch.device) -> Window:
+    """Call `step` so many times.
 
     On a GPU by events that are laid between the steps: the host waits before the first and after the last, never in
     between, so that it may run ahead as it does in training. The garbage collector rests, as it does there.
     """
     with collecting_by_hand():
-        return _by_events(step, steps, device) if device.type == "cuda" else _by_the_clock(step, steps)
+        used = time.process_time()
+        seconds = _by_events(step, steps, device) if device.type == "cuda" else _by_the_clock(step, steps)
+        return Window(seconds, time.process_time() - used)
 
 
 def _by_the_clock(step: Callable[[], object], steps: int) -> list[float]:

@@ -9,20 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from baselines import ijepa_step, plain_step
 from generated import generated_shards
 from measurement import measure
 from mistakes import BenchmarkError
 from picture import check_name
-from pipeline_limits import pipeline_limits
+from pipeline_alone import pipeline_limits, pipeline_stages
 from rich.console import Console
 from step_options import GENERATED, StepOptions
-from step_tables import show
+from step_tables import show_pipeline, show_together, show_training
 from verdict import limit, ratios
 
-from iwm.training.distributed import world
+from iwm.training.distributed import World, world
 from iwm.training.tuned import read_tuned, this_machine
 from shards.manifest import load_manifest
 
@@ -99,12 +98,24 @@ def run(options: StepOptions, console: Console) -> dict[str, Any]:
             raise BenchmarkError(
                 f"--data.batch {config.data.batch}: more than the GPU can hold; lower it or set --data.micro-batch"
             ) from error
-        if isinstance(options, All):
-            rates = {name: mode["turns"] for name, mode in result["modes"].items()}
-            medians = {name: float(np.median(turns)) for name, turns in rates.items()}
-            result |= {"ratios": ratios(rates), "limit": limit(medians, here.device.type == "cuda")}
-    if isinstance(options, All) and options.baselines and here.main:
-        threads = result["pipeline_threads"]
-        result["pipeline_limits"] = pipeline_limits(config, here.device, threads, console)
-    show(result, console)
+    show_training(result, console)
+    if isinstance(options, All) and here.main:
+        result |= together(result, options, here, console)
     return result
+
+
+def together(result: dict[str, Any], options: All, here: World, console: Console) -> dict[str, Any]:
+    """What mode `all` adds to what was measured of training."""
+    config, added = options.config, dict[str, Any]()
+    if options.baselines:
+        added["pipeline_limits"] = pipeline_limits(config, here.device, result["pipeline_threads"], console)
+        added["pipeline_stages"] = pipeline_stages(config, here.device, console)
+        show_pipeline(added, console)
+    rates = {name: mode["turns"] for name, mode in result["modes"].items()}
+    clock, cpu = (
+        {name: mode[rate]["median"] for name, mode in result["modes"].items()}
+        for rate in ("images_per_second", "images_per_cpu_second")
+    )
+    added |= {"ratios": ratios(rates), "limit": limit(clock, None if here.device.type == "cuda" else cpu)}
+    show_together(added, console)
+    return added

@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from step_modes import Window
-from stopwatch import forget_peak, peak_gib
+from stopwatch import Window, forget_peak, peak_gib
 
 from iwm.training.distributed import World
 
@@ -31,6 +30,8 @@ class Turn(NamedTuple):
     window: Window
     images_per_second: float
     """Of all processes together."""
+    images_per_cpu_second: float
+    """Of this process: what is left of the rate when others want the same cores, and the same for one core or many."""
     memory_gib: float
 
 
@@ -62,7 +63,7 @@ def interleave(
             window = window_of(steps[name])
             peak = max(here.gather(peak_gib(here.device)))
             rate = sum(here.gather(images * len(window.steps) / window.seconds))
-            turns[name].append(Turn(window, rate, peak))
+            turns[name].append(Turn(window, rate, images * len(window.steps) / window.cpu_seconds, peak))
         between()
     return turns
 

@@ -33,18 +33,18 @@ def ratios(rates: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
     }
 
 
-def limit(rates: Mapping[str, float], on_gpu: bool) -> str:
-    """One sentence, from images/s of each mode."""
+def limit(rates: Mapping[str, float], per_cpu_second: Mapping[str, float] | None) -> str:
+    """One sentence, from images/s of each mode; on a CPU also from its images per second of CPU time."""
     a, b, c, d = (rates[name] for name in ("data", "model", "end-to-end", "interference"))
     alone = f"alone the pipeline makes {a:,.0f} images/s and the model takes {b:,.0f}, end to end it is {c:,.0f}"
-    if on_gpu:
+    if per_cpu_second is None:
         if c >= (1 - NOISE) * b:
             return f"the model: {alone}."
         if 1 - c / d >= 1 - d / b:
             return f"the pipeline: training waits for it {1 - c / d:.0%} of the time; {alone}."
         return f"both share the machine: the pipeline's work costs the model {1 - d / b:.0%} of its speed; {alone}."
-    # Both use every core, so an image costs the time of both; this part of it is the pipeline's.
-    share = b / (a + b)
+    # Both use every core, so an image costs the CPU time of both; this part of it is the pipeline's.
+    share = per_cpu_second["model"] / (per_cpu_second["data"] + per_cpu_second["model"])
     together = f"{alone}, where {a * b / (a + b):,.0f} would be the two by turns"
     if share <= 0.25:
         return f"the model, with {1 - share:.0%} of the cores' time: {together}."

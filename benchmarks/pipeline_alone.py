@@ -1,6 +1,6 @@
-"""What the pipeline is measured against in mode `all`: JPEG decoding alone, its limit, and torchvision's loader.
+"""The pipeline by itself in mode `all`: what each of its operators costs, its limit (JPEG decoding), its rivals.
 
-Short, in one turn; mode `data` compares with care.
+Short; mode `data` compares with care.
 """
 
 from __future__ import annotations
@@ -11,19 +11,23 @@ from typing import Any
 import torch
 from data_contenders import Device, Work, entrants
 from pinned import measure, summary
+from pipeline_stages import stage_times
 from rich.console import Console
 
 from iwm.config import Config
 
+BATCH = 64
+"""Most images at once."""
 SECONDS, WINDOWS = 2.0, 4
+STAGES_SECONDS = 4.0
+"""Of all stages together, once they are built."""
 
 
 def pipeline_limits(config: Config, device: torch.device, threads: int, console: Console) -> dict[str, dict[str, Any]]:
     """Images/s of each contender in a process of its own, by the clock and per second of CPU time, on as many cores as
     the pipeline has threads. Raises ShardError."""
     cores = sorted(os.sched_getaffinity(0))[:threads]
-    batch = min(config.data.batch, 64)
-    backend: Device = "cuda" if device.type == "cuda" else "cpu"
+    batch, backend = min(config.data.batch, BATCH), kind(device)
     work = Work(config.data.shards, config.data.train, config.views, batch, len(cores))
     limits = {}
     for name, contender in entrants(work, backend, ("torchvision", "decode"), console).items():
@@ -34,3 +38,20 @@ def pipeline_limits(config: Config, device: torch.device, threads: int, console:
             "core": summary([rate.core for rate in rates]),
         }
     return limits
+
+
+def pipeline_stages(config: Config, device: torch.device, console: Console) -> dict[str, dict[str, float]]:
+    """Milliseconds per image that each operator adds, on one core: median, p10 and p90. Raises ShardError."""
+    with console.status("beside training: the pipeline's operators"):
+        return stage_times(
+            config.data.shards,
+            config.data.train,
+            config.views,
+            device=kind(device),
+            batch=min(config.data.batch, BATCH),
+            seconds=STAGES_SECONDS,
+        )
+
+
+def kind(device: torch.device) -> Device:
+    return "cuda" if device.type == "cuda" else "cpu"
