@@ -5,12 +5,15 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import torch
 
 from iwm import train
-from iwm.training.tuned import Machine, Tuned, read_tuned, this_machine, write_tuned
+from iwm.config import Data
+from iwm.training.resume import MAY_CHANGE
+from iwm.training.tuned import SETTINGS, Machine, Tuned, read_tuned, this_machine, write_tuned
 
 HERE = this_machine(torch.device("cpu"), processes=1)
 
@@ -63,6 +66,12 @@ def test_a_file_that_is_not_one_is_one_line_and_exit_1(
     assert line.startswith(f"iwm/train.py: --tuned {path}: ")
     assert message in line
     assert "throughput.py tune" in line
+
+
+def test_what_can_be_tuned_are_fields_that_a_run_may_change_when_it_goes_on() -> None:
+    kinds = get_type_hints(Data)
+    assert {name: kinds[name] for name in SETTINGS} == SETTINGS
+    assert all(f"data.{name}".startswith(MAY_CHANGE) for name in SETTINGS)
 
 
 def test_a_value_out_of_range_is_the_configurations_error(
