@@ -110,9 +110,12 @@ def _ffcv(work: Work, console: Console) -> dict[str, Entrant]:
     if not file.exists():
         console.print(f"writing the same JPEGs as FFCV's dataset to {file}")
         loader.write_dataset(work.folder, work.split, file, work.cores)
-    return {
-        "ffcv, part of the jitter": Entrant(partial(loader.batches, file, work.views, work.batch, work.cores), False)
-    }
+    # What it lacks is colour: without any, it does all of the work.
+    whole = all(
+        spec.jitter_probability == 0 and not spec.destructive for spec in (work.views.source, work.views.target)
+    )
+    stream = partial(loader.batches, file, work.views, work.batch, work.cores)
+    return {"ffcv" if whole else "ffcv, part of the jitter": Entrant(stream, whole)}
 
 
 def _decode(work: Work, console: Console) -> dict[str, Entrant]:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from baselines.plain_step import attend, drawn_masks, move_one_by_one, pick, read
+from baselines.plain_step import attend, distributed, drawn_masks, move_one_by_one, pick, read
 from contender import Contender
 from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor, nn
@@ -27,7 +27,6 @@ from iwm.masking import Masks
 from iwm.models.world_model import WorldModel
 from iwm.training.distributed import World
 from iwm.training.optim import parameter_groups
-from iwm.training.step import wrap
 
 MASK_SETS = 16
 """Steps whose masks are drawn beforehand; then they come again."""
@@ -84,7 +83,7 @@ def contender(config: Config, here: World, batches: Sequence[Batch]) -> Contende
     """A whole optimiser step on these batches, with I-JEPA's masks whatever the configuration's kind."""
     config = replace(config, masking=replace(config.masking, kind="ijepa"), loss=replace(config.loss, predict="masked"))
     model = BlockwiseWorldModel(config).prepare(here.device, compiled=False)
-    wrapped = wrap(model, here, len(batches))
+    wrapped = distributed(model, here)
     o, bf16 = config.optim, config.train.precision == "bf16"
     optimizer = torch.optim.AdamW(parameter_groups(model), lr=o.lr, betas=o.betas, weight_decay=o.weight_decay)
     scaler = torch.amp.GradScaler(here.device.type, enabled=bf16)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from contender import Contender
 from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from dali_pipelines.loader import Batch
 from iwm.actions import action_from_params
@@ -23,7 +24,6 @@ from iwm.masking import Masks, sample_masks
 from iwm.models.world_model import WorldModel
 from iwm.training.distributed import World
 from iwm.training.optim import parameter_groups
-from iwm.training.step import wrap
 
 
 class PaddedWorldModel(WorldModel):
@@ -90,7 +90,7 @@ def move_one_by_one(target: nn.Module, context: nn.Module, momentum: float) -> N
 def contender(config: Config, here: World, batches: Sequence[Batch]) -> Contender:
     """A whole optimiser step on these batches, with masks of its own each time."""
     model = PaddedWorldModel(config).prepare(here.device, compiled=False)
-    wrapped = wrap(model, here, len(batches))
+    wrapped = distributed(model, here)
     o = config.optim
     optimizer = torch.optim.AdamW(
         parameter_groups(model), lr=o.lr, betas=o.betas, weight_decay=o.weight_decay, foreach=False, fused=False
@@ -110,6 +110,13 @@ def contender(config: Config, here: World, batches: Sequence[Batch]) -> Contende
         move_one_by_one(model.target_encoder, model.encoder, o.ema)
 
     return Contender("plain eager", step, training_flops(config).total, sum(len(batch.source) for batch in batches))
+
+
+def distributed(model: nn.Module, here: World) -> nn.Module:
+    """DDP as it comes, where there are several processes."""
+    if here.size == 1:
+        return model
+    return DistributedDataParallel(model, device_ids=[here.device.index] if here.device.type == "cuda" else None)
 
 
 def drawn_masks(config: Config, here: World, step: int, part: int, batch: int) -> Masks:
