@@ -24,15 +24,16 @@ STAGES_SECONDS = 4.0
 
 
 def pipeline_limits(config: Config, device: torch.device, threads: int, console: Console) -> dict[str, dict[str, Any]]:
-    """Images/s of each contender in a process of its own, by the clock and per second of CPU time, on as many cores as
-    the pipeline has threads. Raises ShardError."""
+    """Images/s of JPEG decoding and of torchvision's loaders, each in a process of its own on as many cores as the
+    pipeline has threads, by the clock and per second of CPU time. Raises ShardError."""
     cores = sorted(os.sched_getaffinity(0))[:threads]
     batch, backend = min(config.data.batch, BATCH), kind(device)
     work = Work(config.data.shards, config.data.train, config.views, batch, len(cores))
+    others = entrants(work, backend, ("torchvision", "decode"), console)
     limits = {}
-    for name, contender in entrants(work, backend, ("torchvision", "decode"), console).items():
+    for name in [name for name in others if name != "dali"]:
         with console.status(f"beside training: {name}"):
-            rates = measure(contender.stream, cores, SECONDS, WINDOWS)
+            rates = measure(others[name].stream, cores, SECONDS, WINDOWS)
         limits[name] = {
             "wall": summary([rate.wall for rate in rates]),
             "core": summary([rate.core for rate in rates]),

@@ -40,19 +40,20 @@ def _title(result: Mapping[str, Any]) -> str:
         f"[bold]{result['recipe']}[/]{', ' + result['scenario'] if result['scenario'] else ''}: "
         f"{config['data']['batch']} images of {config['views']['size']} px a step, {config['train']['precision']}, "
         f"{'compiled' if config['train']['compile'] else 'eager'}, on {result['processes']} × {result['device']}, "
-        f"torch threads {result['torch_threads']}, pipeline threads {result['pipeline_threads']}"
+        f"torch threads {result['torch_threads']}, pipeline threads {result['pipeline_threads']}; median (p10–p90)"
     )
 
 
 def _table(first: str, *columns: str) -> Table:
-    table = Table(first, box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table.add_column(first, no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right")
     return table
 
 
 def _steps(result: Mapping[str, Any]) -> Table:
-    table = _table("median (p10–p90)", "images/s", "per CPU second", "ms a step", "MFU", "GiB", "data wait")
+    table = _table("", "images/s", "per CPU second", "ms a step", "MFU", "GiB", "data wait")
     for name, mode in result["modes"].items():
         table.add_row(
             name,
@@ -111,14 +112,14 @@ def _stages(result: Mapping[str, Any]) -> Table:
 
 
 def _limits(result: Mapping[str, Any]) -> Table:
-    table = _table("the pipeline by itself, its rivals, its limit", "images/s", "per second of CPU time")
+    table = _table("the pipeline's limit and rivals", "images/s", "per CPU second")
     for name, rates in result["pipeline_limits"].items():
         table.add_row(name, _spread(rates["wall"]), _spread(rates["core"]))
     return table
 
 
 def _ratios(result: Mapping[str, Any]) -> Table:
-    table = _table("ratios, turn by turn", "median (lowest–highest)")
+    table = _table("ratios, turn by turn", "median (range)")
     table.add_column("")
     for name, (quotient, meaning) in MEANING.items():
         r = result["ratios"][name]

@@ -3,6 +3,8 @@
 python benchmarks/throughput.py data [--recipe R] [--shards DIR] [--baseline torchvision] [--json FILE]
 
 python benchmarks/throughput.py all [--recipe R] [--scenario S] [--shards DIR] [--SECTION.FIELD V] [--plot FILE]
+
+torchrun --nproc_per_node N benchmarks/throughput.py scaling [--recipe R] [--images I]
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import data_mode
+import scaling_mode
 import training_mode
 import tune_mode
 import tyro
@@ -23,6 +26,7 @@ from machine import machine
 from mistakes import BenchmarkError, make_room_for
 from picture import draw
 from rich.console import Console
+from scaling_mode import Scaling
 from step_options import begun
 from training_mode import All, EndToEnd, Interference, Model
 from tune_mode import Tune
@@ -45,6 +49,7 @@ def modes(arguments: list[str]) -> dict[str, tuple[Any, Run]]:
         "interference": (begun(Interference, arguments), training_mode.run),
         "all": (begun(All, arguments), training_mode.run),
         "tune": (Tune(), tune_mode.run),
+        "scaling": (begun(Scaling, arguments), scaling_mode.run),
     }
 
 
@@ -68,10 +73,10 @@ def main() -> int:
         return 1
     if isinstance(options, All) and options.plot is not None and not console.quiet:
         draw(result, options.plot)
-        console.print(f"drawn to {options.plot}")
+        console.print(f"drawn to {options.plot}", soft_wrap=True)
     if options.json is not None and not console.quiet:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
-        console.print(f"written to {options.json}")
+        console.print(f"written to {options.json}", soft_wrap=True)
     return 0
 
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from turns import ratio
 
 MEANING = {
-    "end_to_end": ("end-to-end / model", "what training keeps of the model's speed"),
-    "interference": ("interference / model", "what the model keeps beside the pipeline"),
+    "end_to_end": ("end-to-end / model", "kept of the model's speed"),
+    "interference": ("interference / model", "kept beside the pipeline's work"),
     "starvation": ("1 − end-to-end / interference", "lost to waiting for data"),
-    "headroom": ("data / model", "how often the pipeline could feed the model"),
+    "headroom": ("data / model", "the pipeline's lead, each alone"),
 }
 """Of each ratio: what is divided by what, and what it says."""
 NOISE = 0.05

@@ -159,10 +159,10 @@ def test_all_sets_the_pipeline_beside_its_limit_its_rivals_and_its_own_parts(
     assert run(monkeypatch, "all", "--shards", tiny_shards, *MODEL, *BRIEF, *files) == 0
     result = read(tmp_path / "all.json")
     limits = result["pipeline_limits"]
-    assert set(limits) == {"dali", "torchvision pil", "torchvision tensor", "JPEG decode alone"}
+    assert set(limits) == {"torchvision pil", "torchvision tensor", "JPEG decode alone"}
     assert limits["JPEG decode alone"]["core"]["median"] > limits["torchvision pil"]["core"]["median"]
-    assert len(result["pipeline_stages"]) >= 3
-    assert all(ms["median"] >= 0 for ms in result["pipeline_stages"].values())
+    assert {"read", "decode", "crop and resize"} < set(result["pipeline_stages"])
+    assert result["pipeline_stages"]["decode"]["median"] > 0
     assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")
 
 
