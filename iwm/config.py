@@ -155,6 +155,12 @@ class Train:
     """torch.compile each block of encoders and predictor."""
     attention: Literal["auto", "fused", "plain"] = "auto"
     """`fused`: scaled_dot_product_attention. `plain`: matmul, softmax, matmul; faster on a CPU. `auto`: by device."""
+    activation_checkpointing: bool = False
+    """Keep only what enters each block and compute the rest again in the backward pass: much less memory, a third more
+    work. For ViT-L and larger batches."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """How several processes share a model. `ddp`: each has all of it. `fsdp`: parameters, gradients and moments are
+    divided (FSDP2), for encoders that do not fit otherwise."""
     nonfinite_limit: int = 10
     """Steps in a row with a non-finite gradient before the run stops; each such step is skipped and counted."""
     deterministic: bool = False
@@ -222,6 +228,10 @@ class Config:
             "masking: the ijepa target blocks can cover the whole context block; lower blocks or area",
         )
         _need(c.masking.blocks >= 1 and 0 < c.masking.area[0] <= c.masking.area[1] < 1, "masking.area is no share")
+        _need(
+            c.train.parallel == "ddp" or c.optim.kernels != "apex",
+            "optim.kernels apex cannot work on divided parameters; use --optim.kernels auto with --train.parallel fsdp",
+        )
         _need(c.data.batch >= 1, f"data.batch {c.data.batch} must be positive")
         _need(c.data.threads >= 0, f"data.threads {c.data.threads} must be positive (or 0, for this process's cores)")
         _need(c.data.prefetch >= 1, f"data.prefetch {c.data.prefetch} must be at least 1")

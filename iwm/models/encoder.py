@@ -34,9 +34,10 @@ class Encoder(VisionTransformer):
     pixel_scale: Tensor
     pixel_shift: Tensor
 
-    def __init__(self, config: EncoderConfig, image_size: int) -> None:
+    def __init__(self, config: EncoderConfig, image_size: int, *, checkpointing: bool = False) -> None:
         super().__init__(**timm_arguments(config, image_size), attn_layer=Attention)
         self.patch = config.patch
+        self.checkpointing = checkpointing
         grid = image_size // config.patch
         self.pos_embed = nn.Parameter(sincos_positions(config.width, grid)[None], requires_grad=False)
         initialise(self, config.init)
@@ -49,7 +50,7 @@ class Encoder(VisionTransformer):
     def forward(self, images: UInt8[Tensor, "b h w 3"], packing: Packing | None = None) -> Float[Tensor, "r t d"]:
         """Features of all patches [b, n, d], or of those that are packed [1, t, d]."""
         tokens = self.embed(images, packing)
-        return self.norm(run_blocks(self.blocks, tokens, packing))
+        return self.norm(run_blocks(self.blocks, tokens, packing, checkpointing=self.checkpointing))
 
     def embed(self, images: UInt8[Tensor, "b h w 3"], packing: Packing | None = None) -> Float[Tensor, "r t d"]:
         """Patch embedding with positions; only what is visible is normalised and embedded.

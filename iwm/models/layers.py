@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from iwm.packing import Packing
 
@@ -48,11 +49,22 @@ def rescale_by_depth(blocks: Iterable[Block]) -> None:
 
 
 def run_blocks(
-    blocks: Iterable[nn.Module], tokens: Float[Tensor, "b t d"], packing: Packing | None = None
+    blocks: Iterable[nn.Module],
+    tokens: Float[Tensor, "b t d"],
+    packing: Packing | None = None,
+    *,
+    checkpointing: bool = False,
 ) -> Float[Tensor, "b t d"]:
-    """Send tokens through blocks: rows of equal length, or one row of packed ones."""
+    """Send tokens through blocks: rows of equal length, or one row of packed ones.
+
+    checkpointing: keep only what enters each block, and run it again in the backward pass.
+    """
     for block in blocks:
-        tokens = block(tokens, attn_mask=packing)
+        if checkpointing and torch.is_grad_enabled():
+            # There is nothing random in a block, so that no generator's state need be kept.
+            tokens = checkpoint(block, tokens, attn_mask=packing, use_reentrant=False, preserve_rng_state=False)
+        else:
+            tokens = block(tokens, attn_mask=packing)
     return tokens
 
 

@@ -59,6 +59,7 @@ class Predictor(nn.Module):
     def __init__(self, config: Config, action_size: int) -> None:
         super().__init__()
         width, encoder_width = config.predictor.width, config.encoder.width
+        self.checkpointing = config.train.activation_checkpointing
         self.embed = nn.Linear(encoder_width, width)
         self.mask_token = nn.Parameter(torch.zeros(width))
         self.register_buffer("positions", sincos_positions(width, config.grid), persistent=False)
@@ -95,7 +96,7 @@ class Predictor(nn.Module):
         positions that are neither are attended by none. One pass for all m predictions of each image.
         """
         tokens = self.place(context, masks, action)
-        tokens = run_blocks(self.blocks, tokens, masks.rows)
+        tokens = run_blocks(self.blocks, tokens, masks.rows, checkpointing=self.checkpointing)
         return self.finish(tokens, masks)
 
     def place(
@@ -119,7 +120,7 @@ class Predictor(nn.Module):
             places = b * m * (n + self.extra)
             predictions = lay(predictions, masks.rows.place, predictions.new_zeros(places, predictions.shape[1]))
             return predictions.view(b, m, n + self.extra, -1)[:, :, :n]
-        return self.project(self.norm(tokens[:, :n]))[:, None]
+        return self.project(self.norm(tokens[:, None, :n]))
 
     def transform(self, context: Float[Tensor, "b n e"], action: Float[Tensor, "b k"]) -> Float[Tensor, "b n e"]:
         """Predict the features of the whole transformed image from those of the whole source image."""

@@ -26,7 +26,8 @@ class WorldModel(nn.Module):
         super().__init__()
         self.config = config
         self.action_spec: ActionSpec = action_spec(config.action, config.views)
-        self.encoder = Encoder(config.encoder, config.views.size)
+        checkpointing = config.train.activation_checkpointing
+        self.encoder = Encoder(config.encoder, config.views.size, checkpointing=checkpointing)
         self.predictor = Predictor(config, self.action_spec.size)
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from iwm.config import ConfigError, Train
+from iwm.training.memory import keep_freed_memory
 from shards.pool import available_cores
 
 
@@ -57,9 +58,11 @@ def world(train: Train) -> Iterator[World]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    elif local_size > 1:
-        # torchrun gives each process one thread unless told otherwise.
-        torch.set_num_threads(cores_each(local_size))
+    else:
+        keep_freed_memory()
+        if local_size > 1:
+            # torchrun gives each process one thread unless told otherwise.
+            torch.set_num_threads(cores_each(local_size))
     if size > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)

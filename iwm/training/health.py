@@ -18,8 +18,11 @@ FEATURE_IMAGES = 256
 
 
 def held_out(config: Config, here: World) -> UInt8[Tensor, "b h w 3"] | None:
-    """The first held-out images as clean views, on the main process; None elsewhere or where no split is watched."""
-    if config.data.val is None or not here.main:
+    """The first held-out images as clean views; None where no split is watched, or another process does it.
+
+    The main process does it alone, unless its part of the model is of no use without those of the others.
+    """
+    if config.data.val is None or not (here.main or config.train.parallel == "fsdp"):
         return None
     most = max(config.log.health_images, FEATURE_IMAGES)
     size, device = config.views.size, here.device

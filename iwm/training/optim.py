@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from iwm.config import ConfigError, Optim
+from iwm.training.parallel import divided_like, whole
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -33,13 +35,14 @@ def apex_fused_adam() -> Callable[..., torch.optim.Optimizer] | None:
 
 def build_optimizer(model: nn.Module, config: Optim, device: torch.device) -> tuple[torch.optim.Optimizer, str]:
     """The optimiser and the name of its kernels. Raises ConfigError where apex is asked for and cannot be had."""
-    apex = apex_fused_adam() if config.kernels != "torch" and device.type == "cuda" else None
+    groups = parameter_groups(model)
+    divided = any(isinstance(p, DTensor) for group in groups for p in group["params"])
+    apex = apex_fused_adam() if config.kernels != "torch" and device.type == "cuda" and not divided else None
     if config.kernels == "apex" and apex is None:
         raise ConfigError(
             "optim.kernels apex: apex with CUDA kernels is not installed here (or the device is no GPU); build it from "
             "its source with APEX_CPP_EXT=1 APEX_CUDA_EXT=1, or set --optim.kernels auto"
         )
-    groups = parameter_groups(model)
     options: dict[str, Any] = {"lr": config.start_lr, "betas": config.betas, "weight_decay": config.weight_decay}
     if apex is not None:
         return apex(groups, adam_w_mode=True, **options), "apex FusedAdam"
@@ -72,7 +75,7 @@ def state_for_checkpoint(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     state = {}
     for index, entry in raw["state"].items():
         step = entry["step"] if "step" in entry else torch.tensor(float(steps[index]))
-        state[index] = {"step": step, "exp_avg": entry["exp_avg"], "exp_avg_sq": entry["exp_avg_sq"]}
+        state[index] = {"step": step, "exp_avg": whole(entry["exp_avg"]), "exp_avg_sq": whole(entry["exp_avg_sq"])}
     return {"state": state, "groups": [list(group["params"]) for group in raw["param_groups"]]}
 
 
@@ -82,7 +85,11 @@ def load_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
     groups = [list(group["params"]) for group in current["param_groups"]]
     if groups != saved["groups"]:
         raise ConfigError("the checkpoint's optimiser has other parameter groups: it belongs to another model")
-    state = {index: dict(entry) for index, entry in saved["state"].items()}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {
+        index: {name: divided_like(value, parameters[index]) for name, value in entry.items()}
+        for index, entry in saved["state"].items()
+    }
     if not isinstance(optimizer, torch.optim.AdamW):
         counts = _step_counts(state.values())
         for group in current["param_groups"]:

@@ -20,6 +20,8 @@ MAY_CHANGE = (
     "optim.kernels",
     "train.device",
     "train.compile",
+    "train.activation_checkpointing",
+    "train.parallel",
     "train.deterministic",
     "log.",
 )

@@ -18,9 +18,9 @@ from iwm.training import checkpoint as checkpoints
 from iwm.training.checkpoint import Checkpoint
 from iwm.training.distributed import World, cores_each
 from iwm.training.optim import build_optimizer, load_state, state_for_checkpoint
+from iwm.training.parallel import whole, wrap
 from iwm.training.resume import resume_point
 from iwm.training.schedules import Schedules, schedules
-from iwm.training.step import wrap
 
 
 @dataclass
@@ -59,9 +59,11 @@ def open_session(config: Config, run: Path, here: World) -> Session:
     start, changes = resume_point(run, config)
     loader, seed, restart = _open_loader(config, here, micro_batch, start)
     model = WorldModel(config).prepare(here.device, compiled=config.train.compile)
-    optimizer, kernels = build_optimizer(model, config.optim, here.device)
     if start is not None:
         model.load_state_dict(start.model, strict=True)
+    wrapped = wrap(model, here, accumulation)
+    optimizer, kernels = build_optimizer(model, config.optim, here.device)
+    if start is not None:
         load_state(optimizer, start.optimizer)
         checkpoints.set_rng_state(start.rng)
     plan = schedules(config, max(1, loader.steps_per_epoch // accumulation))
@@ -84,7 +86,7 @@ def open_session(config: Config, run: Path, here: World) -> Session:
         micro_batch=micro_batch,
         accumulation=accumulation,
         model=model,
-        wrapped=wrap(model, here, accumulation),
+        wrapped=wrapped,
         optimizer=optimizer,
         schedules=plan,
         opening=opening,
@@ -161,7 +163,7 @@ def checkpoint_of(session: Session) -> Checkpoint:
         step=session.step,
         samples=session.samples,
         skipped=session.skipped,
-        model=session.model.state_dict(),
+        model={name: whole(value) for name, value in session.model.state_dict().items()},
         optimizer=state_for_checkpoint(session.optimizer),
         rng=checkpoints.rng_state(),
         loader={

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from dali_pipelines.loader import Batch
 from iwm.actions import action_spec
@@ -18,6 +16,7 @@ from iwm.masking import PackedMasks, pack_masks, rooms, sample_masks
 from iwm.models.world_model import WorldModel
 from iwm.training.distributed import World
 from iwm.training.optim import set_values, step_unless
+from iwm.training.parallel import gradient_norm, synchronised
 from iwm.training.schedules import Values
 
 
@@ -29,20 +28,6 @@ class StepResult(NamedTuple):
     """Before clipping, of all processes' mean gradient."""
     skipped: Bool[Tensor, ""]
     """Whether the gradient was not finite, so that parameters and moments were left as they were."""
-
-
-def wrap(model: WorldModel, here: World, accumulation: int) -> nn.Module:
-    """The module whose forward is trained: the model itself, or DDP around it."""
-    if here.size == 1:
-        return model
-    return DistributedDataParallel(
-        model,
-        device_ids=[here.device.index] if here.device.type == "cuda" else None,
-        broadcast_buffers=False,
-        gradient_as_bucket_view=True,
-        # A static graph lets DDP overlap more; with accumulation the graph of a step is not one.
-        static_graph=accumulation == 1,
-    )
 
 
 def masks_for(config: Config, here: World, step: int, part: int, batch: int) -> PackedMasks:
@@ -68,23 +53,20 @@ def train_step(
 ) -> StepResult:
     """Accumulate the gradient of `batches`, clip it, step, and move the target encoder.
 
-    `wrapped` is `wrap(model, …)`; `values` are this step's from schedules.py.
+    `wrapped` is `parallel.wrap(model, …)`; `values` are this step's from schedules.py.
     """
     device = batches[0].source.device
     set_values(optimizer, values.lr, values.weight_decay)
     optimizer.zero_grad(set_to_none=True)
+    bf16 = model.config.train.precision == "bf16"
     loss = torch.zeros((), device=device)
     for number, (batch, mask) in enumerate(zip(batches, masks, strict=True), start=1):
-        last = number == len(batches)
-        quiet = wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) and not last else nullcontext()
-        bf16 = model.config.train.precision == "bf16"
-        with quiet:
+        with synchronised(model, wrapped, now=number == len(batches)):
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 part = wrapped(batch.source, batch.target, batch.params, mask) / len(batches)
             part.backward()
         loss += part.detach()
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = gradient_norm(model.parameters())
     skipped = ~torch.isfinite(norm)
     if model.config.optim.clip is not None:
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), model.config.optim.clip, norm)

@@ -1,16 +1,18 @@
 """Several processes, and several passes, train what one process trains in one pass."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from iwm.config import Config, ConfigError, Data, Train
+from iwm.training.checkpoint import newest, path_of
 from iwm.training.distributed import world
 from iwm.training.session import split_batch
-from tests.training.runs import alone, finish
-from tests.training.trajectory import trajectory
+from tests.training.runs import alone, command, finish, metrics
+from tests.training.trajectory import FP32, trajectory
 
 
 def assert_same_trajectory(state: dict[str, torch.Tensor], losses: list[float]) -> None:
@@ -24,11 +26,11 @@ def assert_same_trajectory(state: dict[str, torch.Tensor], losses: list[float]) 
         torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_two_processes_take_the_steps_of_one(tmp_path: Path, accumulation: int) -> None:
+@pytest.mark.parametrize(("accumulation", "parallel"), [(1, "ddp"), (2, "ddp"), (2, "fsdp")])
+def test_two_processes_take_the_steps_of_one(tmp_path: Path, accumulation: int, parallel: str) -> None:
     out = tmp_path / "state.pt"
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    finish([sys.executable, *launcher, "tests/training/trajectory.py", str(out), str(accumulation)])
+    finish([sys.executable, *launcher, "tests/training/trajectory.py", str(out), str(accumulation), parallel])
     saved = torch.load(out, weights_only=True)
     assert_same_trajectory(saved["state"], saved["losses"])
 
@@ -37,6 +39,33 @@ def test_two_passes_take_the_step_of_one() -> None:
     first, *_, last = trajectory(alone())[1]
     assert last < 0.7 * first, "nothing is trained, so that any two trajectories would agree"
     assert_same_trajectory(*trajectory(alone(), accumulation=2))
+
+
+def test_recomputed_activations_give_the_same_steps() -> None:
+    assert_same_trajectory(*trajectory(alone(), train=replace(FP32, activation_checkpointing=True)))
+
+
+def test_a_divided_run_watches_its_health_saves_and_goes_on_as_any_other_run_would(
+    tiny_shards: Path, tmp_path: Path
+) -> None:
+    """Its checkpoint is like any other: a run on one process goes on from it, and one that is divided from theirs."""
+    words = ("--train.precision", "fp32", "--log.health-every", "10")
+    divided = (*words, "--train.parallel", "fsdp")
+    finish(command(tiny_shards, tmp_path / "divided", 20, *divided, processes=2))
+    finish(command(tiny_shards, tmp_path / "replicated", 20, *words, processes=2))
+    runs = [newest(tmp_path / name) for name in ("divided", "replicated")]
+    for name, value in runs[1].model.items():
+        if not name.endswith("qkv.bias"):
+            torch.testing.assert_close(runs[0].model[name], value, atol=2e-4, rtol=1e-3)
+    assert sum("mrr_pooled" in line for line in metrics(tmp_path / "divided")) == 2
+    for name in ("divided", "replicated"):
+        path_of(tmp_path / name, 20).unlink()
+    on = [
+        finish(command(tiny_shards, tmp_path / "divided", 20, *words)),
+        finish(command(tiny_shards, tmp_path / "replicated", 20, *divided, processes=2)),
+    ]
+    assert all("going on from step 10" in output for output in on)
+    assert all(newest(tmp_path / name).step == 20 for name in ("divided", "replicated"))
 
 
 def test_a_batch_is_split_evenly_or_refused() -> None:

@@ -1,6 +1,6 @@
 """A few training steps on one resident batch: in this process, or as one of several under torchrun.
 
-torchrun --nproc_per_node N tests/training/trajectory.py SHARDS OUT
+torchrun --nproc_per_node N tests/training/trajectory.py OUT ACCUMULATION PARALLEL
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from iwm.config import Optim, Train
 from iwm.models.world_model import WorldModel
 from iwm.training.distributed import World, world
 from iwm.training.optim import build_optimizer
+from iwm.training.parallel import whole, wrap
 from iwm.training.schedules import Values
-from iwm.training.step import masks_for, train_step, wrap
+from iwm.training.step import masks_for, train_step
 from tests.training.runs import tiny_config
 
 BATCH, STEPS = 8, 4
+FP32 = Train(precision="fp32", compile=False)
 
 
 def batch_of(first: int, size: int, step: int) -> Batch:
@@ -35,15 +37,13 @@ def batch_of(first: int, size: int, step: int) -> Batch:
     )
 
 
-def trajectory(here: World, accumulation: int = 1) -> tuple[dict[str, torch.Tensor], list[float]]:
+def trajectory(here: World, accumulation: int = 1, train: Train = FP32) -> tuple[dict[str, torch.Tensor], list[float]]:
     """Parameters after STEPS steps, and each step's loss over all processes."""
-    config = replace(
-        tiny_config(Path("unused"), STEPS), train=Train(precision="fp32", compile=False), optim=Optim(clip=0.5)
-    )
+    config = replace(tiny_config(Path("unused"), STEPS), train=train, optim=Optim(clip=0.5))
     torch.manual_seed(0)
-    model = WorldModel(config).prepare(here.device, compiled=False)
-    optimizer, _ = build_optimizer(model, config.optim, here.device)
+    model = WorldModel(config).prepare(here.device, compiled=train.compile)
     wrapped = wrap(model, here, accumulation)
+    optimizer, _ = build_optimizer(model, config.optim, here.device)
     size = BATCH // here.size // accumulation
     losses = []
     for step in range(STEPS):
@@ -53,11 +53,11 @@ def trajectory(here: World, accumulation: int = 1) -> tuple[dict[str, torch.Tens
         values = Values(lr=1e-2, weight_decay=0.1, ema=0.9)
         result = train_step(model, wrapped, optimizer, batches, masks, values)
         losses.append(here.mean(result.loss.clone()).item())
-    return model.state_dict(), losses
+    return {name: whole(value) for name, value in model.state_dict().items()}, losses
 
 
 if __name__ == "__main__":
     with world(Train(device="cpu")) as here:
-        state, losses = trajectory(here, int(sys.argv[2]))
+        state, losses = trajectory(here, int(sys.argv[2]), replace(FP32, parallel=sys.argv[3]))
         if here.main:
             torch.save({"state": state, "losses": losses}, sys.argv[1])
