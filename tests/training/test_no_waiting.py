@@ -1,0 +1,85 @@
+"""Nothing in a training step makes the host wait for the device."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dali_pipelines.loader import Batch
+from iwm.config import Action, Masking, Optim, Train
+from iwm.masking import PackedMasks
+from iwm.models.world_model import WorldModel
+from iwm.training.optim import build_optimizer
+from iwm.training.parallel import wrap
+from iwm.training.schedules import Values
+from iwm.training.step import masks_for, train_step
+from tests.training.runs import alone, tiny_config
+from tests.training.trajectory import BATCH, batch_of
+
+aten = torch.ops.aten
+READS = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.is_nonzero, aten._unique2, aten.equal}
+"""Operators whose result, or the shape of it, the host must read from the device."""
+
+
+class NoReads(TorchDispatchMode):
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert function.overloadpacket not in READS, f"{function} reads a value back from the device"
+        if function.overloadpacket in (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_):
+            indices = [index for index in args[1] if index is not None]
+            assert all(index.dtype != torch.bool for index in indices), f"{function} by a mask asks for its sum"
+        if function.overloadpacket is aten.repeat_interleave:
+            assert kwargs.get("output_size") is not None, "repeat_interleave without its size asks for it"
+        return function(*args, **(kwargs or {}))
+
+
+VARIANTS = [("iwm", "feature"), ("iwm", "sequence"), ("ijepa", "none")]
+
+
+def prepared(kind: str, conditioning: str, device: torch.device) -> tuple[Any, ...]:
+    config = replace(
+        tiny_config(Path("unused"), 4),
+        masking=Masking(kind=kind),  # type: ignore[arg-type]
+        action=Action(conditioning=conditioning),  # type: ignore[arg-type]
+        train=Train(compile=device.type == "cuda"),
+        optim=Optim(clip=0.5, kernels="torch"),
+    )
+    here = replace(alone(), device=device)
+    model = WorldModel(config).prepare(device, compiled=config.train.compile)
+    wrapped = wrap(model, here, 1)
+    optimizer, _ = build_optimizer(model, config.optim, device)
+    batch = batch_of(0, BATCH, 0)
+    batch = Batch(*(part.to(device) for part in batch[:3]), batch.label, batch.keys)
+    return config, here, model, wrapped, optimizer, batch
+
+
+@pytest.mark.parametrize(("kind", "conditioning"), VARIANTS)
+def test_no_operator_of_a_step_reads_a_value_back(kind: str, conditioning: str) -> None:
+    config, here, model, wrapped, optimizer, batch = prepared(kind, conditioning, torch.device("cpu"))
+    values = Values(lr=1e-3, weight_decay=0.1, ema=0.9)
+    masks: PackedMasks = masks_for(config, here, 0, 0, BATCH)
+    with NoReads():
+        train_step(model, wrapped, optimizer, [batch], [masks], values)
+
+
+def test_the_check_finds_what_it_looks_for() -> None:
+    value, mask = torch.ones(3), torch.tensor([True, False, True])
+    for reading in (lambda: value.sum().item(), lambda: value[mask], lambda: mask.nonzero(), lambda: bool(mask[0])):
+        with pytest.raises(AssertionError), NoReads():
+            reading()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: torch's sync debug mode watches GPUs")
+@pytest.mark.parametrize(("kind", "conditioning"), VARIANTS)
+def test_torch_sees_no_synchronisation_in_a_step_on_a_gpu(kind: str, conditioning: str) -> None:
+    config, here, model, wrapped, optimizer, batch = prepared(kind, conditioning, torch.device("cuda", 0))
+    values = Values(lr=1e-3, weight_decay=0.1, ema=0.9)
+    for step in range(5):
+        torch.cuda.set_sync_debug_mode("error" if step >= 3 else "default")
+        try:
+            masks = masks_for(config, here, step, 0, BATCH)
+            train_step(model, wrapped, optimizer, [batch], [masks], values)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
