@@ -49,21 +49,18 @@ def draw(result: Mapping[str, Any], file: Path) -> None:
     shown = bars(result)
     figure = Figure(figsize=(9, 1.3 + 0.62 * len(shown)), dpi=150, facecolor="white", layout="constrained")
     axes = figure.subplots()
-    longest = max(bar.rate for bar in shown)
-    # A limit far beyond every bar would leave no room for them: it is cut off, with its figure beside it.
-    edge = min(max(max(bar.limit or 0.0, bar.rate) for bar in shown), 2.5 * longest)
     for place, bar in enumerate(shown):
         if bar.limit is not None:
-            axes.barh(place, min(bar.limit, edge), height=0.66, color=LIMIT)
+            axes.barh(place, bar.limit, height=0.66, color=LIMIT)
         axes.barh(place, bar.rate, height=0.4, color=DONE)
         says = f"{bar.rate:,.0f}"
         if bar.limit is not None:
             says += f"   {bar.rate / bar.limit:.0%} {bar.limit_name} ({bar.limit:,.0f})"
-        end = max(bar.rate, min(bar.limit or 0.0, edge))
+        end = max(bar.rate, bar.limit or 0.0)
         axes.annotate(says, (end, place), xytext=(6, 0), textcoords="offset points", va="center", color=INK, fontsize=9)
     axes.set_yticks(range(len(shown)), [bar.name for bar in shown], color=INK)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.7 * edge)
+    axes.set_xlim(0, 1.75 * max(max(bar.rate, bar.limit or 0.0) for bar in shown))
     axes.set_xlabel("images per second (dark: measured, light: its limit)", color=QUIET)
     axes.tick_params(axis="y", length=0)
     axes.tick_params(axis="x", colors=QUIET)

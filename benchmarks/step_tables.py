@@ -53,7 +53,7 @@ def _table(first: str, *columns: str) -> Table:
 
 
 def _steps(result: Mapping[str, Any]) -> Table:
-    table = _table("", "images/s", "per CPU second", "ms a step", "MFU", "GiB", "data wait")
+    table = _table("", "images/s", "per CPU second", "ms a step", "MFU", "GiB", "wait")
     for name, mode in result["modes"].items():
         table.add_row(
             name,
