@@ -71,11 +71,12 @@ def _remarks(result: Mapping[str, Any]) -> list[str]:
     flops = {name.replace("_", " "): count / 1e9 for name, count in result["flops_per_image"].items()}
     warm, modes = result["warm_up"], result["modes"]
     updates = {name: ms["median"] for name, ms in result["updates"].items()}
+    compilation = " with its compilation" if result["config"]["train"]["compile"] else ""
     step = modes["model" if "model" in modes else "end-to-end"]["step_ms"]["median"]
     return [
         f"{_number(sum(flops.values()))} GFLOP per image ({', '.join(f'{k} {_number(v)}' for k, v in flops.items())}); "
         f"100% MFU is {_number(result['peak_flops']['median'] / 1e12)} TFLOP/s, a matrix product in this run",
-        f"not counted: first step {_number(warm['first_step_seconds'])} s with its compilation, "
+        f"not counted: first step {_number(warm['first_step_seconds'])} s{compilation}, "
         f"{result['settings']['warmup']} steps of warm-up {_number(warm['seconds'])} s in all",
         "steps measured: " + ", ".join(f"{name} {mode['steps']}" for name, mode in modes.items()),
         f"graphs compiled {result['graphs']}, recompilations after warm-up {result['recompilations']}",
