@@ -55,6 +55,20 @@ NO_COLOUR = Photometric(0.0, 0.4, 0.4, 0.2, 0.1, 0.0, 0.0, (0.1, 2.0), 0.0)
 """I-JEPA's views: the crop alone. Strengths stay the paper's, so that an action can still be scaled."""
 
 
+_STILL = replace(NO_COLOUR, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0)
+
+ONE_OP: dict[str, Photometric] = {
+    "brightness": replace(_STILL, jitter_probability=1.0, brightness=0.5),
+    "contrast": replace(_STILL, jitter_probability=1.0, contrast=0.5),
+    "saturation": replace(_STILL, jitter_probability=1.0, saturation=0.4),
+    "hue": replace(_STILL, jitter_probability=1.0, hue=0.2),
+    "grayscale": replace(_STILL, grayscale_probability=1.0),
+    "blur": replace(_STILL, blur_probability=1.0),
+    "solarize": replace(_STILL, solarize_probability=1.0),
+}
+"""Each op alone, always, with the strong strengths of table S2: what one op does is measured with these."""
+
+
 @dataclass(frozen=True)
 class Views:
     """How source and target are made from one image (paper, section 3 and A.1): one crop and flip, then colours."""

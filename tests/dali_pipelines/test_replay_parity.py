@@ -18,6 +18,7 @@ from dali_pipelines import replay
 from dali_pipelines.augmentation import (
     GEOMETRY,
     NO_COLOUR,
+    ONE_OP,
     PHOTOMETRIC_FIELDS,
     SOURCE,
     TARGET,
@@ -29,13 +30,7 @@ from dali_pipelines.loader import Batch, ViewLoader
 
 STILL = replace(NO_COLOUR, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0)
 OPS = {
-    "brightness": replace(STILL, jitter_probability=1.0, brightness=0.5),
-    "contrast": replace(STILL, jitter_probability=1.0, contrast=0.5),
-    "saturation": replace(STILL, jitter_probability=1.0, saturation=0.4),
-    "hue": replace(STILL, jitter_probability=1.0, hue=0.2),
-    "grayscale": replace(STILL, grayscale_probability=1.0),
-    "blur": replace(STILL, blur_probability=1.0),
-    "solarize": replace(STILL, solarize_probability=1.0),
+    **ONE_OP,
     "together": Photometric(),
     "together always": Photometric(1.0, 0.5, 0.5, 0.4, 0.2, 0.5, 0.5, (0.1, 2.0), 0.5),
 }
