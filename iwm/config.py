@@ -149,6 +149,9 @@ class Train:
 
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int = 0
+    """On a CPU: threads of torch's operators in each process; 0: its share of the machine's cores. Small models are
+    faster with 1, for their operators are too short to divide, and the pipeline has the other cores to itself."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """`bf16`: autocast; parameters, optimiser and EMA stay float32."""
     compile: bool = True
@@ -232,6 +235,7 @@ class Config:
             c.train.parallel == "ddp" or c.optim.kernels != "apex",
             "optim.kernels apex cannot work on divided parameters; use --optim.kernels auto with --train.parallel fsdp",
         )
+        _need(c.train.threads >= 0, f"train.threads {c.train.threads} must be positive (or 0, for all cores)")
         _need(c.data.batch >= 1, f"data.batch {c.data.batch} must be positive")
         _need(c.data.threads >= 0, f"data.threads {c.data.threads} must be positive (or 0, for this process's cores)")
         _need(c.data.prefetch >= 1, f"data.prefetch {c.data.prefetch} must be at least 1")

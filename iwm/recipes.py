@@ -28,7 +28,7 @@ def demo() -> Config:
         predictor=Predictor(width=96, depth=4, heads=3),
         optim=Optim(lr=5e-4, start_lr=5e-5, clip=3.0, ema=0.99),
         schedule=Schedule(steps=4500, epochs=100, warmup_epochs=10),
-        train=Train(compile=False),
+        train=Train(compile=False, threads=1),
         log=Log(every=50, checkpoint_every=1000, health_every=1000),
     )
 
@@ -43,6 +43,7 @@ def cpu_small() -> Config:
         encoder=Encoder(width=192, depth=6, heads=3, patch=8, init="xavier"),
         predictor=Predictor(width=128, depth=6, heads=4),
         schedule=Schedule(steps=4000, epochs=100, warmup_epochs=10),
+        train=Train(compile=False),
     )
 
 

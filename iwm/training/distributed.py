@@ -60,9 +60,9 @@ def world(train: Train) -> Iterator[World]:
         torch.set_float32_matmul_precision("high")
     else:
         keep_freed_memory()
-        if local_size > 1:
+        if train.threads or local_size > 1:
             # torchrun gives each process one thread unless told otherwise.
-            torch.set_num_threads(cores_each(local_size))
+            torch.set_num_threads(train.threads or cores_each(local_size))
     if size > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)

@@ -28,7 +28,7 @@ def wrap(model: WorldModel, here: World, accumulation: int) -> nn.Module:
     return DistributedDataParallel(
         model,
         device_ids=[here.device.index] if here.device.type == "cuda" else None,
-        broadcast_buffers=False,
+        forward_sync_buffers=False,
         gradient_as_bucket_view=True,
         # A static graph lets DDP overlap more; with accumulation the graph of a step is not one.
         static_graph=accumulation == 1,
@@ -38,11 +38,12 @@ def wrap(model: WorldModel, here: World, accumulation: int) -> nn.Module:
 def _divide(model: WorldModel, here: World) -> WorldModel:
     """Each block is gathered when it is needed and its gradient scattered when it is there.
 
-    The three parts are roots of their own, so that evaluation can call them one by one. In bf16 what is gathered is
-    bf16 and gradients are summed in float32; autocast decides what is computed in which precision, as without.
+    The three parts are roots of their own, so that evaluation can call them one by one. In bf16 on GPUs bf16 is
+    gathered and gradients are summed in float32; autocast decides what is computed in which precision, as without. (On
+    a CPU autocast leaves layer norm alone, whose weights must then stay float32.)
     """
     mesh = init_device_mesh(here.device.type, (here.size,))
-    bf16 = model.config.train.precision == "bf16"
+    bf16 = model.config.train.precision == "bf16" and here.device.type == "cuda"
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
     )

@@ -19,6 +19,7 @@ MAY_CHANGE = (
     "data.micro_batch",
     "optim.kernels",
     "train.device",
+    "train.threads",
     "train.compile",
     "train.activation_checkpointing",
     "train.parallel",
