@@ -108,7 +108,8 @@ def _operators(result: Mapping[str, Any]) -> Table:
 def _stages(result: Mapping[str, Any]) -> Table:
     table = _table("the pipeline's operators, on one core", "ms per image, median (p10–p90)")
     for name, ms in result["pipeline_stages"].items():
-        table.add_row(name, _spread(ms))
+        # A difference of two measurements, which for a cheap operator may be less than they scatter.
+        table.add_row(name, _spread(ms) if ms["p10"] > 0 else f"within the noise of {_number(ms['p90'] - ms['p10'])}")
     return table
 
 
