@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import tyro
 from generated import generated_shards
 from machine import machine
@@ -46,31 +47,34 @@ def checks(out: Path, tiny: bool) -> dict[str, list[str]]:
     model = [*small.split(), "--predictor.heads", "2", "--views.size", "64"] if tiny else []
     batch, steps, recipe = ("8", 20, "demo") if tiny else ("256", 200, RECIPES[0])
     seconds = ["--seconds", "1", "--repeats", "1"] if tiny else ["--seconds", "20"]
-    training = [recipe, "--data.shards", str(GENERATED / "shards"), "--data.batch", batch, "--data.val", "None", *model]
+    shards, device = str(GENERATED / "shards"), "cuda" if torch.cuda.is_available() else "cpu"
+    training = [recipe, "--data.shards", shards, "--data.batch", batch, "--data.val", "None", *model]
     training += ["--schedule.steps", str(steps), "--log.every", "5", "--log.checkpoint-every", str(steps // 2)]
     resumed = [*training, "--train.deterministic", "--log.no-tensorboard"]
 
     def throughput(name: str, mode: str, *words: str) -> list[str]:
-        return ["benchmarks/throughput.py", mode, *seconds, *words, "--json", str(out / f"{name}.json")]
+        return ["benchmarks/throughput.py", mode, *words, "--json", str(out / f"{name}.json")]
 
     def model_mode(name: str, recipe: str, *words: str) -> list[str]:
-        return throughput(name, "model", "--recipe", recipe, "--data.batch", batch, *model, *words)
+        return throughput(name, "model", *seconds, "--recipe", recipe, "--data.batch", batch, *model, *words)
 
     def tests(*which: str) -> list[str]:
         return ["-m", "pytest", "-q", "-p", "no:cacheprovider", *which]
 
+    # A sweep makes dozens of measurements, of which each is short by itself.
+    sweep = ["--recipe", recipe, "--shards", shards, *(["--seconds", "0.2", "--repeats", "1"] if tiny else [])]
     pictures = ["--plot", str(out / "all.png"), "--profile", str(out / "profile")]
     return {
         "train": ["iwm/train.py", *training, "--run-dir", str(out / "run")],
         "parity": ["benchmarks/parity.py", "--images", "32" if tiny else "256", "--json", str(out / "parity.json")],
         "no-waiting": tests("tests/training/test_no_waiting.py"),
         "step": model_mode("step", recipe, "--baselines"),
-        "tune": throughput("tune", "tune", "--recipe", recipe, "--out", str(out / "tuned.yaml")),
-        "all": throughput("all", "all", "--recipe", recipe, "--data.batch", batch, *model, *pictures),
+        "tune": throughput("tune", "tune", *sweep, "--out", str(out / "tuned.yaml")),
+        "all": throughput("all", "all", *seconds, "--recipe", recipe, "--data.batch", batch, *model, *pictures),
         "step-12x384": model_mode("step-12x384", RECIPES[1]),
         "step-vit-l": model_mode("step-vit-l", RECIPES[2]),
         "step-vit-l-recomputing": model_mode("step-vit-l-recomputing", RECIPES[2], "--train.activation-checkpointing"),
-        "torchvision-colour": throughput("torchvision-colour", "data", "--colour", "torchvision"),
+        "colour": throughput("colour", "data", *seconds, "--device", device, "--colour", "torchvision"),
         "resume": ["benchmarks/kill_and_compare.py", str(out / "resume"), *resumed],
         "pipeline": tests("tests/dali_pipelines"),
     }
