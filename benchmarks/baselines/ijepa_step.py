@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from baselines.plain_step import attend, distributed, drawn_masks, move_one_by_one, pick, read
+from baselines.plain_step import attend, distributed, move_one_by_one, pick, read
 from contender import Contender
 from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from iwm.masking import Masks
 from iwm.models.world_model import WorldModel
 from iwm.training.distributed import World
 from iwm.training.optim import parameter_groups
+from iwm.training.step import drawn_masks
 
 MASK_SETS = 16
 """Steps whose masks are drawn beforehand; then they come again."""
@@ -88,7 +89,10 @@ def contender(config: Config, here: World, batches: Sequence[Batch]) -> Contende
     optimizer = torch.optim.AdamW(parameter_groups(model), lr=o.lr, betas=o.betas, weight_decay=o.weight_decay)
     scaler = torch.amp.GradScaler(here.device.type, enabled=bf16)
     masks = [
-        [cut(drawn_masks(config, here, number, part, len(batch.source))) for part, batch in enumerate(batches)]
+        [
+            cut(drawn_masks(config, here, number, part, len(batch.source), here.device))
+            for part, batch in enumerate(batches)
+        ]
         for number in range(MASK_SETS)
     ]
 

@@ -20,10 +20,11 @@ from dali_pipelines.loader import Batch
 from iwm.actions import action_from_params
 from iwm.config import Config
 from iwm.flops import training_flops
-from iwm.masking import Masks, sample_masks
+from iwm.masking import Masks
 from iwm.models.world_model import WorldModel
 from iwm.training.distributed import World
 from iwm.training.optim import parameter_groups
+from iwm.training.step import drawn_masks
 
 
 class PaddedWorldModel(WorldModel):
@@ -46,10 +47,7 @@ class PaddedWorldModel(WorldModel):
         grid = torch.zeros_like(queries).scatter(1, places[..., None].expand_as(seen), seen)
         tokens = self.predictor.with_action(torch.where(masks.visible[..., None], grid, queries), action)
         predictions = [self.predicted(tokens, masks.visible | queried) for queried in masks.queried.unbind(dim=1)]
-        counted = masks.queried
-        if self.config.loss.predict == "all":
-            counted = counted | masks.visible[:, None]
-        return self.distance(torch.stack(predictions, dim=1), targets, counted)
+        return self.distance(torch.stack(predictions, dim=1), targets, self.counted(masks))
 
     def predicted(self, tokens: Float[Tensor, "b s d"], present: Bool[Tensor, "b n"]) -> Float[Tensor, "b n e"]:
         """One pass of the predictor; the action's own tokens, behind those of the grid, are always present."""
@@ -99,7 +97,7 @@ def contender(config: Config, here: World, batches: Sequence[Batch]) -> Contende
     def step(number: int) -> None:
         optimizer.zero_grad()
         for part, batch in enumerate(batches):
-            masks = drawn_masks(config, here, number, part, len(batch.source))
+            masks = drawn_masks(config, here, number, part, len(batch.source), here.device)
             with torch.autocast(here.device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
                 loss = wrapped(batch.source, batch.target, batch.params, masks) / len(batches)
             loss.backward()
@@ -117,13 +115,6 @@ def distributed(model: nn.Module, here: World) -> nn.Module:
     if here.size == 1:
         return model
     return DistributedDataParallel(model, device_ids=[here.device.index] if here.device.type == "cuda" else None)
-
-
-def drawn_masks(config: Config, here: World, step: int, part: int, batch: int) -> Masks:
-    """Masks of this process's samples in pass `part` of a step, drawn on its device."""
-    first = (part * here.size + here.rank) * batch
-    index = torch.arange(first, first + batch, device=here.device)
-    return sample_masks(config.masking, config.grid, config.train.seed, step, index)
 
 
 def read(loss: Float[Tensor, ""]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from iwm.actions import ActionSpec, action_from_params, action_spec
 from iwm.config import Config
-from iwm.masking import PackedMasks
+from iwm.masking import Masks, PackedMasks
 from iwm.models.attention import use_attention
 from iwm.models.encoder import Encoder
 from iwm.models.layers import compile_parts
@@ -42,10 +42,11 @@ class WorldModel(nn.Module):
         targets = self.targets(target)
         context = self.encoder(source, masks.context)
         predictions = self.predictor.inpaint(context, masks, action_from_params(params, self.action_spec))
-        counted = masks.queried
-        if self.config.loss.predict == "all":
-            counted = counted | masks.visible[:, None]
-        return self.distance(predictions, targets, counted)
+        return self.distance(predictions, targets, self.counted(masks))
+
+    def counted(self, masks: Masks | PackedMasks) -> Bool[Tensor, "b m n"]:
+        """The tokens that the loss is taken over."""
+        return masks.queried | masks.visible[:, None] if self.config.loss.predict == "all" else masks.queried
 
     def distance(
         self,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dali_pipelines.loader import Batch
 from iwm.actions import action_spec
 from iwm.config import Config
-from iwm.masking import PackedMasks, pack_masks, rooms, sample_masks
+from iwm.masking import Masks, PackedMasks, pack_masks, rooms, sample_masks
 from iwm.models.world_model import WorldModel
 from iwm.training.distributed import World
 from iwm.training.optim import set_values, step_unless
@@ -30,14 +30,21 @@ class StepResult(NamedTuple):
     """Whether the gradient was not finite, so that parameters and moments were left as they were."""
 
 
-def masks_for(config: Config, here: World, step: int, part: int, batch: int) -> PackedMasks:
+def drawn_masks(
+    config: Config, here: World, step: int, part: int, batch: int, device: torch.device | None = None
+) -> Masks:
     """Masks of this process's `batch` samples in pass `part` of a step: those of their places in the step's batch.
 
-    Drawn and packed on the host, in shapes that never change where the step is compiled.
+    device: where they are drawn; None: on the host. They are the same everywhere.
     """
     first = (part * here.size + here.rank) * batch
-    index = torch.arange(first, first + batch)
-    drawn = sample_masks(config.masking, config.grid, config.train.seed, step, index)
+    index = torch.arange(first, first + batch, device=device)
+    return sample_masks(config.masking, config.grid, config.train.seed, step, index)
+
+
+def masks_for(config: Config, here: World, step: int, part: int, batch: int) -> PackedMasks:
+    """Those masks, as a step takes them: packed, on its device, in shapes that never change if compiled."""
+    drawn = drawn_masks(config, here, step, part, batch)
     extra = action_spec(config.action, config.views).size if config.action.conditioning == "sequence" else 0
     fixed = rooms(config.masking, config.grid, extra, batch) if config.train.compile else None
     return pack_masks(drawn, fixed, extra).to(here.device)

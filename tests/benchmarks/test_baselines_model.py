@@ -10,7 +10,7 @@ import pytest
 import torch
 from baselines import ijepa_step, plain_step
 from baselines.ijepa_step import BlockwiseWorldModel, blockwise_flops, cut
-from baselines.plain_step import PaddedWorldModel, drawn_masks
+from baselines.plain_step import PaddedWorldModel
 from contender import Contender
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,7 +18,7 @@ from dali_pipelines.augmentation import IDENTITY, PARAMS, Views
 from dali_pipelines.loader import Batch, SampleKeys
 from iwm.config import Action, Config, Encoder, Loss, Masking, Optim, Predictor, Train
 from iwm.models.world_model import WorldModel
-from iwm.training.step import masks_for
+from iwm.training.step import drawn_masks, masks_for
 from tests.training.runs import alone
 
 SMALL = Config(
