@@ -19,11 +19,10 @@ from typing import Annotated, Any
 
 import torch
 import tyro
-from generated import generated_shards
+from generated import GENERATED, generated_shards
 from machine import machine
 from rich.console import Console
 from rich.table import Table
-from step_options import GENERATED
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ("iwm_b16_equi_18x384", "iwm_b16_inv_12x384", "iwm_l16_equi_36x512")
@@ -101,7 +100,7 @@ def main() -> int:
         print(f"benchmarks/checklist.py: --only {', '.join(unknown)}: there are {', '.join(chosen)}", file=sys.stderr)
         return 1
     options.out.mkdir(parents=True, exist_ok=True)
-    generated_shards(ROOT / GENERATED, console)
+    generated_shards(console, ROOT / GENERATED)
     report: dict[str, Any] = {"machine": machine(), "checks": {}}
     table = Table("check", "ended", "seconds", "log")
     for name in options.only or chosen:

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from baselines import jpeg_decode, torchvision_loader
+from generated import GENERATED
 from mistakes import BenchmarkError
 from pinned import Stream
 from rich.console import Console
@@ -106,7 +107,7 @@ def _webdataset(work: Work, console: Console) -> dict[str, Entrant]:
 def _ffcv(work: Work, console: Console) -> dict[str, Entrant]:
     loader = importlib.import_module("baselines.ffcv_loader")
     shards = f"{work.split} of {(work.folder / MANIFEST).read_text()}"
-    file = Path("data/benchmark") / f"ffcv-{hashlib.sha256(shards.encode()).hexdigest()[:16]}.beton"
+    file = GENERATED / f"ffcv-{hashlib.sha256(shards.encode()).hexdigest()[:16]}.beton"
     if not file.exists():
         console.print(f"writing the same JPEGs as FFCV's dataset to {file}")
         loader.write_dataset(work.folder, work.split, file, work.cores)

@@ -12,9 +12,10 @@ import torch
 from data_contenders import BASELINES, DECODE, Baseline, Device, Work, entrants, how_to_install, installed
 from generated import generated_shards
 from mistakes import BenchmarkError, named
-from pinned import Rate, measure, summary
+from pinned import Rate, measure
 from rich.console import Console
 from rich.table import Table
+from turns import ratio, spread
 
 from dali_pipelines.augmentation import SCENARIOS, ColourDefinition, Views
 from iwm.recipes import RECIPES
@@ -62,7 +63,7 @@ def run(options: Data, console: Console) -> dict[str, Any]:
     """Measure and print a table per clock. Raises BenchmarkError and ShardError."""
     views = chosen_views(options)
     baselines = chosen_baselines(options, console)
-    folder = options.shards or generated_shards(Path("data/benchmark"), console)
+    folder = options.shards or generated_shards(console)
     samples = load_manifest(folder, options.split).samples
     if samples < options.batch:
         raise BenchmarkError(f"--batch {options.batch}: {folder} has only {samples} images in '{options.split}'")
@@ -80,15 +81,14 @@ def run(options: Data, console: Console) -> dict[str, Any]:
                 turns[name].append(measure(contender.stream, available[: options.cores], options.seconds, WINDOWS))
     rivals = [name for name, contender in contenders.items() if contender.same_work and name != "dali"]
     result = {
-        "mode": "data",
         "views": asdict(views),
         "settings": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()},
         "shards": str(folder),
         "images_per_second": {
-            clock: {name: summary([getattr(rate, clock) for turn in turns[name] for rate in turn]) for name in turns}
+            clock: {name: spread([getattr(rate, clock) for turn in turns[name] for rate in turn]) for name in turns}
             for clock in CLOCKS
         },
-        "dali_over": {clock: {name: ratio(turns, name, clock) for name in turns if name != "dali"} for clock in CLOCKS},
+        "dali_over": {clock: over_each(turns, clock) for clock in CLOCKS},
         "fastest_rival": {clock: fastest(turns, rivals, clock) if rivals else None for clock in CLOCKS},
     }
     show(result, options, console)
@@ -127,13 +127,10 @@ Turns = dict[str, list[list[Rate]]]
 """Rates of each contender's turns, each of WINDOWS stretches."""
 
 
-def ratio(turns: Turns, other: str, clock: str) -> dict[str, float]:
-    """DALI over another contender, turn by turn: what slows a whole turn down slows both."""
-    ratios = [
-        round(ours / theirs, 3)
-        for ours, theirs in zip(*(medians(turns[n], clock) for n in ("dali", other)), strict=True)
-    ]
-    return {"median": float(np.median(ratios)), "lowest": min(ratios), "highest": max(ratios)}
+def over_each(turns: Turns, clock: str) -> dict[str, dict[str, float]]:
+    """DALI over every other contender."""
+    ours = medians(turns["dali"], clock)
+    return {name: ratio(ours, medians(theirs, clock)) for name, theirs in turns.items() if name != "dali"}
 
 
 def fastest(turns: Turns, names: list[str], clock: str) -> str:

@@ -14,9 +14,11 @@ from rich.console import Console
 from shards.manifest import MANIFEST
 
 TOOLS = Path(__file__).parents[1] / "tools"
+GENERATED = Path("data/benchmark")
+"""Where they are made."""
 
 
-def generated_shards(folder: Path, console: Console) -> Path:
+def generated_shards(console: Console, folder: Path = GENERATED) -> Path:
     """Shards of photo-like JPEGs of ImageNet's commonest size, made once with the project's own tools."""
     shards = folder / "shards"
     if (shards / MANIFEST).exists():

@@ -21,7 +21,6 @@ from machine import machine
 from mistakes import BenchmarkError, make_room_for
 from rich.console import Console
 from rich.table import Table
-from step_options import GENERATED
 from torch import Tensor
 
 from dali_pipelines import replay
@@ -105,7 +104,7 @@ def main() -> int:
             make_room_for("--json", options.json)
         if options.device == "cuda" and not torch.cuda.is_available():
             raise BenchmarkError("--device cuda: this machine has no usable GPU; say --device cpu")
-        folder = options.shards or generated_shards(GENERATED, console)
+        folder = options.shards or generated_shards(console)
         rows = measured(options, folder)
     except (BenchmarkError, ShardError) as error:
         print(f"benchmarks/parity.py: {error}", file=sys.stderr)

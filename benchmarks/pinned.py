@@ -10,8 +10,6 @@ from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 Stream = Callable[[], Iterator[int]]
 """Builds an endless stream of batches; yields the images of each. Picklable."""
 
@@ -60,9 +58,3 @@ def _cpu_seconds() -> float:
         fields = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()
         ticks += int(fields[11]) + int(fields[12])
     return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
-
-
-def summary(rates: list[float]) -> dict[str, float]:
-    """Median, p10 and p90, rounded to a tenth."""
-    p10, median, p90 = (round(float(p), 1) for p in np.percentile(rates, (10, 50, 90)))
-    return {"median": median, "p10": p10, "p90": p90}

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from data_contenders import Device, Work, entrants
-from pinned import measure, summary
+from pinned import measure
 from pipeline_stages import stage_times
 from rich.console import Console
+from turns import spread
 
 from iwm.config import Config
 
@@ -35,8 +36,8 @@ def pipeline_limits(config: Config, device: torch.device, threads: int, console:
         with console.status(f"beside training: {name}"):
             rates = measure(others[name].stream, cores, SECONDS, WINDOWS)
         limits[name] = {
-            "wall": summary([rate.wall for rate in rates]),
-            "core": summary([rate.core for rate in rates]),
+            "wall": spread([rate.wall for rate in rates]),
+            "core": spread([rate.core for rate in rates]),
         }
     return limits
 

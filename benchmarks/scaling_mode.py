@@ -13,13 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from generated import generated_shards
 from mistakes import BenchmarkError
 from rich.console import Console
 from rich.table import Table
 from scaling_formulas import BUCKET, all_reduce_traffic, gradient_bytes, parameters
 from step_modes import open_subject, resident_batches, take_step
-from step_options import GENERATED, StepOptions
+from step_options import BATCH_EACH, StepOptions
 from stopwatch import timed
 from turns import LEAST_STEPS, ratio, spread
 
@@ -27,9 +26,6 @@ from iwm.models.world_model import WorldModel
 from iwm.training.distributed import World, world
 from iwm.training.optim import build_optimizer
 from iwm.training.session import Session
-
-MOST_IMAGES = 256
-"""Images of a step on each process, where the user says no other."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +55,10 @@ def run(options: Scaling, console: Console) -> dict[str, Any]:
             raise BenchmarkError(
                 "scaling: needs several processes: torchrun --nproc_per_node 2 benchmarks/throughput.py scaling"
             )
-        if here.main and config.data.shards == GENERATED / "shards":
-            generated_shards(GENERATED, console)
-        here.gather("shards are there")
-        images = options.images or min(config.data.batch, MOST_IMAGES)
-        config = replace(config, data=replace(config.data, batch=images * here.size))
-        result = measure(replace(options, config=config), here, console)
+        images = options.images or min(config.data.batch, BATCH_EACH)
+        options = replace(options, config=replace(config, data=replace(config.data, batch=images * here.size)))
+        options.prepare(here, console)
+        result = measure(options, here, console)
     show(result, console)
     return result
 

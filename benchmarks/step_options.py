@@ -11,15 +11,17 @@ from typing import Annotated, TypeVar
 
 import torch
 import tyro
+from generated import GENERATED, generated_shards
 from mistakes import BenchmarkError, named
+from rich.console import Console
 
 from dali_pipelines.augmentation import SCENARIOS
 from iwm.config import Config
 from iwm.recipes import RECIPES, with_scenario
-from iwm.training.tuned import read_tuned
+from iwm.training.distributed import World
+from iwm.training.tuned import read_tuned, this_machine
+from shards.manifest import load_manifest
 
-GENERATED = Path("data/benchmark")
-"""Where shards are made to measure on."""
 BATCH_EACH = 256
 """Most images of a step on one process, where the user says no other: an eighth of the paper recipes' 2,048."""
 
@@ -57,6 +59,24 @@ class StepOptions:
         if self.seconds <= 0:
             raise BenchmarkError(f"--seconds {self.seconds}: must be positive")
         self.config.check()
+
+    def prepare(self, here: World, console: Console) -> None:
+        """Every process calls this first: make the generated shards if they are meant, and say how it was tuned.
+
+        Raises BenchmarkError where the shards have too few images for a step.
+        """
+        data = self.config.data
+        if here.main and data.shards == GENERATED / "shards":
+            generated_shards(console)
+        here.gather("shards are there")
+        if self.tuned is not None:
+            for line in read_tuned(self.tuned).remarks(this_machine(here.device, here.local_size)):
+                console.print(line, highlight=False, soft_wrap=True)
+        samples = load_manifest(data.shards, data.train).samples
+        if samples < data.batch:
+            raise BenchmarkError(
+                f"--data.batch {data.batch}: {data.shards} has only {samples} images in '{data.train}'"
+            )
 
 
 Options = TypeVar("Options", bound=StepOptions)

@@ -11,19 +11,16 @@ from typing import Any
 
 import torch
 from baselines import ijepa_step, plain_step
-from generated import generated_shards
 from measurement import measure
 from mistakes import BenchmarkError
 from picture import check_name
 from pipeline_alone import pipeline_limits, pipeline_stages
 from rich.console import Console
-from step_options import GENERATED, StepOptions
+from step_options import StepOptions
 from step_tables import show_pipeline, show_together, show_training
 from verdict import limit, ratios
 
 from iwm.training.distributed import World, world
-from iwm.training.tuned import read_tuned, this_machine
-from shards.manifest import load_manifest
 
 
 @dataclass(frozen=True)
@@ -77,18 +74,7 @@ def run(options: StepOptions, console: Console) -> dict[str, Any]:
     config = options.config
     with world(config.train) as here:
         console.quiet = not here.main
-        if here.main and config.data.shards == GENERATED / "shards":
-            generated_shards(GENERATED, console)
-        here.gather("shards are there")
-        if options.tuned is not None:
-            for line in read_tuned(options.tuned).remarks(this_machine(here.device, here.local_size)):
-                console.print(line, highlight=False, soft_wrap=True)
-        samples = load_manifest(config.data.shards, config.data.train).samples
-        if samples < config.data.batch:
-            raise BenchmarkError(
-                f"--data.batch {config.data.batch}: {config.data.shards} has only {samples} images in "
-                f"'{config.data.train}'"
-            )
+        options.prepare(here, console)
         rivals = (
             (plain_step.contender, ijepa_step.contender) if isinstance(options, Model) and options.baselines else ()
         )

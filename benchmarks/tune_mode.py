@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from baselines.stored import places
 from generated import generated_shards
 from mistakes import BenchmarkError, make_room_for, named
 from rich.console import Console
@@ -25,7 +26,6 @@ from dali_pipelines.loader import ViewLoader
 from dali_pipelines.reader import GpuDecoder
 from iwm.recipes import RECIPES, with_scenario
 from iwm.training.tuned import SETTINGS, Tuned, this_machine, write_tuned
-from shards.index import parse_index
 from shards.manifest import load_manifest
 from shards.pool import available_cores
 
@@ -90,7 +90,6 @@ def run(options: Tune, console: Console) -> dict[str, Any]:
     write_tuned(tuned)
     console.print(f"written to {options.out}: " + ", ".join(f"data.{name} {value}" for name, value in settings.items()))
     return {
-        "mode": "tune",
         "settings": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()},
         "shards": str(work.folder),
         "batch": work.batch,
@@ -121,7 +120,7 @@ def chosen_work(options: Tune, console: Console) -> Work:
     if options.scenario:
         config = with_scenario(config, options.scenario)
     own = config.data.shards if options.recipe else None
-    folder = options.shards or own or generated_shards(Path("data/benchmark"), console)
+    folder = options.shards or own or generated_shards(console)
     share = min(config.data.micro_batch or config.data.batch, config.data.batch // options.processes)
     batch = options.batch or max(1, min(share, 256 if device.type == "cuda" else 64))
     samples = load_manifest(folder, options.split).samples
@@ -216,18 +215,10 @@ def choose(rates: dict[int | float, list[float]]) -> tuple[int | float, str]:
 
 def largest_sides(folder: Path, split: str, images: int = 2000) -> tuple[int, int]:
     """Width and height in pixels that no image exceeds, of so many images spread over the split; read from headers."""
-    places = [
-        (folder / shard.name, entry.offset, entry.size)
-        for shard in load_manifest(folder, split).shards
-        for sample in parse_index((folder / shard.index).read_bytes(), folder / shard.index)
-        for entry in sample
-        if entry.component == "jpg"
-    ]
+    stored = places(folder, split)
     width = height = 0
-    for tar, offset, size in places[:: max(1, len(places) // images)]:
-        with open(tar, "rb") as file:
-            file.seek(offset)
-            tall, wide, *_ = decode_jpeg_header(file.read(size))
+    for image in stored[:: max(1, len(stored) // images)]:
+        tall, wide, *_ = decode_jpeg_header(image.read())
         width, height = max(width, wide), max(height, tall)
     return width, height
 

@@ -1,4 +1,4 @@
-"""Where the shards' JPEGs lie, for baselines that read them one by one."""
+"""Where the shards' JPEGs lie, for what reads them one by one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Place(NamedTuple):
 
 
 def places(folder: Path, split: str) -> list[Place]:
-    """Every JPEG of a split, by the shards' own indexes: no baseline pays for files or for scanning tars."""
+    """Every JPEG of a split, by the shards' own indexes: nobody pays for files or for scanning tars."""
     return [
         Place(folder / shard.name, entry.offset, entry.size)
         for shard in load_manifest(folder, split).shards

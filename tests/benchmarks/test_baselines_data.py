@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import subprocess
-import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from itertools import islice
@@ -13,7 +11,6 @@ from pathlib import Path
 import data_contenders
 import pytest
 import simplejpeg
-import skimage.data
 import torch
 from baselines import jpeg_decode, webdataset_loader
 from baselines.stored import places
@@ -24,6 +21,7 @@ from PIL import Image
 from rich.console import Console
 
 from dali_pipelines.augmentation import NO_COLOUR, Photometric, Views
+from tests.benchmarks.tile_shards import tile_shards
 
 ROOT = Path(__file__).parents[2]
 TILES = 40
@@ -31,15 +29,9 @@ TILES = 40
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiles of one photograph, each of its own width, made into shards by the project's own tool."""
-    folder = tmp_path_factory.mktemp("baselines")
-    (folder / "tiles" / "astronaut").mkdir(parents=True)
-    photograph = Image.fromarray(skimage.data.astronaut())
-    for i in range(TILES):
-        photograph.crop((4 * i, 4 * i, 4 * i + 100 + i, 4 * i + 90)).save(folder / "tiles" / "astronaut" / f"{i}.jpg")
-    make = [sys.executable, ROOT / "tools" / "make_shards.py"]
-    subprocess.run([*make, folder / "tiles", folder / "shards", "--split", "train"], check=True, capture_output=True)
-    return folder / "shards"
+    """Each tile has a width of its own."""
+    boxes = ((4 * i, 4 * i, 4 * i + 100 + i, 4 * i + 90) for i in range(TILES))
+    return tile_shards(tmp_path_factory.mktemp("baselines"), boxes)
 
 
 def test_every_jpeg_of_the_split_is_read_once_and_whole(shards: Path) -> None:

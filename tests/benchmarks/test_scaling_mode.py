@@ -10,27 +10,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import skimage.data
 from mistakes import BenchmarkError
-from PIL import Image
 from rich.console import Console
 from scaling_mode import Scaling, Ways, run, summarised
 
 from iwm.models.world_model import WorldModel
 from iwm.recipes import demo
+from tests.benchmarks.tile_shards import tile_shards
 from tests.training.runs import ROOT
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("scaling")
-    (folder / "tiles" / "astronaut").mkdir(parents=True)
-    photograph = Image.fromarray(skimage.data.astronaut())
-    for i in range(24):
-        photograph.crop((8 * i, 4 * i, 8 * i + 100, 4 * i + 90)).save(folder / "tiles" / "astronaut" / f"{i}.jpg")
-    make = [sys.executable, ROOT / "tools" / "make_shards.py"]
-    subprocess.run([*make, folder / "tiles", folder / "shards", "--split", "train"], check=True, capture_output=True)
-    return folder / "shards"
+    return tile_shards(tmp_path_factory.mktemp("scaling"), ((8 * i, 4 * i, 8 * i + 100, 4 * i + 90) for i in range(24)))
 
 
 def test_two_processes_measure_themselves_against_one(shards: Path, tmp_path: Path) -> None:
