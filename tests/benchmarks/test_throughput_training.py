@@ -1,4 +1,4 @@
-"""The benchmark's modes that train, on a tiny model and real shards: what they measure, print, draw and refuse."""
+"""The benchmark's modes that train, run on a tiny model and real shards: what they write, print, draw and refuse."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ import json
 import re
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from mmap import mmap
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +14,8 @@ import numpy as np
 import pytest
 import throughput
 import torch
-from step_modes import (
-    measure_data,
-    measure_end_to_end,
-    measure_interference,
-    measure_model,
-    measure_updates,
-    open_subject,
-    resident_batches,
-    token_counts,
-)
-from stopwatch import Window, compiled_graphs, forget_peak, peak_gib
-from turns import Measured, interleave, ratio
-from verdict import limit, ratios
 
-from dali_pipelines.loader import Batch
-from iwm.training.session import Session
-from tests.training.runs import ROOT, TINY, alone, tiny_config
+from tests.training.runs import ROOT, TINY
 
 MODEL = [word for key, value in TINY.items() if not key.startswith("log") for word in (f"--{key}", str(value))]
 BRIEF = ("--seconds", "0.1", "--repeats", "2", "--warmup", "2")
@@ -167,162 +149,6 @@ def test_all_sets_the_pipeline_beside_its_limit_its_rivals_and_its_own_parts(
     assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.fixture(scope="module")
-def session(tiny_shards: Path) -> Session:
-    return open_subject(tiny_config(tiny_shards, steps=100), alone())
-
-
-class Counted:
-    """The session's loader, counting its batches and, if asked, slow."""
-
-    def __init__(self, loader: Iterator[Batch], seconds: float = 0.0) -> None:
-        self.loader, self.seconds, self.taken = loader, seconds, 0
-
-    def __next__(self) -> Batch:
-        time.sleep(self.seconds)
-        self.taken += 1
-        return next(self.loader)
-
-
-def counted(session: Session, monkeypatch: pytest.MonkeyPatch, seconds: float = 0.0) -> Counted:
-    loader = Counted(session.loader, seconds)
-    monkeypatch.setattr(session, "loader", loader)
-    return loader
-
-
-def test_each_mode_runs_the_part_of_training_that_it_measures(
-    session: Session, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    batches, loader = resident_batches(session), counted(session, monkeypatch)
-
-    def used(measure: Callable[[], Window]) -> tuple[int, int, int]:
-        step, taken = session.step, loader.taken
-        return len(measure().steps), session.step - step, loader.taken - taken
-
-    assert used(lambda: measure_data(session, 6)) == (6, 0, 6)
-    assert used(lambda: measure_model(session, batches, 6)) == (6, 6, 0)
-    assert used(lambda: measure_end_to_end(session, 6)) == (6, 6, 6)
-    measured, steps, made = used(lambda: measure_interference(session, batches, 6))
-    assert (measured, steps) == (6, 6)
-    assert 0 < made <= 6, "beside the model the pipeline makes what its steps would use, no more"
-
-
-def test_waiting_for_data_slows_training_and_not_the_model_beside_the_pipeline(
-    session: Session, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    batches = resident_batches(session)
-    loader = counted(session, monkeypatch, seconds=0.3)
-    trained = measure_end_to_end(session, 5)
-    assert trained.waited > 5 * 0.3
-    assert trained.seconds > trained.waited
-    beside = measure_interference(session, batches, 5)
-    assert beside.seconds < trained.waited / 2
-    assert loader.taken < 10
-
-
-def test_an_error_of_the_pipeline_beside_the_model_is_not_lost(
-    session: Session, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    batches = resident_batches(session)
-    monkeypatch.setattr(session, "loader", iter(()))
-    with pytest.raises(StopIteration):
-        measure_interference(session, batches, 2)
-
-
-def test_measuring_optimiser_and_ema_leaves_the_parameters_as_they_are(session: Session) -> None:
-    measure_model(session, resident_batches(session), 1)
-    before = [p.detach().clone() for p in (*session.model.encoder.parameters(), *session.model.predictor.parameters())]
-    windows = measure_updates(session, 3)
-    assert {name: len(window.steps) for name, window in windows.items()} == {"optimiser": 3, "ema": 3}
-    after = [*session.model.encoder.parameters(), *session.model.predictor.parameters()]
-    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
-
-
-def test_tokens_are_counted_as_masks_have_them(session: Session) -> None:
-    counts = token_counts(session, steps=3)
-    n = session.config.grid**2
-    assert 0 < counts["context_encoder"]["needed"] <= counts["context_encoder"]["processed"] < n
-    assert counts["predictor"] == counts["target_encoder"] == {"processed": n, "needed": n}
-
-
-def test_turns_are_taken_in_rounds_and_measurements_last_as_long_as_asked() -> None:
-    order: list[tuple[str, int]] = []
-
-    def way(name: str, seconds: float) -> Measured:
-        def window(steps: int) -> Window:
-            order.append((name, steps))
-            return Window([seconds] * steps, cpu_seconds=2 * seconds * steps)
-
-        return Measured(window, images=4)
-
-    rounds: list[int] = []
-    turns = interleave(
-        {"quick": way("quick", 0.01), "slow": way("slow", 0.5)},
-        alone(),
-        seconds=3.0,
-        repeats=2,
-        settling=3,
-        between=lambda: rounds.append(len(order)),
-        say=lambda text: None,
-    )
-    first = [("quick", 3), ("quick", 3), ("quick", 150), ("slow", 3), ("slow", 3), ("slow", 5)]
-    assert order == [*first, ("quick", 3), ("quick", 150), ("slow", 3), ("slow", 5)]
-    assert rounds == [6, 10]
-    assert [turn.images_per_second for turn in turns["quick"]] == pytest.approx([400, 400])
-    assert [turn.images_per_cpu_second for turn in turns["quick"]] == pytest.approx([200, 200])
-
-
-def test_memory_is_counted_from_where_it_was_forgotten() -> None:
-    here = torch.device("cpu")
-    forget_peak(here)
-    before = peak_gib(here)
-    # Not by torch: its allocator, and malloc, may keep what is freed.
-    with mmap(-1, 2**29) as held:
-        for _ in range(2**9):
-            held.write(b"1" * 2**20)
-        forget_peak(here)
-        assert peak_gib(here) > before + 0.4
-    assert peak_gib(here) > before + 0.4
-    forget_peak(here)
-    assert peak_gib(here) < before + 0.2
-
-
-def test_a_recompilation_is_counted() -> None:
-    double = torch.compile(lambda x: 2 * x, backend="eager", dynamic=False)
-    double(torch.ones(3))
-    before = compiled_graphs()
-    double(torch.ones(3))
-    assert compiled_graphs() == before
-    double(torch.ones(4))
-    assert compiled_graphs() == before + 1
-
-
-def test_ratios_are_taken_turn_by_turn() -> None:
-    assert ratio([200, 50], [100, 100]) == {"median": 1.25, "lowest": 0.5, "highest": 2.0}
-    found = ratios({"data": [300, 30], "model": [100, 10], "interference": [90, 9], "end-to-end": [45, 9]})
-    assert found["end_to_end"] == {"median": 0.675, "lowest": 0.45, "highest": 0.9}
-    assert found["interference"]["median"] == 0.9
-    assert found["starvation"] == {"median": 0.25, "lowest": 0.0, "highest": 0.5}
-    assert found["headroom"]["median"] == 3.0
-
-
-@pytest.mark.parametrize(
-    ("rates", "on_gpu", "says"),
-    [
-        ((5000, 2400, 2350, 2300), True, "the model: alone the pipeline makes 5,000 images/s"),
-        ((1500, 2400, 2300, 1450), True, "the pipeline: training waits for it 37% of the time"),
-        ((5000, 2400, 1900, 1850), True, "both share the machine: the pipeline's work costs the model 21%"),
-        ((9000, 1000, 900, 890), False, "the model, with 90% of the cores' time"),
-        ((1000, 800, 500, 440), False, "both share the cores, 44% of their time for the pipeline"),
-        ((250, 1000, 500, 200), False, "the pipeline, with 80% of the cores' time"),
-    ],
-)
-def test_one_sentence_says_what_limits_the_machine(rates: tuple[float, ...], on_gpu: bool, says: str) -> None:
-    named = dict(zip(("data", "model", "interference", "end-to-end"), rates, strict=True))
-    sentence = limit(named, None if on_gpu else named)
-    assert sentence.startswith(says), sentence
-
-
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
@@ -335,7 +161,11 @@ def test_one_sentence_says_what_limits_the_machine(rates: tuple[float, ...], on_
         (("model", "--data.batch", "101"), "--data.batch 101: .* has only 100 images in 'train'"),
         (("model", "--json", "/dev/null/result.json"), "--json /dev/null/result.json: its folder cannot be made"),
         (("model", "--tuned", "missing.yaml"), "--tuned missing.yaml: it cannot be read"),
-        (("model", "--train.device", "cuda"), "train.device cuda: torch sees no GPU"),
+        pytest.param(
+            ("model", "--train.device", "cuda"),
+            "train.device cuda: torch sees no GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="no mistake where there is a GPU"),
+        ),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_option(
@@ -345,8 +175,6 @@ def test_a_mistake_is_one_line_that_names_the_option(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    if torch.cuda.is_available() and "cuda" in mistake:
-        pytest.skip("this machine has a GPU")
     assert run(monkeypatch, *mistake, "--shards", tiny_shards) == 1
     errors = capsys.readouterr().err.strip().splitlines()
     assert len(errors) == 1, errors

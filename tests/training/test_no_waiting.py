@@ -41,8 +41,8 @@ VARIANTS = [("iwm", "feature"), ("iwm", "sequence"), ("ijepa", "none")]
 def prepared(kind: str, conditioning: str, device: torch.device) -> tuple[Any, ...]:
     config = replace(
         tiny_config(Path("unused"), 4),
-        masking=Masking(kind=kind),  # type: ignore[arg-type]
-        action=Action(conditioning=conditioning),  # type: ignore[arg-type]
+        masking=Masking(kind=kind),
+        action=Action(conditioning=conditioning),
         train=Train(compile=device.type == "cuda"),
         optim=Optim(clip=0.5, kernels="torch"),
     )
