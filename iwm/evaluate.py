@@ -18,10 +18,10 @@ from rich.console import Console
 
 from iwm.config import ConfigError
 from iwm.evaluation import mrr, retrieval
-from iwm.evaluation.report import write_report
-from iwm.evaluation.run_folder import ReportError
 from iwm.evaluation.settings import Settings
 from iwm.evaluation.subject import load_subject
+from iwm.report.page import write_report
+from iwm.report.run_folder import ReportError
 from iwm.training.checkpoint import CheckpointError, versions
 from shards.atomic import write_atomically
 from shards.manifest import ShardError

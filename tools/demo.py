@@ -26,8 +26,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from iwm.evaluation.report import write_report
 from iwm.recipes import demo
+from iwm.report.page import write_report
 from iwm.training.checkpoint import all_checkpoints, path_of
 
 ROOT = Path(__file__).resolve().parents[1]

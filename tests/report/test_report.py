@@ -10,9 +10,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from iwm.evaluation.chart import Line, line_chart, number
-from iwm.evaluation.report import write_report
-from iwm.evaluation.run_folder import ReportError, read_run
+from iwm.report.chart import Line, line_chart, number
+from iwm.report.page import write_report
+from iwm.report.run_folder import ReportError, read_run
 
 
 def _scores(value: float) -> dict[str, Any]:
@@ -107,10 +107,10 @@ def test_a_broken_evaluation_file_is_named(run: Path) -> None:
 
 
 def test_the_command_ends_with_one_line_where_there_is_no_run(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "iwm.evaluation.report", str(tmp_path / "nowhere")]
+    command = [sys.executable, "-m", "iwm.report", str(tmp_path / "nowhere")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
-    assert re.fullmatch(r"iwm.evaluation.report: .*nowhere.*\n", done.stderr)
+    assert re.fullmatch(r"iwm.report: .*nowhere.*\n", done.stderr)
 
 
 def test_a_chart_is_well_formed_and_its_curve_stays_inside() -> None:
