@@ -17,7 +17,7 @@ import tyro
 from rich.console import Console
 
 from iwm.config import ConfigError
-from iwm.evaluation import mrr, retrieval
+from iwm.evaluation import explore, mrr, retrieval, similarity
 from iwm.evaluation.settings import Settings
 from iwm.evaluation.subject import load_subject
 from iwm.report.page import write_report
@@ -26,7 +26,7 @@ from iwm.training.checkpoint import CheckpointError, versions
 from shards.atomic import write_atomically
 from shards.manifest import ShardError
 
-PROTOCOLS: dict[str, ModuleType] = {"mrr": mrr, "retrieval": retrieval}
+PROTOCOLS: dict[str, ModuleType] = {"mrr": mrr, "retrieval": retrieval, "explore": explore, "similarity": similarity}
 """A protocol is a module with a `Settings` dataclass that extends evaluation.settings', a function
 `evaluate(subject, settings, output) -> dict` and `table(dict)` for the terminal. To add one: write it, name it here."""
 
@@ -36,6 +36,8 @@ def evaluate(name: str, settings: Settings) -> dict[str, Any]:
     protocol, checkpoint, step, data, settings, seed, device, precision, versions and seconds."""
     start = time.perf_counter()
     subject = load_subject(settings)
+    if subject.device.type == "cpu" and subject.config.train.threads:
+        torch.set_num_threads(subject.config.train.threads)  # a small model is slower with more
     output = settings.output or subject.run / "eval" / f"{name}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     precision = subject.config.train.precision if settings.precision == "auto" else settings.precision
