@@ -48,10 +48,18 @@ def draw_photometric(spec: Photometric, n: int, generator: torch.Generator) -> F
 def photometric(
     images: UInt8[Tensor, "b h w 3"], params: Float[Tensor, "b 7"], colour: ColourDefinition
 ) -> UInt8[Tensor, "b h w 3"]:
-    """Do to each image what its row of `params` (PHOTOMETRIC_FIELDS) says, in that order. Leaves `images` alone."""
-    values = dict(
-        zip(PHOTOMETRIC_FIELDS, params.to(images.device).float()[..., None, None, None].unbind(1), strict=True)
-    )
+    """Do to each image what its row of `params` (PHOTOMETRIC_FIELDS) says, in that order. Leaves `images` alone.
+
+    Exact under autocast too, which is meant for models: in bf16 matrix products would move colours by grey levels.
+    """
+    with torch.autocast(images.device.type, enabled=False):
+        return _photometric(images, params.to(images.device), colour)
+
+
+def _photometric(
+    images: UInt8[Tensor, "b h w 3"], params: Float[Tensor, "b 7"], colour: ColourDefinition
+) -> UInt8[Tensor, "b h w 3"]:
+    values = dict(zip(PHOTOMETRIC_FIELDS, params.float()[..., None, None, None].unbind(1), strict=True))
     x = images.float()
     x = _jitter_linear(x, values) if colour == "linear" else _jitter_torchvision(x, values)
     x = torch.where(values["grayscale"] > 0, _grey(x), x)
