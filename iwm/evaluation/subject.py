@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from dali_pipelines.loader import ValidationBatch
 from iwm.config import Config, ConfigError
-from iwm.evaluation.held_out import first_images
+from iwm.evaluation.held_out import batches, first_images, images_of
 from iwm.evaluation.settings import Settings
 from iwm.models.world_model import WorldModel
 from iwm.training.checkpoint import all_checkpoints, load_run
@@ -36,18 +38,28 @@ class Subject:
         """What it runs on, for the record."""
         return torch.cuda.get_device_name() if self.device.type == "cuda" else f"cpu ({platform.machine()})"
 
-    def images(self, most: int, at_least: int | None = None) -> tuple[UInt8[Tensor, "b h w 3"], list[str]]:
+    def images(
+        self, most: int, at_least: int | None = None, option: str = "--bank.images"
+    ) -> tuple[UInt8[Tensor, "b h w 3"], list[str]]:
         """The first `most` held-out images as the run's clean views, on the device, with their sample keys.
 
-        Raises ConfigError where the split holds fewer than `at_least` (default: `most`).
+        Raises ConfigError where the split holds fewer than `at_least` (default: `most`); it names `option`.
         """
         images, keys = first_images(self.shards, self.split, size=self.config.views.size, most=most, device=self.device)
         if len(keys) < (at_least or most):
             raise ConfigError(
                 f"{self.shards}: split '{self.split}' has {len(keys)} images, {at_least or most} are asked for; "
-                "lower --bank.images"
+                f"lower {option}"
             )
         return images, keys
+
+    def images_of(self, keys: Sequence[str]) -> UInt8[Tensor, "b h w 3"]:
+        """The held-out images of these sample keys, in their order. Raises ConfigError for a key that is not there."""
+        return images_of(self.shards, self.split, keys, size=self.config.views.size, device=self.device)
+
+    def labelled(self, split: str, label: str, most: int | None) -> Iterator[ValidationBatch]:
+        """The first `most` images of any split (None: all) with their labels, a batch at a time (held_out.batches)."""
+        return batches(self.shards, split, size=self.config.views.size, device=self.device, most=most, label=label)
 
 
 def load_subject(settings: Settings) -> Subject:
