@@ -34,14 +34,17 @@ class FeatureConditioning(nn.Module):
 
 
 class SequenceConditioning(nn.Module):
-    """One token per action component, each through a linear layer of its own (section 4.2)."""
+    """One token per action component, each through a linear layer of its own (section 4.2).
+
+    Tokens begin about as large as the patches' positions: much smaller ones are drowned by what the first block adds.
+    """
 
     def __init__(self, width: int, action_size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(action_size, width))
         self.bias = nn.Parameter(torch.empty(action_size, width))
-        nn.init.trunc_normal_(self.weight, std=0.02)
-        nn.init.trunc_normal_(self.bias, std=0.02)
+        nn.init.trunc_normal_(self.weight)
+        nn.init.trunc_normal_(self.bias)
 
     def forward(self, action: Float[Tensor, "b k"]) -> Float[Tensor, "b k d"]:
         return action[:, :, None] * self.weight + self.bias
@@ -127,7 +130,10 @@ class Predictor(nn.Module):
         n = context.shape[1]
         seen = self.embed(context) + self.positions
         tokens = torch.cat((seen, self.queries(action).to(seen.dtype)), dim=1)
-        tokens = run_blocks(self.blocks, self.with_action(tokens, action))
+        # Training has every position once, here are two of each: so twice the action's tokens, or their share of the
+        # attention would be halved and the action applied too weakly.
+        tokens = self.with_action(self.with_action(tokens, action), action)
+        tokens = run_blocks(self.blocks, tokens)
         return self.project(self.norm(tokens[:, n : 2 * n]))
 
     def queries(self, action: Float[Tensor, "b k"]) -> Float[Tensor, "b n d"]:

@@ -132,6 +132,20 @@ def test_the_action_reaches_the_prediction_only_where_there_is_conditioning(cond
         assert same == (conditioning == "none"), f"entry {entry}"
 
 
+def test_the_action_weighs_as_much_in_the_whole_image_task_as_in_training() -> None:
+    """Where context and mask tokens are alike, the whole-image task is training's with every token twice, which
+    attention cannot tell: it must predict the same. With the action's tokens only once it would not."""
+    model = small(action=Action(conditioning="sequence"))
+    predictor, m = model.predictor, masks(1)
+    with torch.no_grad():
+        for parameter in (predictor.embed.weight, predictor.embed.bias, predictor.mask_token):
+            parameter.zero_()
+    context, action = torch.randn(1, 16, 64), torch.randn(1, model.action_spec.size)
+    whole = predictor.transform(context, action)
+    trained = predictor.inpaint(context[:, m.visible[0]], packed(m, predictor.extra), action)[:, 0]
+    torch.testing.assert_close(whole[:, m.queried[0, 0]], trained[:, m.queried[0, 0]], atol=1e-5, rtol=1e-4)
+
+
 def test_feature_conditioning_is_three_layers_over_the_concatenation() -> None:
     mix = small().predictor.mix
     assert mix is not None
