@@ -12,6 +12,10 @@ from iwm.report.run_folder import Point
 WIDTH, HEIGHT = 360, 200
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 12, 26
 MOST_POINTS = 300
+COLOURS = 8
+"""Colours of page.html, s1 to s8. Each run of four lines has its own dash too, so that 24 lines can be told apart, and
+colour alone tells only four."""
+DASHES = 3
 
 
 @dataclass(frozen=True)
@@ -23,8 +27,9 @@ class Line:
 
 
 def line_chart(lines: Sequence[Line], reference: tuple[str, float] | None = None, from_zero: bool = False) -> str:
-    """An SVG of up to four lines over steps; `reference` is a named dashed level, as chance.
+    """An SVG of lines over steps; `reference` is a named dashed level, as chance. At least one line has points.
 
+    A line that has none keeps its place in the order of colours.
     The value axis starts at 0 unless all values lie far from it, or always with `from_zero`. Curves of more than
     MOST_POINTS points are shown as means of equal stretches.
     """
@@ -41,9 +46,8 @@ def line_chart(lines: Sequence[Line], reference: tuple[str, float] | None = None
         up = (y - y_low) / (y_high - y_low)
         return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
 
-    parts = [
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(", ".join(c.name for c in curves))}">'
-    ]
+    label = escape(", ".join(line.name for line in curves if line.points))
+    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">']
     for tick in y_ticks:
         y = place(x_low, tick)[1]
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
@@ -56,13 +60,26 @@ def line_chart(lines: Sequence[Line], reference: tuple[str, float] | None = None
         parts.append(f'<line class="reference" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         label = f"{escape(reference[0])} {number(reference[1])}"
         parts.append(f'<text x="{WIDTH - RIGHT}" y="{y - 4:.1f}" text-anchor="end">{label}</text>')
-    for i, line in enumerate(curves, start=1):
+    for i, line in enumerate(curves):
+        if not line.points:
+            continue
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in line.points))
         x, y = place(*line.points[-1])
-        parts.append(
-            f'<polyline class="line s{i}" points="{path}"/><circle class="dot s{i}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>'
-        )
+        parts.append(f'<polyline class="line {_style(i)}" points="{path}"/>')
+        parts.append(f'<circle class="dot {_style(i)}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>')
     return "".join([*parts, "</svg>"])
+
+
+def legend(names: Sequence[str]) -> str:
+    """What the lines of a chart mean, in their order."""
+    mark = '<svg viewBox="0 0 26 8" aria-hidden="true"><path class="line {}" d="M1 4H25"/></svg>'
+    marks = "".join(f"<span>{mark.format(_style(i))}{escape(name)}</span>" for i, name in enumerate(names))
+    return f'<div class="legend">{marks}</div>'
+
+
+def _style(i: int) -> str:
+    """Classes of the i-th line, from 0."""
+    return f"s{i % COLOURS + 1} d{i // 4 % DASHES}"
 
 
 def number(value: float) -> str:
@@ -99,6 +116,6 @@ def _ticks(low: float, high: float, count: int = 4, inside: bool = False) -> lis
 
 
 def _thin(points: Sequence[Point]) -> list[Point]:
-    stretch = math.ceil(len(points) / MOST_POINTS)
+    stretch = max(1, math.ceil(len(points) / MOST_POINTS))
     groups = (points[i : i + stretch] for i in range(0, len(points), stretch))
     return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]

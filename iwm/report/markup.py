@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from html import escape
 
 
@@ -9,9 +10,19 @@ def section(title: str, content: str) -> str:
     return f"<section><h2>{escape(title)}</h2>{content}</section>"
 
 
-def details(title: str, content: str) -> str:
-    return f"<details><summary>{escape(title)}</summary>{content}</details>"
+def details(title: str, content: str, kind: str = "") -> str:
+    """Folded away under its title; `kind` is a class for the page's style."""
+    attribute = f' class="{kind}"' if kind else ""
+    return f"<details{attribute}><summary>{escape(title)}</summary>{content}</details>"
 
 
 def grid(charts: str) -> str:
     return f'<div class="charts">{charts}</div>'
+
+
+def table(head: Iterable[str], rows: Iterable[str]) -> str:
+    """A table that scrolls sideways by itself; `rows` are the cells of each row as HTML."""
+    titles = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    # A region that scrolls must be reachable by keyboard.
+    return f'<div class="wide" tabindex="0"><table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table></div>'

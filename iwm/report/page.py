@@ -1,32 +1,49 @@
-"""RUN/report.html: one self-contained page of what a run did, made from what it left on disk and nothing else.
+"""RUN/report.html, or one page for several runs: self-contained, made from what runs left on disk and nothing else.
 
-A section is a function from `Run` to HTML that gives "" where its material is missing, so the page holds only what was
-run. To add one, write it and name it in SECTIONS; the page's looks are in page.html beside this file.
+A section is a function that gives HTML, "" where its material is missing, so the page holds only what was run. To add
+what one run shows (a picture, a table), write it as a function from `Run` and name it in SECTIONS: a comparison has it
+too, folded away under the run's name. The page's looks are in page.html beside this file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
 from string import Template
 
 from iwm.report.configuration import configuration
+from iwm.report.markup import details
 from iwm.report.pictures import retrieval_picture
-from iwm.report.run_folder import Run, read_run
+from iwm.report.run_folder import Run, read_runs
 from iwm.report.scores import headline, world_model
 from iwm.report.training import curves
 from shards.atomic import write_atomically
 
-SECTIONS: tuple[Callable[[Run], str], ...] = (headline, world_model, retrieval_picture, curves, configuration)
+OVERVIEW: tuple[Callable[[Sequence[Run]], str], ...] = (headline, world_model)
+"""What all runs share a table or a chart in: first, what they are judged by."""
+
+SECTIONS: tuple[Callable[[Run], str], ...] = (retrieval_picture,)
+"""What each run shows by itself."""
+
+BACKGROUND: tuple[Callable[[Sequence[Run]], str], ...] = (curves, configuration)
+"""How the runs came about, all in one."""
 
 
 def write_report(folder: Path) -> Path:
     """Make RUN/report.html anew. Raises ReportError as `read_run` does."""
-    run = read_run(folder)
+    return write_page([folder], folder / "report.html")
+
+
+def write_page(folders: Sequence[Path], path: Path) -> Path:
+    """Write one page of one run, or comparing several. Raises ReportError as `read_runs` does."""
+    runs = read_runs(folders)
     template = Template((resources.files("iwm.report") / "page.html").read_text())
-    body = "\n".join(section(run) for section in SECTIONS)
-    path = folder / "report.html"
-    write_atomically(path, template.substitute(title=escape(run.name), body=body).encode())
+    own = ["\n".join(section(run) for section in SECTIONS) for run in runs]
+    if len(runs) > 1:
+        own = [details(run.name, content, "run") for run, content in zip(runs, own, strict=True) if content.strip()]
+    body = [*(section(runs) for section in OVERVIEW), *own, *(section(runs) for section in BACKGROUND)]
+    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
+    write_atomically(path, template.substitute(title=escape(title), body="\n".join(body)).encode())
     return path

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,16 +19,14 @@ class Run:
     """What a run left in its folder."""
 
     folder: Path
+    name: str
+    """The folder's, with as much of its path before it as tells it from the others of a comparison."""
     config: str | None
     """config.yaml as it stands."""
     metrics: dict[str, list[Point]]
     """Every numeric field of metrics.jsonl as (step, value), steps rising, finite values only."""
     evaluations: dict[str, dict[str, Any]]
     """eval/*.json by file name without its ending."""
-
-    @property
-    def name(self) -> str:
-        return self.folder.resolve().name
 
     def of_protocol(self, protocol: str) -> dict[str, dict[str, Any]]:
         return {name: result for name, result in self.evaluations.items() if result["protocol"] == protocol}
@@ -36,7 +36,20 @@ class ReportError(ValueError):
     """A run's folder that no report can be made of; the message names the file and the remedy."""
 
 
-def read_run(folder: Path) -> Run:
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Read runs that are to be compared. Raises ReportError as `read_run` does and where a folder is given twice."""
+    paths = [folder.resolve() for folder in folders]
+    for path, folder in zip(paths, folders, strict=True):
+        if paths.count(path) > 1:
+            raise ReportError(f"{folder} is given twice: name each run once")
+    names = [path.name for path in paths]
+    if len(set(names)) < len(names):
+        above = os.path.commonpath([path.parent for path in paths])
+        names = [str(path.relative_to(above)) for path in paths]
+    return [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
+
+
+def read_run(folder: Path, name: str | None = None) -> Run:
     """Read a run's folder. Raises ReportError where there is none or a file is malformed."""
     if not folder.is_dir():
         raise ReportError(f"{folder} is not a folder: give a run's folder, as runs/demo")
@@ -50,6 +63,7 @@ def read_run(folder: Path) -> Run:
             raise ReportError(f"{path} is no evaluation result ({error}); delete it or evaluate again") from error
     return Run(
         folder=folder,
+        name=name or folder.resolve().name,
         config=config.read_text() if config.exists() else None,
         metrics=_read_metrics(folder / "metrics.jsonl"),
         evaluations=evaluations,
