@@ -17,7 +17,7 @@ import tyro
 from rich.console import Console
 
 from iwm.config import ConfigError
-from iwm.evaluation import explore, mrr, retrieval, similarity
+from iwm.evaluation import explore, marginal, mrr, retrieval, similarity
 from iwm.evaluation.settings import Settings
 from iwm.evaluation.subject import load_subject
 from iwm.report.page import write_report
@@ -26,7 +26,13 @@ from iwm.training.checkpoint import CheckpointError, versions
 from shards.atomic import write_atomically
 from shards.manifest import ShardError
 
-PROTOCOLS: dict[str, ModuleType] = {"mrr": mrr, "retrieval": retrieval, "explore": explore, "similarity": similarity}
+PROTOCOLS: dict[str, ModuleType] = {
+    "mrr": mrr,
+    "retrieval": retrieval,
+    "explore": explore,
+    "similarity": similarity,
+    "marginal": marginal,
+}
 """A protocol is a module with a `Settings` dataclass that extends evaluation.settings', a function
 `evaluate(subject, settings, output) -> dict` and `table(dict)` for the terminal. To add one: write it, name it here."""
 
