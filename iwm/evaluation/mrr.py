@@ -11,10 +11,10 @@ with another copy's action, each action used once and none in its place. It need
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import tyro
@@ -24,19 +24,15 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from dali_pipelines.augmentation import IDENTITY, SCENARIOS, Photometric, Views
-from dali_pipelines.replay import draw_photometric, photometric
-from iwm.actions import action_between
+from dali_pipelines.augmentation import SCENARIOS, Photometric, Views
+from dali_pipelines.replay import draw_photometric
 from iwm.config import ConfigError
+from iwm.evaluation.bank import CONTEXTS, DISTANCES, actions_to, embed_bank, predicted_distances
 from iwm.evaluation.settings import Settings as Common
 
 if TYPE_CHECKING:
     from iwm.evaluation.subject import Subject
     from iwm.models.world_model import WorldModel
-
-DISTANCES = ("pooled", "per_token")
-Context = Literal["teacher", "student"]
-CONTEXTS: tuple[Context, ...] = ("teacher", "student")
 
 JITTERED = tuple(name for name, views in SCENARIOS.items() if views.target.jitter_probability > 0)
 """The scenarios whose target jitter can fill a bank."""
@@ -81,64 +77,6 @@ def bank_jitter(views: Views, scenario: str | None = None) -> Photometric:
 
 
 @dataclass(frozen=True)
-class Bank:
-    """One image's jittered copies and how the model sees them. Row i of a distance matrix is the prediction with
-    copy i's action, column j the copy j."""
-
-    copies: UInt8[Tensor, "k h w 3"]
-    params: Float[Tensor, "k p"]
-    """What each copy's jitter was, in the order of PHOTOMETRIC_FIELDS."""
-    distances: Float[Tensor, "distance context k k"]
-    """float64; axes 0 and 1 follow DISTANCES and CONTEXTS."""
-    norms: Float[Tensor, "distance k"]
-    """Norms of the copies' target features: the scale of TIE."""
-
-
-@torch.no_grad()
-def embed_bank(
-    model: WorldModel,
-    image: UInt8[Tensor, "h w 3"],
-    params: Float[Tensor, "k p"],
-    chunk: int = 256,
-) -> Bank:
-    """Make the copies of a clean image that `params` describe, predict each, and measure all distances.
-
-    `chunk` bounds the memory: so many copies are embedded and predicted at once.
-    """
-    clean = image[None]
-    copies = photometric(clean.expand(len(params), -1, -1, -1), params, model.config.views.colour)
-    targets = torch.cat([model.targets(part).float() for part in copies.split(chunk)])
-    identity = torch.tensor(IDENTITY, device=params.device).expand_as(params)
-    actions = action_between(identity, params, model.action_spec)
-    banks = (targets.mean(1), targets.flatten(1))
-    by_context = []
-    for context in CONTEXTS:
-        features = model.encode(clean, context)
-        rows = [
-            torch.stack([_distances(p.mean(1), banks[0]), _distances(p.flatten(1), banks[1])])
-            for p in _predictions(model, features, actions, chunk)
-        ]
-        by_context.append(torch.cat(rows, dim=1))
-    norms = torch.stack([bank.norm(dim=1) for bank in banks])
-    return Bank(copies, params, torch.stack(by_context, dim=1), norms)
-
-
-def _predictions(
-    model: WorldModel, features: Float[Tensor, "1 n d"], actions: Float[Tensor, "k a"], chunk: int
-) -> Iterator[Float[Tensor, "c n d"]]:
-    for part in actions.split(chunk):
-        yield model.predict(features.expand(len(part), -1, -1), part).float()
-
-
-def _distances(predictions: Float[Tensor, "q f"], bank: Float[Tensor, "k f"]) -> Float[Tensor, "q k"]:
-    """L2 distances as one matrix product. In float64: ‖p‖² + ‖t‖² − 2p·t cancels, for the copies differ by little
-    against their norms, and a float64 product stays exact whatever TF32 setting the process has."""
-    p, t = predictions.double(), bank.double()
-    squares = p.square().sum(1, keepdim=True) + t.square().sum(1) - 2 * p @ t.T
-    return squares.clamp_min(0).sqrt()
-
-
-@dataclass(frozen=True)
 class Ranks:
     """The rank of every copy among its bank, 1 the nearest. Axes 0 and 1 follow DISTANCES and CONTEXTS."""
 
@@ -167,8 +105,10 @@ def measure(
         params = draw_photometric(jitter, settings.size, generator).to(images.device)
         other = derangement(settings.size, generator).to(images.device)
         bank = embed_bank(model, images[i], params, settings.chunk)
-        actions.append(rank(bank.distances, bank.norms))
-        shuffled.append(rank(bank.distances[..., other, :], bank.norms))
+        told = actions_to(params, model.action_spec)[None]
+        distances = predicted_distances(model, bank, images[i : i + 1], told, chunk=settings.chunk)[:, :, 0]
+        actions.append(rank(distances, bank.norms))
+        shuffled.append(rank(distances[..., other, :], bank.norms))
     return Ranks(torch.stack(actions, dim=2), torch.stack(shuffled, dim=2))
 
 
@@ -181,14 +121,15 @@ def derangement(size: int, generator: torch.Generator) -> Int[Tensor, " size"]:
 
 
 def rank(
-    distances: Float[Tensor, "distance context k k"], norms: Float[Tensor, "distance k"]
-) -> Float[Tensor, "distance context k"]:
+    distances: Float[Tensor, "distance context q k"], norms: Float[Tensor, "distance k"]
+) -> Float[Tensor, "distance context q"]:
     """Rank of entry i in row i, from 1; entries as near as the true one (see TIE) share their mean rank.
 
-    NaN where the distances are not finite, so that a broken model cannot look good.
+    Of the k entries the first q are asked for. NaN where the distances are not finite, so that a broken model cannot
+    look good.
     """
     true = distances.diagonal(dim1=-2, dim2=-1)[..., None]
-    tolerance = TIE * norms[:, None, :, None]
+    tolerance = TIE * norms[:, None, : distances.shape[-2], None]
     nearer = (distances < true - tolerance).sum(-1)
     tied = ((distances - true).abs() <= tolerance).sum(-1)
     ranks = nearer + (tied + 1) / 2

@@ -1,33 +1,35 @@
-"""The retrieval picture (paper, section 4.3 and figure 1): what the predictor's output looks like.
+"""The retrieval pictures (paper, section 4.3, figures 1 and S5 to S8): what the predictor's output looks like.
 
 A held-out photograph goes through the target encoder, the predictor applies an action, and of a bank of jittered
-copies the one nearest to the prediction is shown beside the copy that the action truly makes.
+copies the one nearest to the prediction is shown beside the copy that the action truly makes. Photographs and actions
+are chosen at random; a second picture has the best and the worst of all the bank's predictions, and says so.
 """
 
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, Int, UInt8
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor
 
-from dali_pipelines.augmentation import IDENTITY, Photometric
-from dali_pipelines.replay import draw_photometric
-from iwm.actions import action_between, describe
+from dali_pipelines.augmentation import Photometric
+from dali_pipelines.replay import draw_photometric, photometric
+from iwm.actions import describe
 from iwm.config import ConfigError
-from iwm.evaluation.mrr import CONTEXTS, DISTANCES, BankSettings, bank_jitter, embed_bank, rank
+from iwm.evaluation.bank import UNTOLD, actions_to, embed_bank, predicted_distances
+from iwm.evaluation.mrr import BankSettings, bank_jitter, rank
 from iwm.evaluation.settings import Settings as Common
 from iwm.evaluation.subject import Subject
-
-DISTANCE, CONTEXT = DISTANCES.index("pooled"), CONTEXTS.index("teacher")
+from iwm.models.world_model import WorldModel
 
 POOL = 256
 """Photographs are chosen among so many held-out images (or all, where there are fewer)."""
@@ -35,11 +37,13 @@ POOL = 256
 
 @dataclass(frozen=True)
 class Settings(Common):
-    """Picture: what the predictor's output retrieves. Writes RUN/eval/retrieval.png beside the JSON."""
+    """Pictures: what the predictor's output retrieves. Writes RUN/eval/retrieval.png and retrieval-extremes.png."""
 
     bank: BankSettings = field(default_factory=lambda: BankSettings(images=6))
     actions: int = 3
     """Actions shown per photograph, drawn from its bank."""
+    extremes: int = 6
+    """The best and the worst predictions shown, so many of each, of all actions of the chosen photographs."""
 
 
 @dataclass(frozen=True)
@@ -62,49 +66,105 @@ class Row:
     retrievals: list[Retrieval]
 
 
+@dataclass(frozen=True)
+class Retrieved:
+    """What is shown; `best` and `worst` are in this order of merit, one retrieval a row."""
+
+    chosen: list[Row]
+    best: list[Row]
+    worst: list[Row]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """One photograph, all actions of its bank, and what the model made of them. Copies are made again when shown."""
+
+    key: str
+    image: UInt8[Tensor, "h w 3"]
+    params: Float[Tensor, "k p"]
+    ranks: Float[Tensor, " k"]
+    nearest: Int[Tensor, " k"]
+    missed_by: Float[Tensor, " k"]
+    """Distance from the prediction to the true copy: what decides between equal ranks."""
+
+    def row(self, model: WorldModel, which: Sequence[int]) -> Row:
+        colour, index = model.config.views.colour, torch.tensor(which, device=self.image.device)
+        actions = actions_to(self.params[index], model.action_spec)
+        sources = self.image.expand(len(which), -1, -1, -1)
+        truth, retrieved = (photometric(sources, self.params[i], colour).cpu() for i in (index, self.nearest[index]))
+        retrievals = [
+            Retrieval(describe(actions[i], model.action_spec), self.ranks[k].item(), retrieved[i], truth[i])
+            for i, k in enumerate(which)
+        ]
+        return Row(self.key, self.image.cpu(), retrievals)
+
+
 @torch.no_grad()
-def retrieve(subject: Subject, settings: Settings) -> list[Row]:
+def retrieve(subject: Subject, settings: Settings) -> Retrieved:
     """Choose photographs and actions at random by the seed, and look up every prediction in its bank."""
     generator = torch.Generator().manual_seed(settings.seed)
     images, keys = subject.images(POOL, at_least=settings.bank.images)
     chosen = torch.randperm(len(images), generator=generator)[: settings.bank.images].tolist()
     jitter = bank_jitter(subject.config.views, settings.bank.scenario)
-    return [_row(subject, images[i], keys[i], jitter, settings, generator) for i in chosen]
+    asked = [_ask(subject.model, images[i], keys[i], jitter, settings.bank, generator) for i in chosen]
+    order = sorted(
+        (rank, missed_by, photograph, action)
+        for photograph, each in enumerate(asked)
+        for action, (rank, missed_by) in enumerate(zip(each.ranks.tolist(), each.missed_by.tolist(), strict=True))
+    )
+    first, last = order[: settings.extremes], order[::-1][: settings.extremes]
+    return Retrieved(
+        [each.row(subject.model, range(settings.actions)) for each in asked],
+        *(
+            [asked[photograph].row(subject.model, [action]) for *_, photograph, action in part]
+            for part in (first, last)
+        ),
+    )
 
 
-def _row(
-    subject: Subject,
+def _ask(
+    model: WorldModel,
     image: UInt8[Tensor, "h w 3"],
     key: str,
     jitter: Photometric,
-    settings: Settings,
+    settings: BankSettings,
     generator: torch.Generator,
-) -> Row:
-    params = draw_photometric(jitter, settings.bank.size, generator).to(image.device)
-    bank = embed_bank(subject.model, image, params, settings.bank.chunk)
-    identity = torch.tensor(IDENTITY, device=params.device).expand_as(params)
-    actions = action_between(identity, params, subject.model.action_spec)
-    ranks = rank(bank.distances, bank.norms)[DISTANCE, CONTEXT]
-    nearest = bank.distances[DISTANCE, CONTEXT].argmin(dim=1)
-    retrievals = [
-        Retrieval(
-            describe(actions[i], subject.model.action_spec),
-            ranks[i].item(),
-            bank.copies[nearest[i]].cpu(),
-            bank.copies[i].cpu(),
-        )
-        for i in range(settings.actions)
-    ]
-    return Row(key, image.cpu(), retrievals)
+) -> _Asked:
+    params = draw_photometric(jitter, settings.size, generator).to(image.device)
+    bank = embed_bank(model, image, params, settings.chunk)
+    actions = actions_to(params, model.action_spec)[None]
+    distances = predicted_distances(
+        model, bank, image[None], actions, distances=("pooled",), contexts=("teacher",), chunk=settings.chunk
+    )[:, :, 0]
+    ranks = rank(distances, bank.norms[:1])[0, 0]
+    return _Asked(key, image, params, ranks, distances[0, 0].argmin(dim=1), distances[0, 0].diagonal())
 
 
 def draw(rows: list[Row], bank: int, path: Path) -> None:
     """Write the picture as PNG: a row per photograph, for each action the retrieved copy beside the true one."""
-    actions = len(rows[0].retrievals)
-    figure = Figure(
-        figsize=(1.3 * (1 + 2.25 * actions), 1.95 * len(rows) + 0.2), layout="constrained", facecolor="white"
-    )
-    widths = [1.0, *([0.15, 1.0, 1.0] * actions)]
+    figure = Figure(figsize=_size(rows), layout="constrained", facecolor="white")
+    _draw(figure, rows, bank)
+    figure.savefig(path, dpi=160)
+
+
+def draw_extremes(retrieved: Retrieved, bank: int, path: Path) -> None:
+    """Write the picture as PNG: the best predictions in the left half, the worst in the right, titled as such."""
+    width, height = _size(retrieved.best)
+    figure = Figure(figsize=(2 * width + 0.8, height + 0.4), layout="constrained", facecolor="white")
+    of = f"of {len(retrieved.chosen)} × {bank} predictions"
+    halves = figure.subfigures(1, 2, squeeze=False, wspace=0.12)
+    for half, name, rows in zip(halves[0], ("best", "worst"), (retrieved.best, retrieved.worst), strict=True):
+        half.suptitle(f"The {len(rows)} {name} {of}", fontsize=10)
+        _draw(half, rows, bank)
+    figure.savefig(path, dpi=160)
+
+
+def _size(rows: list[Row]) -> tuple[float, float]:
+    return 1.3 * (1 + 2.25 * len(rows[0].retrievals)), 1.95 * len(rows) + 0.2
+
+
+def _draw(figure: FigureBase, rows: list[Row], bank: int) -> None:
+    widths = [1.0, *([0.15, 1.0, 1.0] * len(rows[0].retrievals))]
     axes = figure.subplots(len(rows), len(widths), squeeze=False, width_ratios=widths)
     for ax in axes.flat:
         ax.set_axis_off()
@@ -115,7 +175,6 @@ def draw(rows: list[Row], bank: int, path: Path) -> None:
             _show(line[3 * a + 3], retrieval.truth, "truth")
             words = textwrap.fill(retrieval.action, 40) + f"\nrank {retrieval.rank:g} of {bank}"
             line[3 * a + 2].set_title(words, fontsize=7, loc="left", linespacing=1.3)
-    figure.savefig(path, dpi=160)
 
 
 def _show(ax: Axes, image: UInt8[Tensor, "h w 3"], caption: str) -> None:
@@ -124,24 +183,53 @@ def _show(ax: Axes, image: UInt8[Tensor, "h w 3"], caption: str) -> None:
 
 
 def evaluate(subject: Subject, settings: Settings, output: Path) -> dict[str, Any]:
-    """Draw the picture beside `output`; returns what it shows: per photograph its key, actions and ranks."""
+    """Draw the pictures beside `output`; returns what they show: photographs' keys, actions and ranks."""
     if settings.actions < 1 or settings.actions > settings.bank.size:
         raise ConfigError(f"--actions {settings.actions}: from 1 to --bank.size {settings.bank.size}")
-    rows = retrieve(subject, settings)
-    picture = output.with_suffix(".png")
-    draw(rows, settings.bank.size, picture)
-    shown = [
-        {"key": row.key, "actions": [{"action": r.action, "rank": r.rank} for r in row.retrievals]} for row in rows
-    ]
-    return {"bank": settings.bank.size, "picture": picture.name, "photographs": shown}
+    predictions = settings.bank.images * settings.bank.size
+    if settings.extremes < 1 or settings.extremes > predictions:
+        raise ConfigError(f"--extremes {settings.extremes}: from 1 to all {predictions} predictions")
+    retrieved = retrieve(subject, settings)
+    picture, extremes = output.with_suffix(".png"), output.with_name(f"{output.stem}-extremes.png")
+    draw(retrieved.chosen, settings.bank.size, picture)
+    draw_extremes(retrieved, settings.bank.size, extremes)
+    return {
+        "bank": settings.bank.size,
+        "conditioning": subject.config.action.conditioning,
+        "picture": picture.name,
+        "photographs": [_record(row) for row in retrieved.chosen],
+        "extremes": {
+            "picture": extremes.name,
+            "predictions": predictions,
+            "best": [_record(row) for row in retrieved.best],
+            "worst": [_record(row) for row in retrieved.worst],
+        },
+    }
+
+
+def _record(row: Row) -> dict[str, Any]:
+    return {"key": row.key, "actions": [{"action": r.action, "rank": r.rank} for r in row.retrievals]}
 
 
 def table(result: dict[str, Any]) -> Table:
-    """The result for the terminal."""
-    made = Table(title=f"Retrieved among {result['bank']} copies: see {result['picture']}", box=SIMPLE_HEAD)
-    for column in ("photograph", "action", "rank of the truth"):
+    """The result for the terminal: first what was chosen at random, then the extremes."""
+    extremes = result["extremes"]
+    made = Table(
+        title=f"Retrieved among {result['bank']} copies: see {result['picture']} and {extremes['picture']}",
+        caption=UNTOLD if result["conditioning"] == "none" else None,
+        box=SIMPLE_HEAD,
+    )
+    for column in ("shown as", "photograph", "action", "rank of the truth"):
         made.add_column(column, justify="right" if column.startswith("rank") else "left")
-    for row in result["photographs"]:
-        for i, shown in enumerate(row["actions"]):
-            made.add_row("" if i else row["key"], shown["action"], f"{shown['rank']:g}")
+    named = {
+        f"random, seed {result['seed']}": result["photographs"],
+        f"best of {extremes['predictions']}": extremes["best"],
+        f"worst of {extremes['predictions']}": extremes["worst"],
+    }
+    for name, rows in named.items():
+        made.add_section()
+        for i, row in enumerate(rows):
+            for j, shown in enumerate(row["actions"]):
+                words = "" if i or j else name
+                made.add_row(words, "" if j else row["key"], shown["action"], f"{shown['rank']:g}")
     return made

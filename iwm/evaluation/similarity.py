@@ -32,7 +32,8 @@ from torch import Tensor
 from dali_pipelines.augmentation import SCENARIOS, Photometric, Views
 from dali_pipelines.replay import draw_photometric, photometric
 from iwm.config import ConfigError
-from iwm.evaluation.mrr import JITTERED, Context
+from iwm.evaluation.bank import Context
+from iwm.evaluation.mrr import JITTERED
 from iwm.evaluation.settings import Settings as Common
 from iwm.evaluation.subject import Subject
 from iwm.models.world_model import WorldModel

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
-from iwm.evaluation.mrr import CONTEXTS, DISTANCES
+from iwm.evaluation.bank import CONTEXTS, DISTANCES
 from iwm.report.chart import number
 from iwm.report.markup import details, section, table
 from iwm.report.run_folder import Run

@@ -13,13 +13,13 @@ from dali_pipelines.augmentation import IDENTITY, SCENARIOS, Views
 from dali_pipelines.replay import draw_photometric, photometric
 from iwm.actions import action_spec
 from iwm.config import Action, Config
+from iwm.evaluation.bank import actions_to, embed_bank, predicted_distances
 from iwm.evaluation.mrr import (
     BankSettings,
     Ranks,
     bank_jitter,
     chance,
     derangement,
-    embed_bank,
     measure,
     rank,
     summarise,
@@ -161,21 +161,24 @@ def test_distances_are_the_plain_euclidean_ones_and_chunks_change_nothing(images
     config = Config(views=VIEWS)
     model = _small(config)
     params = draw_photometric(bank_jitter(VIEWS), 24, torch.Generator().manual_seed(0))
-    whole, parts = (embed_bank(model, images[0], params, chunk=chunk) for chunk in (24, 7))
-    assert torch.allclose(whole.distances, parts.distances, atol=1e-4)
+    bank, in_parts = (embed_bank(model, images[0], params, chunk=chunk) for chunk in (24, 7))
+    assert torch.allclose(bank.targets, in_parts.targets, atol=1e-5)
+    actions = actions_to(params, model.action_spec)[None]
+    distances, in_chunks = (predicted_distances(model, bank, images[:1], actions, chunk=chunk) for chunk in (24, 7))
+    assert torch.allclose(distances, in_chunks, atol=1e-4)
 
     action = torch.cat([params[:, :4] - torch.tensor(IDENTITY[:4]), params[:, 4:]], 1)
     action[:, :4] /= torch.tensor(model.action_spec.scale)
     with torch.no_grad():
-        targets = model.targets(whole.copies)
+        targets = model.targets(bank.copies)
         for c, context in enumerate(("teacher", "student")):
             features = model.encode(images[:1], context)
             for i in (0, 11, 23):
                 prediction = model.predict(features, action[i : i + 1])
                 per_token = (prediction - targets).flatten(1).norm(dim=1)
                 pooled = (prediction.mean(1) - targets.mean(1)).norm(dim=1)
-                assert torch.allclose(whole.distances[1, c, i].float(), per_token, atol=1e-4)
-                assert torch.allclose(whole.distances[0, c, i].float(), pooled, atol=1e-4)
+                assert torch.allclose(distances[1, c, 0, i].float(), per_token, atol=1e-4)
+                assert torch.allclose(distances[0, c, 0, i].float(), pooled, atol=1e-4)
 
 
 def _small(config: Config) -> WorldModel:
