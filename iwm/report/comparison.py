@@ -52,12 +52,22 @@ def differing(runs: Sequence[Run]) -> dict[str, list[Any]]:
 
 
 def arms(runs: Sequence[Run]) -> list[Arm]:
-    """The runs by arm, in their order. A run without a configuration is an arm of its own."""
-    fields = {field: values for field, values in differing(runs).items() if field != SEED}
+    """The runs by arm, in their order.
+
+    A run is an arm of its own without a configuration, and where another has the same one, seed and all: then they
+    differ in something that is not known here.
+    """
+    fields = differing(runs)
+    seeds = fields.pop(SEED, [None] * len(runs))
+    keys = [
+        repr([values[i] for values in fields.values()]) if run.config is not None else run.name
+        for i, run in enumerate(runs)
+    ]
+    seen = list(zip(keys, seeds, strict=True))
+    doubtful = {key for key, seed in seen if seen.count((key, seed)) > 1}
     groups: dict[str, list[Run]] = {}
-    for i, run in enumerate(runs):
-        key = repr([values[i] for values in fields.values()]) if run.config is not None else run.name
-        groups.setdefault(key, []).append(run)
+    for key, run in zip(keys, runs, strict=True):
+        groups.setdefault(run.name if key in doubtful else key, []).append(run)
     return [Arm(_name(group), group) for group in groups.values()]
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from string import Template
 
 from iwm.report.configuration import configuration
+from iwm.report.explorer import explorer
 from iwm.report.markup import details
 from iwm.report.pictures import retrieval_picture
 from iwm.report.run_folder import Run, read_runs
@@ -21,7 +22,7 @@ from iwm.report.scores import headline, world_model
 from iwm.report.training import curves
 from shards.atomic import write_atomically
 
-OVERVIEW: tuple[Callable[[Sequence[Run]], str], ...] = (headline, world_model)
+OVERVIEW: tuple[Callable[[Sequence[Run]], str], ...] = (headline, world_model, explorer)
 """What all runs share a table or a chart in: first, what they are judged by."""
 
 SECTIONS: tuple[Callable[[Run], str], ...] = (retrieval_picture,)

@@ -1,0 +1,230 @@
+// The explorer of iwm/report/explorer.py. All arithmetic is MRR's (iwm/evaluation/mrr.py): L2 distances between pooled
+// features, ties by a share of the true view's norm.
+"use strict";
+
+for (const root of document.querySelectorAll(".explorer")) start(root);
+
+function start(root) {
+  const data = JSON.parse(root.querySelector("script").textContent);
+  const axes = Object.entries(data.axes).map(([name, values]) => ({ name, count: values.length }));
+  const photographs = data.photographs.map(decode);
+  const find = (selector) => root.querySelector(selector);
+  const canvases = Object.fromEntries(
+    ["source", "true", "retrieved"].map((role) => [role, find(`figure.${role} canvas`)]));
+  const sliders = new Map([...root.querySelectorAll("input[type=range]")].map((input) => [input.name, input]));
+  let ranks = [];
+
+  function decode(photograph) {
+    const bytes = (text) => Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0)).buffer;
+    const picture = new Image();
+    picture.src = photograph.picture;
+    return {
+      picture,
+      scale: photograph.scale,
+      points: new Int16Array(bytes(photograph.points)),
+      norms: new Float32Array(bytes(photograph.norms)),
+    };
+  }
+
+  // Where the controls stand: the photograph, the source, the place on each axis, and the view that is true there.
+  function read() {
+    const chosen = (what) => Number(find(`.${what} input:checked`).value);
+    const at = axes.map((axis) => Number(sliders.get(axis.name)?.value ?? 0));
+    return { photograph: photographs[chosen("photographs")], source: chosen("sources"), at, view: viewAt(at) };
+  }
+
+  function viewAt(at) {
+    return at.reduce((view, place, a) => view * axes[a].count + place, 0);
+  }
+
+  function placesOf(view) {
+    const at = [];
+    for (let a = axes.length - 1, rest = view; a >= 0; rest = Math.floor(rest / axes[a--].count)) {
+      at.unshift(rest % axes[a].count);
+    }
+    return at;
+  }
+
+  // From the prediction with the action to `view`, to every view.
+  function distancesFrom({ photograph: { points, scale }, source }, view) {
+    const size = points.length / ((1 + data.sources.length) * data.bank);
+    const prediction = ((1 + source) * data.bank + view) * size;
+    const distances = new Float64Array(data.bank);
+    for (let v = 0; v < data.bank; v++) {
+      let sum = 0;
+      for (let c = 0; c < size; c++) {
+        const difference = points[prediction + c] - points[v * size + c];
+        sum += difference * difference;
+      }
+      distances[v] = scale * Math.sqrt(sum);
+    }
+    return distances;
+  }
+
+  function rankOf(view, distances, { photograph: { norms } }) {
+    const tolerance = data.tie * norms[view];
+    let nearer = 0, tied = 0;
+    for (const distance of distances) {
+      if (distance < distances[view] - tolerance) nearer++;
+      else if (distance <= distances[view] + tolerance) tied++;
+    }
+    return nearer + (tied + 1) / 2;
+  }
+
+  function words(at, source) {
+    const said = axes.map((axis, a) => data.words[axis.name][at[a]]);
+    if (source !== undefined) said.push(data.sources[source].words);
+    return said.filter(Boolean).map((each) => each.replaceAll(" ", "\u00a0")).join(", ") || "nothing";
+  }
+
+  function show(canvas, photograph, cell, label) {
+    canvas.width = canvas.height = data.side;
+    canvas.dataset.cell = cell;
+    if (label) canvas.setAttribute("aria-label", label);
+    const x = (cell % data.columns) * data.side, y = Math.floor(cell / data.columns) * data.side;
+    canvas.getContext("2d").drawImage(photograph.picture, x, y, data.side, data.side, 0, 0, data.side, data.side);
+  }
+
+  // A new photograph or source: every action's rank, for the map and for the buttons.
+  function choose() {
+    const now = read();
+    ranks = Array.from({ length: data.bank }, (_, view) => rankOf(view, distancesFrom(now, view), now));
+    const score = ranks.reduce((sum, rank) => sum + 1 / rank, 0) / data.bank;
+    find(".score").textContent = `MRR ${score.toFixed(3)}`;
+    move();
+  }
+
+  // A slider moved: what the prediction retrieves now.
+  function move() {
+    const now = read();
+    const distances = distancesFrom(now, now.view);
+    const retrieved = distances.reduce((best, distance, view) => (distance < distances[best] ? view : best), 0);
+    const rank = rankOf(now.view, distances, now);
+    const state = data.sources[now.source].name;
+    show(canvases.source, now.photograph, data.bank + now.source, `the photograph, ${state}`);
+    show(canvases.true, now.photograph, now.view, `true view: ${words(now.at)}`);
+    show(canvases.retrieved, now.photograph, retrieved, `retrieved view: ${words(placesOf(retrieved))}`);
+    find(".views").classList.toggle("right", retrieved === now.view);
+    find(".answer").innerHTML =
+      `Told <b>${words(now.at, now.source)}</b>, the predictor ranks the true view <b class="rank">${rank}</b> of ` +
+      `${data.bank}` + (retrieved === now.view ? "." : `; it retrieves <b>${words(placesOf(retrieved))}</b>.`);
+    drawSliders(now, distances);
+    drawProfile(distances, rank);
+    drawMap(now, retrieved);
+  }
+
+  function go(view) {
+    placesOf(view).forEach((place, a) => {
+      if (sliders.has(axes[a].name)) sliders.get(axes[a].name).value = place;
+    });
+    move();
+  }
+
+  const buttons = {
+    nothing: () => viewAt(axes.map(({ name, count }) => {
+      const unchanged = data.words[name].indexOf("");
+      return unchanged >= 0 ? unchanged : Math.floor(count / 2);
+    })),
+    random: () => Math.floor(Math.random() * data.bank),
+    best: () => ranks.indexOf(Math.min(...ranks)),
+    worst: () => ranks.indexOf(Math.max(...ranks)),
+  };
+
+  // Beside each slider, the distances along it while the others stay; all on one scale.
+  function drawSliders(now, distances) {
+    const lines = axes.map((axis, a) => Array.from({ length: axis.count }, (_, place) =>
+      distances[viewAt(now.at.map((old, b) => (b === a ? place : old)))]));
+    const low = Math.min(...lines.flat()), high = Math.max(...lines.flat());
+    axes.forEach(({ name, count }, a) => {
+      const input = sliders.get(name);
+      if (!input) return;
+      const said = data.words[name][now.at[a]] || "unchanged";
+      input.setAttribute("aria-valuetext", said);
+      input.parentNode.querySelector("output").textContent = said.replace(`${name} `, "");
+      const place = (i) => [(100 * i) / (count - 1), 24 - 20 * share(lines[a][i], low, high)];
+      const dot = (i, kind) => `<path class="${kind}" d="M${place(i)}h0"/>`;
+      const nearest = lines[a].indexOf(Math.min(...lines[a]));
+      input.parentNode.querySelector("svg").innerHTML =
+        `<polyline class="line s1" points="${lines[a].map((_, i) => place(i).join()).join(" ")}"/>` +
+        dot(now.at[a], "at true") + dot(nearest, "at nearest");
+    });
+  }
+
+  // Distances in rising order over their place, which is drawn by its logarithm: the first places are what counts.
+  function drawProfile(distances, rank) {
+    const sorted = [...distances].sort((a, b) => a - b);
+    const low = sorted[0], high = sorted[sorted.length - 1];
+    const x = (place) => 14 + (332 * Math.log(place)) / Math.log(data.bank);
+    const y = (distance) => 168 - 140 * share(distance, low, high);
+    const ticks = [1, 10, 100, 1000].filter((place) => 2 * place < data.bank).concat(data.bank);
+    const at = x(rank), height = y(sorted[Math.round(rank) - 1]);
+    const end = at > 180 ? "end" : "start";
+    const profile = find(".profile");
+    profile.setAttribute("aria-label",
+      `distances from ${low.toFixed(3)} to ${high.toFixed(3)}; the true view's is number ${rank}`);
+    profile.innerHTML =
+      ticks.map((place) => `<line class="grid" x1="${x(place)}" x2="${x(place)}" y1="20" y2="172"/>` +
+        `<text x="${x(place)}" y="190" text-anchor="middle">${place}</text>`).join("") +
+      `<text x="0" y="12">${high.toFixed(2)} the farthest</text>` +
+      `<polyline class="line s1" points="${sorted.map((d, i) => `${x(i + 1).toFixed(1)},${y(d).toFixed(1)}`).join(" ")}"/>` +
+      `<circle class="nearest" cx="${x(1)}" cy="${y(low)}" r="5"/>` +
+      `<line class="true" x1="${at}" x2="${at}" y1="20" y2="172"/><circle class="ring" cx="${at}" cy="${height}" r="6"/>` +
+      `<text x="${at + (end === "start" ? 8 : -8)}" y="28" text-anchor="${end}">true view: ${rank}</text>`;
+  }
+
+  // A cell per action: brightness and contrast downwards, saturation and hue across.
+  function drawMap(now, retrieved) {
+    const across = axes[2].count * axes[3].count, down = data.bank / across;
+    const map = find(".map");
+    const cell = Math.max(4, Math.round(700 / across));
+    map.width = across * cell;
+    map.height = down * cell;
+    map.setAttribute("aria-label", `ranks of all ${data.bank} actions; ${words(now.at)} has ${ranks[now.view]}`);
+    const context = map.getContext("2d");
+    const box = (view, inset) => [
+      (view % across) * cell + inset, Math.floor(view / across) * cell + inset, cell - 2 * inset, cell - 2 * inset];
+    ranks.forEach((rank, view) => {
+      context.fillStyle = colour(Math.log(rank) / Math.log(data.bank));
+      context.fillRect(...box(view, 1));
+    });
+    for (const [view, role] of [[retrieved, "--retrieved"], [now.view, "--true"]]) {
+      for (const [width, edge] of [[7, "--card"], [4, role]]) {
+        context.lineWidth = width;
+        context.strokeStyle = getComputedStyle(root).getPropertyValue(edge);
+        context.strokeRect(...box(view, 0));
+      }
+    }
+  }
+
+  find(".scale").innerHTML = "<span>rank 1</span>" + Array.from({ length: 12 }, (_, i) =>
+    `<i style="background:${colour(i / 11)}"></i>`).join("") + `<span>${data.bank}</span>`;
+  find(".map").addEventListener("click", ({ offsetX, offsetY, target }) => {
+    const across = axes[2].count * axes[3].count, down = data.bank / across;
+    const column = Math.floor((offsetX / target.clientWidth) * across);
+    const row = Math.floor((offsetY / target.clientHeight) * down);
+    go(Math.min(Math.max(row, 0), down - 1) * across + Math.min(Math.max(column, 0), across - 1));
+  });
+  root.addEventListener("input", ({ target }) => (target.type === "radio" ? choose() : move()));
+  for (const button of root.querySelectorAll("button")) {
+    button.addEventListener("click", () => go(buttons[button.value]()));
+  }
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", move);
+  Promise.all(photographs.map(({ picture }) => picture.decode())).then(() => {
+    root.querySelectorAll(".photographs canvas").forEach((canvas, i) => show(canvas, photographs[i], data.bank));
+    axes.forEach(({ name, count }, a) => {
+      if (sliders.has(name)) sliders.get(name).value = a % 2 ? 1 : count - 1;
+    });
+    choose();
+  });
+}
+
+function share(value, low, high) {
+  return high > low ? (value - low) / (high - low) : 0.5;
+}
+
+// Viridis, backwards: yellow is near, dark blue far, and either is told apart without colour.
+function colour(share) {
+  const stops = [[253, 231, 37], [94, 201, 98], [33, 145, 140], [59, 82, 139], [68, 1, 84]];
+  const at = Math.min(share, 0.9999) * (stops.length - 1), i = Math.floor(at);
+  return `rgb(${stops[i].map((from, c) => Math.round(from + (at - i) * (stops[i + 1][c] - from))).join(",")})`;
+}
