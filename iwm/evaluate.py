@@ -23,6 +23,7 @@ from iwm.evaluation.subject import load_subject
 from iwm.report.page import write_report
 from iwm.report.run_folder import ReportError
 from iwm.training.checkpoint import CheckpointError, versions
+from iwm.training.memory import keep_freed_memory
 from shards.atomic import write_atomically
 from shards.manifest import ShardError
 
@@ -42,8 +43,10 @@ def evaluate(name: str, settings: Settings) -> dict[str, Any]:
     protocol, checkpoint, step, data, settings, seed, device, precision, versions and seconds."""
     start = time.perf_counter()
     subject = load_subject(settings)
-    if subject.device.type == "cpu" and subject.config.train.threads:
-        torch.set_num_threads(subject.config.train.threads)  # a small model is slower with more
+    if subject.device.type == "cpu":
+        keep_freed_memory()
+        if subject.config.train.threads:
+            torch.set_num_threads(subject.config.train.threads)  # a small model is slower with more
     output = settings.output or subject.run / "eval" / f"{name}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     precision = subject.config.train.precision if settings.precision == "auto" else settings.precision

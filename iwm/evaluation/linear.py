@@ -26,9 +26,9 @@ class LinearSettings:
     """Label column of the shards."""
     train: str | None = None
     """Split that it is trained on; default: the run's own (data.train)."""
-    train_images: int | None = 512
+    train_images: int | None = 384
     """The first so many of it; None: all."""
-    val_images: int | None = 256
+    val_images: int | None = 128
     """Held-out images that it is judged on; None: all."""
     l2: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1.0)
     """Penalties tried on a fifth of the training images that is left out (logistic.py says of what)."""

@@ -195,21 +195,26 @@ def _over_images(values: Float[Tensor, " b"]) -> dict[str, float]:
 
 def head(result: dict[str, Any]) -> list[str]:
     """Columns of `lines`: N across, as in table S6."""
-    return ["predictions averaged (N)", *map(str, result["predictions"]), "null action"]
+    return ["predictions (N)", *map(str, result["predictions"]), NULL]
 
 
 def lines(result: dict[str, Any]) -> list[list[str]]:
     """The result as a table of words, under `head`; the paper's row is named as such."""
-    columns = [*map(str, result["predictions"]), NULL]
+    columns = head(result)[1:]
+
+    def line(words: str, scores: dict[str, dict[str, float]], times: float, digits: int, key: str) -> list[str]:
+        return [words, *(f"{times * scores[column][key]:.{digits}f}" for column in columns)]
+
     clean, strength, linear = result["clean"], result["strength"], result["linear"]
     made = []
     if linear is not None:
-        made.append(["linear accuracy, %", *(_score(linear["accuracy"][c], 100, 1) for c in columns)])
-        paper = [f"{result['paper'][c]:.1f}" if c in result["paper"] else "" for c in columns]
-        made.append(["the paper's, ImageNet, %", *paper])
-    made.append(["clean image's 1/rank", *(_score(clean["reciprocal_rank"][c], 1, 2) for c in columns)])
-    made.append(["clean image nearest, %", *(f"{100 * clean['nearest'][c]['mean']:.0f}" for c in columns)])
-    made.append(["strength of the nearest", *(_score(strength["of_nearest"][c], 1, 2) for c in columns)])
+        made.append(line("linear accuracy, %", linear["accuracy"], 100, 1, "mean"))
+        made.append(line("± standard error", linear["accuracy"], 100, 1, "standard_error"))
+        made.append(["paper's, ImageNet", *(f"{result['paper'].get(column, '')}" for column in columns)])
+    made.append(line("clean, 1/rank", clean["reciprocal_rank"], 1, 2, "mean"))
+    made.append(line("± standard error", clean["reciprocal_rank"], 1, 2, "standard_error"))
+    made.append(line("clean nearest, %", clean["nearest"], 100, 0, "mean"))
+    made.append(line("strength of nearest", strength["of_nearest"], 1, 2, "mean"))
     return made
 
 
@@ -238,9 +243,11 @@ def caption(result: dict[str, Any]) -> str:
 
 def table(result: dict[str, Any]) -> Table:
     """The result for the terminal, in the shape of table S6."""
-    made = Table(title="Means of N predictions ± standard error", caption=caption(result), box=SIMPLE_HEAD)
+    made = Table(
+        title="Means of N predictions ± standard error", caption=caption(result), box=SIMPLE_HEAD, pad_edge=False
+    )
     for i, column in enumerate(head(result)):
-        made.add_column(column, justify="right" if i else "left")
+        made.add_column(column, justify="right" if i else "left", no_wrap=True)
     for line in lines(result):
         made.add_row(*line)
     return made
