@@ -2,7 +2,7 @@
 
 A held-out photograph goes through the target encoder, the predictor applies an action, and of a bank of jittered
 copies the one nearest to the prediction is shown beside the copy that the action truly makes. Photographs and actions
-are chosen at random; a second picture has the best and the worst of all the bank's predictions, and says so.
+are chosen at random; a second picture has each one's best and worst prediction of all its bank's, and says so.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int, UInt8
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure, FigureBase
+from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor
@@ -31,6 +31,8 @@ from iwm.evaluation.settings import Settings as Common
 from iwm.evaluation.subject import Subject
 from iwm.models.world_model import WorldModel
 
+EXTREMES = ("best", "worst")
+
 POOL = 256
 """Photographs are chosen among so many held-out images (or all, where there are fewer)."""
 
@@ -42,8 +44,6 @@ class Settings(Common):
     bank: BankSettings = field(default_factory=lambda: BankSettings(images=6))
     actions: int = 3
     """Actions shown per photograph, drawn from its bank."""
-    extremes: int = 6
-    """The best and the worst predictions shown, so many of each, of all actions of the chosen photographs."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ class Retrieval:
     """Of the true copy, 1 the nearest."""
     retrieved: UInt8[Tensor, "h w 3"]
     truth: UInt8[Tensor, "h w 3"]
+    label: str = ""
+    """Why it is shown, where that is not chance: best or worst."""
 
 
 @dataclass(frozen=True)
@@ -64,15 +66,6 @@ class Row:
     key: str
     source: UInt8[Tensor, "h w 3"]
     retrievals: list[Retrieval]
-
-
-@dataclass(frozen=True)
-class Retrieved:
-    """What is shown; `best` and `worst` are in this order of merit, one retrieval a row."""
-
-    chosen: list[Row]
-    best: list[Row]
-    worst: list[Row]
 
 
 @dataclass(frozen=True)
@@ -87,39 +80,37 @@ class _Asked:
     missed_by: Float[Tensor, " k"]
     """Distance from the prediction to the true copy: what decides between equal ranks."""
 
-    def row(self, model: WorldModel, which: Sequence[int]) -> Row:
+    def row(self, model: WorldModel, which: Sequence[int], labels: Sequence[str]) -> Row:
         colour, index = model.config.views.colour, torch.tensor(which, device=self.image.device)
         actions = actions_to(self.params[index], model.action_spec)
         sources = self.image.expand(len(which), -1, -1, -1)
         truth, retrieved = (photometric(sources, self.params[i], colour).cpu() for i in (index, self.nearest[index]))
         retrievals = [
-            Retrieval(describe(actions[i], model.action_spec), self.ranks[k].item(), retrieved[i], truth[i])
-            for i, k in enumerate(which)
+            Retrieval(describe(actions[i], model.action_spec), self.ranks[k].item(), retrieved[i], truth[i], label)
+            for i, (k, label) in enumerate(zip(which, labels, strict=True))
         ]
         return Row(self.key, self.image.cpu(), retrievals)
 
+    def extremes(self) -> list[int]:
+        """The actions of the best and of the worst prediction; of equal ranks, the nearer and the farther one."""
+        order = sorted(range(len(self.ranks)), key=lambda i: (self.ranks[i].item(), self.missed_by[i].item()))
+        return [order[0], order[-1]]
+
 
 @torch.no_grad()
-def retrieve(subject: Subject, settings: Settings) -> Retrieved:
-    """Choose photographs and actions at random by the seed, and look up every prediction in its bank."""
+def retrieve(subject: Subject, settings: Settings) -> tuple[list[Row], list[Row]]:
+    """Choose photographs and actions at random by the seed, and look up every prediction in its bank.
+
+    Returns a row per photograph with the actions chosen, and one with the best and the worst of all its bank's.
+    """
     generator = torch.Generator().manual_seed(settings.seed)
     images, keys = subject.images(POOL, at_least=settings.bank.images)
     chosen = torch.randperm(len(images), generator=generator)[: settings.bank.images].tolist()
     jitter = bank_jitter(subject.config.views, settings.bank.scenario)
     asked = [_ask(subject.model, images[i], keys[i], jitter, settings.bank, generator) for i in chosen]
-    order = sorted(
-        (rank, missed_by, photograph, action)
-        for photograph, each in enumerate(asked)
-        for action, (rank, missed_by) in enumerate(zip(each.ranks.tolist(), each.missed_by.tolist(), strict=True))
-    )
-    first, last = order[: settings.extremes], order[::-1][: settings.extremes]
-    return Retrieved(
-        [each.row(subject.model, range(settings.actions)) for each in asked],
-        *(
-            [asked[photograph].row(subject.model, [action]) for *_, photograph, action in part]
-            for part in (first, last)
-        ),
-    )
+    model = subject.model
+    chosen_rows = [each.row(model, range(settings.actions), [""] * settings.actions) for each in asked]
+    return chosen_rows, [each.row(model, each.extremes(), EXTREMES) for each in asked]
 
 
 def _ask(
@@ -142,29 +133,11 @@ def _ask(
 
 def draw(rows: list[Row], bank: int, path: Path) -> None:
     """Write the picture as PNG: a row per photograph, for each action the retrieved copy beside the true one."""
-    figure = Figure(figsize=_size(rows), layout="constrained", facecolor="white")
-    _draw(figure, rows, bank)
-    figure.savefig(path, dpi=160)
-
-
-def draw_extremes(retrieved: Retrieved, bank: int, path: Path) -> None:
-    """Write the picture as PNG: the best predictions in the left half, the worst in the right, titled as such."""
-    width, height = _size(retrieved.best)
-    figure = Figure(figsize=(2 * width + 0.8, height + 0.4), layout="constrained", facecolor="white")
-    of = f"of {len(retrieved.chosen)} × {bank} predictions"
-    halves = figure.subfigures(1, 2, squeeze=False, wspace=0.12)
-    for half, name, rows in zip(halves[0], ("best", "worst"), (retrieved.best, retrieved.worst), strict=True):
-        half.suptitle(f"The {len(rows)} {name} {of}", fontsize=10)
-        _draw(half, rows, bank)
-    figure.savefig(path, dpi=160)
-
-
-def _size(rows: list[Row]) -> tuple[float, float]:
-    return 1.3 * (1 + 2.25 * len(rows[0].retrievals)), 1.95 * len(rows) + 0.2
-
-
-def _draw(figure: FigureBase, rows: list[Row], bank: int) -> None:
-    widths = [1.0, *([0.15, 1.0, 1.0] * len(rows[0].retrievals))]
+    actions = len(rows[0].retrievals)
+    figure = Figure(
+        figsize=(1.3 * (1 + 2.25 * actions), 1.95 * len(rows) + 0.2), layout="constrained", facecolor="white"
+    )
+    widths = [1.0, *([0.15, 1.0, 1.0] * actions)]
     axes = figure.subplots(len(rows), len(widths), squeeze=False, width_ratios=widths)
     for ax in axes.flat:
         ax.set_axis_off()
@@ -173,8 +146,10 @@ def _draw(figure: FigureBase, rows: list[Row], bank: int) -> None:
         for a, retrieval in enumerate(row.retrievals):
             _show(line[3 * a + 2], retrieval.retrieved, "retrieved")
             _show(line[3 * a + 3], retrieval.truth, "truth")
-            words = textwrap.fill(retrieval.action, 40) + f"\nrank {retrieval.rank:g} of {bank}"
+            label = f"the {retrieval.label} of {bank} predictions\n" if retrieval.label else ""
+            words = f"{label}{textwrap.fill(retrieval.action, 40)}\nrank {retrieval.rank:g} of {bank}"
             line[3 * a + 2].set_title(words, fontsize=7, loc="left", linespacing=1.3)
+    figure.savefig(path, dpi=160)
 
 
 def _show(ax: Axes, image: UInt8[Tensor, "h w 3"], caption: str) -> None:
@@ -186,50 +161,36 @@ def evaluate(subject: Subject, settings: Settings, output: Path) -> dict[str, An
     """Draw the pictures beside `output`; returns what they show: photographs' keys, actions and ranks."""
     if settings.actions < 1 or settings.actions > settings.bank.size:
         raise ConfigError(f"--actions {settings.actions}: from 1 to --bank.size {settings.bank.size}")
-    predictions = settings.bank.images * settings.bank.size
-    if settings.extremes < 1 or settings.extremes > predictions:
-        raise ConfigError(f"--extremes {settings.extremes}: from 1 to all {predictions} predictions")
-    retrieved = retrieve(subject, settings)
-    picture, extremes = output.with_suffix(".png"), output.with_name(f"{output.stem}-extremes.png")
-    draw(retrieved.chosen, settings.bank.size, picture)
-    draw_extremes(retrieved, settings.bank.size, extremes)
+    chosen, extremes = retrieve(subject, settings)
+    picture, picture_of_extremes = output.with_suffix(".png"), output.with_name(f"{output.stem}-extremes.png")
+    draw(chosen, settings.bank.size, picture)
+    draw(extremes, settings.bank.size, picture_of_extremes)
     return {
         "bank": settings.bank.size,
         "conditioning": subject.config.action.conditioning,
         "picture": picture.name,
-        "photographs": [_record(row) for row in retrieved.chosen],
-        "extremes": {
-            "picture": extremes.name,
-            "predictions": predictions,
-            "best": [_record(row) for row in retrieved.best],
-            "worst": [_record(row) for row in retrieved.worst],
-        },
+        "photographs": [_record(row) for row in chosen],
+        "extremes": {"picture": picture_of_extremes.name, "photographs": [_record(row) for row in extremes]},
     }
 
 
 def _record(row: Row) -> dict[str, Any]:
-    return {"key": row.key, "actions": [{"action": r.action, "rank": r.rank} for r in row.retrievals]}
+    shown = [{"action": r.action, "rank": r.rank} | ({"label": r.label} if r.label else {}) for r in row.retrievals]
+    return {"key": row.key, "actions": shown}
 
 
 def table(result: dict[str, Any]) -> Table:
-    """The result for the terminal: first what was chosen at random, then the extremes."""
+    """The result for the terminal: first what was chosen at random, then each photograph's best and worst."""
     extremes = result["extremes"]
     made = Table(
         title=f"Retrieved among {result['bank']} copies: see {result['picture']} and {extremes['picture']}",
         caption=UNTOLD if result["conditioning"] == "none" else None,
         box=SIMPLE_HEAD,
     )
-    for column in ("shown as", "photograph", "action", "rank of the truth"):
+    for column in ("photograph", "shown as", "action", "rank of the truth"):
         made.add_column(column, justify="right" if column.startswith("rank") else "left")
-    named = {
-        f"random, seed {result['seed']}": result["photographs"],
-        f"best of {extremes['predictions']}": extremes["best"],
-        f"worst of {extremes['predictions']}": extremes["worst"],
-    }
-    for name, rows in named.items():
-        made.add_section()
-        for i, row in enumerate(rows):
-            for j, shown in enumerate(row["actions"]):
-                words = "" if i or j else name
-                made.add_row(words, "" if j else row["key"], shown["action"], f"{shown['rank']:g}")
+    for row in (*result["photographs"], *extremes["photographs"]):
+        for i, shown in enumerate(row["actions"]):
+            label = f"{shown['label']} of {result['bank']}" if "label" in shown else f"random, seed {result['seed']}"
+            made.add_row("" if i else row["key"], label, shown["action"], f"{shown['rank']:g}")
     return made
