@@ -17,7 +17,7 @@ import tyro
 from rich.console import Console
 
 from iwm.config import ConfigError
-from iwm.evaluation import explore, marginal, mrr, retrieval, similarity
+from iwm.evaluation import explore, grids, maps, marginal, mrr, retrieval, similarity
 from iwm.evaluation.settings import Settings
 from iwm.evaluation.subject import load_subject
 from iwm.report.page import write_report
@@ -30,9 +30,11 @@ from shards.manifest import ShardError
 PROTOCOLS: dict[str, ModuleType] = {
     "mrr": mrr,
     "retrieval": retrieval,
+    "grids": grids,
     "explore": explore,
     "similarity": similarity,
     "marginal": marginal,
+    "maps": maps,
 }
 """A protocol is a module with a `Settings` dataclass that extends evaluation.settings', a function
 `evaluate(subject, settings, output) -> dict` and `table(dict)` for the terminal. To add one: write it, name it here."""
