@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterable
 from html import escape
+from pathlib import Path
 
 
 def section(title: str, content: str) -> str:
@@ -18,6 +20,13 @@ def details(title: str, content: str, kind: str = "") -> str:
 
 def grid(charts: str) -> str:
     return f'<div class="charts">{charts}</div>'
+
+
+def figure(picture: Path, alt: str, caption: str) -> str:
+    """A PNG file, held by the page itself, over its caption."""
+    data = base64.b64encode(picture.read_bytes()).decode()
+    image = f'<img alt="{escape(alt)}" src="data:image/png;base64,{data}">'
+    return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
 def table(head: Iterable[str], rows: Iterable[str]) -> str:

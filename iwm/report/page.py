@@ -19,13 +19,14 @@ from iwm.report.markup import details
 from iwm.report.pictures import retrieval_picture
 from iwm.report.run_folder import Run, read_runs
 from iwm.report.scores import headline, world_model
+from iwm.report.spectrum import marginalised, patch_maps, similarity_matrix
 from iwm.report.training import curves
 from shards.atomic import write_atomically
 
 OVERVIEW: tuple[Callable[[Sequence[Run]], str], ...] = (headline, world_model, explorer)
 """What all runs share a table or a chart in: first, what they are judged by."""
 
-SECTIONS: tuple[Callable[[Run], str], ...] = (retrieval_picture,)
+SECTIONS: tuple[Callable[[Run], str], ...] = (retrieval_picture, similarity_matrix, marginalised, patch_maps)
 """What each run shows by itself."""
 
 BACKGROUND: tuple[Callable[[Sequence[Run]], str], ...] = (curves, configuration)
