@@ -41,6 +41,11 @@ def config(shards: Path) -> Config:
 @pytest.fixture
 def run(tmp_path: Path, config: Config) -> Path:
     """A run's folder with one checkpoint, of step 7."""
+    return untrained(tmp_path / "small", config)
+
+
+def untrained(folder: Path, config: Config) -> Path:
+    """Make a run's folder with one checkpoint, of step 7."""
     torch.manual_seed(0)
     content = Checkpoint(
         config=config,
@@ -53,6 +58,5 @@ def run(tmp_path: Path, config: Config) -> Path:
         loader=[],
         versions=versions(),
     )
-    folder = tmp_path / "small"
     save(folder, content)
     return folder

@@ -1,0 +1,189 @@
+"""What the explorer is given: every action of the lattice, ranked as MRR ranks, and answers that survive rounding."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dali_pipelines.augmentation import IDENTITY, SCENARIOS, Photometric
+from dali_pipelines.replay import photometric
+from iwm.actions import action_between, action_spec, describe
+from iwm.config import Action, Config
+from iwm.evaluate import evaluate, main
+from iwm.evaluation import explore
+from iwm.evaluation.compact import Features, agreement, compact, directions
+from iwm.evaluation.mrr import TIE
+from iwm.evaluation.subject import load_subject
+from tests.evaluation.conftest import untrained
+
+
+def _features(seed: int = 0) -> Features:
+    """A bank of 200 points near a surface of 5 dimensions in 64, and two series of predictions about as near."""
+    generator = torch.Generator().manual_seed(seed)
+    surface = torch.randn(5, 64, generator=generator)
+    bank = 3 + torch.randn(200, 5, generator=generator) @ surface + 0.05 * torch.randn(200, 64, generator=generator)
+    return Features(bank, bank + 0.5 * torch.randn(2, 200, 64, generator=generator))
+
+
+def test_ranks_survive_few_components_and_16_bits() -> None:
+    features = [_features(0), _features(1)]
+    turned = [directions(each, kept=0.999) for each in features]
+    assert all(each.enough < 64 for each in turned)
+    compacts = [compact(each, found.columns[:, : found.enough]) for each, found in zip(features, turned, strict=True)]
+    agreed = agreement(features, compacts)
+    assert agreed.mrr == pytest.approx(agreed.mrr_compact, abs=0.01)
+    assert agreed.same_rank > 0.9
+
+
+def test_all_components_keep_distances_but_for_rounding() -> None:
+    features = _features()
+    found = directions(features, kept=1.0)
+    stored = compact(features, found.columns)
+    points = stored.points.double() * stored.scale
+    exact = torch.cdist(features.predictions[1].double(), features.bank.double())
+    assert torch.allclose(torch.cdist(points[2], points[0]), exact, atol=64**0.5 * stored.scale)
+
+
+def test_features_that_are_all_the_same_are_all_tied() -> None:
+    features = Features(torch.ones(9, 4), torch.ones(1, 9, 4))
+    stored = compact(features, directions(features, kept=0.99).columns)
+    assert stored.ranks.tolist() == features.ranks.tolist() == [[5.0] * 9]
+
+
+def test_the_lattice_spans_the_jitter_and_leaves_out_what_is_never_changed() -> None:
+    jitter = Photometric(jitter_probability=1.0, brightness=0.4, contrast=1.2, saturation=0.0, hue=0.1)
+    made = explore.lattice(jitter, 3)
+    assert made.axes["brightness"] == pytest.approx([0.6, 1.0, 1.4])
+    assert made.axes["contrast"][0] == pytest.approx(explore.LEAST_FACTOR)
+    assert made.axes["saturation"] == [1.0]
+    assert made.axes["hue"] == pytest.approx([-0.1, 0.0, 0.1])
+    assert made.params.shape == (27, 7)
+    assert len({tuple(row) for row in made.params.tolist()}) == 27
+    # The last axis varies fastest: what the page counts on.
+    assert made.params[:3, 3].tolist() == pytest.approx(made.axes["hue"])
+    assert made.params[:9, 0].tolist() == pytest.approx([0.6] * 9)
+
+
+@pytest.mark.parametrize("jitter", ["difference", "log_ratio"])
+@pytest.mark.parametrize("flags", [False, True])
+def test_words_of_the_axes_and_of_the_source_make_up_the_whole_action(jitter: str, flags: bool) -> None:
+    views = SCENARIOS["default"]
+    if flags:
+        views = replace(views, target=replace(views.target, blur_probability=0.2))
+    spec = action_spec(Action(jitter=jitter), views)
+    made = explore.lattice(views.target, 3)
+    words = explore.axis_words(made, spec)
+    blurred = torch.tensor(explore.sources(1.0)["blur"])
+    places = np.unravel_index(range(81), (3, 3, 3, 3))
+    for params, *at in zip(made.params, *places, strict=True):
+        said = [words[axis][place] for axis, place in zip(made.axes, at, strict=True)]
+        whole = action_between(blurred[None], params[None], spec)[0]
+        assert ", ".join([*filter(None, said), "undo blur"]) == describe(whole, spec)
+
+
+@pytest.mark.parametrize("conditioning", ["none", "feature", "sequence"])
+def test_every_prediction_is_the_one_that_its_action_makes(tmp_path: Path, config: Config, conditioning: str) -> None:
+    """Against a loop over single actions with sums of squares, for a source that is to be undone."""
+    run = untrained(tmp_path / "run", replace(config, action=Action(conditioning=conditioning)))
+    subject = load_subject(explore.Settings(checkpoint=run))
+    image = subject.images(1)[0][0]
+    made = explore.lattice(subject.config.views.target, 2)
+    states = explore.sources(1.0)
+    answers = explore.answer(subject.model, image, made.params, torch.tensor(list(states.values())), chunk=5)
+    grey = torch.tensor(states["grayscale"])[None]
+    model = subject.model
+    with torch.no_grad():
+        context = model.encode(photometric(image[None], grey, subject.config.views.colour), "teacher")
+        views = [photometric(image[None], row[None], subject.config.views.colour) for row in made.params]
+        bank = torch.stack([model.targets(view)[0].mean(0) for view in views]).double()
+        for i, row in enumerate(made.params):
+            action = action_between(grey, row[None], model.action_spec)
+            prediction = model.predict(context, action)[0].mean(0).double()
+            distances = (bank - prediction).square().sum(1).sqrt()
+            tolerance = TIE * bank[i].norm()
+            nearer = (distances < distances[i] - tolerance).sum()
+            tied = ((distances - distances[i]).abs() <= tolerance).sum()
+            # Batches round differently than single images: a neighbour may change places with the true view.
+            assert answers.features.ranks[1, i].item() == pytest.approx((nearer + (tied + 1) / 2).item(), abs=1)
+
+
+def test_files_hold_what_the_page_needs_and_little_more(run: Path) -> None:
+    result = evaluate("explore", explore.Settings(checkpoint=run, images=2, values=3))
+    written = json.loads((run / "eval" / "explore.json").read_bytes())
+    assert written["bank"] == 81
+    assert [source["name"] for source in written["sources"]] == ["clean", "grayscale", "blur", "solarize"]
+    assert [source["words"] for source in written["sources"]] == ["", "undo grayscale", "undo blur", "undo solarize"]
+    assert len({photograph["key"] for photograph in written["photographs"]}) == 2
+    for source in result["sources"]:
+        assert source["mrr"] == pytest.approx(source["mrr_stored"], abs=0.01)
+    arrays = np.load(run / "eval" / written["points"])
+    assert arrays["points"].shape == (2, 5, 81, written["components"])
+    assert arrays["points"].dtype == np.int16
+    assert arrays["norms"].shape == (2, 81)
+    subject = load_subject(explore.Settings(checkpoint=run))
+    images, keys = subject.images(12)
+    for photograph in written["photographs"]:
+        with Image.open(run / "eval" / photograph["picture"]) as atlas:
+            side = written["side"]
+            assert atlas.size == (written["columns"] * side, -(-85 // written["columns"]) * side)
+            column, row = 81 % written["columns"], 81 // written["columns"]
+            clean = np.asarray(atlas.convert("RGB"), float)[row * side :, column * side :][:side, :side]
+        image = images[keys.index(photograph["key"])].numpy()
+        assert abs(clean - image).mean() < 8
+
+
+def test_pictures_of_large_views_are_made_smaller() -> None:
+    views = torch.randint(0, 256, (7, 96, 96, 3), dtype=torch.uint8)
+    features = Features(torch.zeros(5, 2), torch.zeros(2, 5, 2))
+    made = explore.atlas(explore.Answers(views[:5], views[5:], features), columns=3)
+    assert made.size == (3 * explore.SIDE, 3 * explore.SIDE)
+
+
+def test_a_run_without_conditioning_is_at_chance_by_construction(tmp_path: Path, config: Config) -> None:
+    run = untrained(tmp_path / "run", replace(config, action=Action(conditioning="none")))
+    result = evaluate("explore", explore.Settings(checkpoint=run, images=2, values=3))
+    assert result["sources"][0]["mrr"] == pytest.approx(result["chance"], rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--values", "1"), "--values 1: must be 2 to"),
+        (("--kept", "1.5"), "--kept 1.5: must be above 0"),
+        (("--images", "13"), "split 'val' has 12 images"),
+        (("--scenario", "ijepa"), "'ijepa' is no scenario with jitter"),
+    ],
+)
+def test_a_mistake_ends_with_one_line(
+    run: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], says: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["iwm/evaluate.py", "explore", "--checkpoint", str(run), *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert says in str(stop.value.code)
+    assert "\n" not in str(stop.value.code)
+
+
+def test_a_model_that_diverged_is_an_error_and_writes_nothing(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = next((run / "checkpoints").iterdir())
+    content = torch.load(file, weights_only=True)
+    for name, value in content["model"].items():
+        if name.startswith("predictor"):
+            value.fill_(torch.nan)
+    torch.save(content, file)
+    monkeypatch.setattr(sys, "argv", ["iwm/evaluate.py", "explore", "--checkpoint", str(run), "--images", "1"])
+    with pytest.raises(SystemExit, match="not finite"):
+        main()
+    assert not list((run / "eval").iterdir())
+
+
+def test_the_identity_is_a_view_of_an_odd_lattice() -> None:
+    made = explore.lattice(SCENARIOS["strong"].target, 5)
+    assert (made.params - torch.tensor(IDENTITY)).abs().sum(1).min() < 1e-6

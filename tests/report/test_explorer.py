@@ -1,0 +1,261 @@
+"""The explorer in a real browser: what it shows is what the stored data says, by keyboard, on a phone, in the dark."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from playwright.sync_api import Browser, Locator, Page, Route, sync_playwright
+
+from iwm.config import Config
+from iwm.evaluate import evaluate
+from iwm.evaluation import explore
+from iwm.evaluation.mrr import TIE
+from iwm.report.page import write_report
+from iwm.report.run_folder import ReportError
+from tests.evaluation.conftest import untrained
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+VALUES = 3
+AXES = ("brightness", "contrast", "saturation", "hue")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, config: Config) -> Path:
+    """A run that was explored: two photographs, 3⁴ views. Its model is untrained, but heeds the action."""
+    folder = untrained(tmp_path_factory.mktemp("explored") / "small", config)
+    checkpoint = next((folder / "checkpoints").iterdir())
+    content = torch.load(checkpoint, weights_only=True)
+    content["model"]["predictor.mix.fc1.weight"][:, config.predictor.width :] *= 100
+    torch.save(content, checkpoint)
+    evaluate("explore", explore.Settings(checkpoint=folder, images=2, values=VALUES))
+    return folder
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Ranks and nearest views by numpy, from the files that the page was made of."""
+
+    result: dict[str, Any]
+    points: np.ndarray
+    norms: np.ndarray
+
+    def view(self, at: list[int]) -> int:
+        return int(np.ravel_multi_index(at, (VALUES,) * len(AXES)))
+
+    def distances(self, photograph: int, source: int, view: int) -> np.ndarray:
+        points = self.points[photograph].astype(float) * self.result["photographs"][photograph]["scale"]
+        return np.linalg.norm(points[0] - points[1 + source, view], axis=1)
+
+    def retrieved(self, photograph: int, source: int, view: int) -> int:
+        return int(self.distances(photograph, source, view).argmin())
+
+    def rank(self, photograph: int, source: int, view: int) -> float:
+        distances = self.distances(photograph, source, view)
+        tolerance = TIE * self.norms[photograph, view]
+        nearer = (distances < distances[view] - tolerance).sum()
+        return nearer + ((abs(distances - distances[view]) <= tolerance).sum() + 1) / 2
+
+    def ranks(self, photograph: int, source: int) -> list[float]:
+        return [self.rank(photograph, source, view) for view in range(self.result["bank"])]
+
+
+@pytest.fixture(scope="module")
+def truth(run: Path) -> Truth:
+    arrays = np.load(run / "eval" / "explore.npz")
+    return Truth(json.loads((run / "eval" / "explore.json").read_bytes()), arrays["points"], arrays["norms"])
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        installed = next(filter(None, map(shutil.which, BROWSERS)), playwright.chromium.executable_path)
+        if not Path(installed).exists():
+            pytest.skip("no Chromium: apt-get install chromium, or .venv/bin/playwright install chromium")
+        arguments = ["--disable-gpu", *(["--no-sandbox"] if os.geteuid() == 0 else [])]
+        opened = playwright.chromium.launch(executable_path=installed, args=arguments)
+        yield opened
+        opened.close()
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The page in a browser, and what went wrong in it."""
+
+    page: Page
+    errors: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
+
+    def slider(self, axis: str) -> Locator:
+        return self.page.get_by_label(axis, exact=True)
+
+    @property
+    def at(self) -> list[int]:
+        return [int(self.slider(axis).input_value()) for axis in AXES]
+
+    @property
+    def rank(self) -> float:
+        return float(self.page.locator(".answer .rank").inner_text())
+
+    @property
+    def answer(self) -> str:
+        return self.page.locator(".answer").inner_text().replace("\xa0", " ")
+
+    def cell(self, role: str) -> int:
+        """Place in the atlas of the picture that is shown."""
+        return int(self.page.locator(f".{role} canvas").get_attribute("data-cell") or -1)
+
+    def pixels(self, role: str) -> str:
+        return str(self.page.locator(f".{role} canvas").evaluate("canvas => canvas.toDataURL()"))
+
+
+def _open(browser: Browser, run: Path, width: int, scheme: Any) -> Opened:
+    context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    opened = Opened(context.new_page())
+
+    def refuse(route: Route) -> None:
+        opened.requests.append(route.request.url)
+        route.abort()
+
+    context.route(lambda url: not url.startswith(("file:", "data:")), refuse)
+    opened.page.on("console", lambda message: opened.errors.append(message.text))
+    opened.page.on("pageerror", lambda error: opened.errors.append(str(error)))
+    opened.page.goto((run / "report.html").as_uri())
+    opened.page.locator(".answer .rank").wait_for()
+    return opened
+
+
+@pytest.fixture
+def opened(browser: Browser, run: Path) -> Iterator[Opened]:
+    """The page on a desktop; after every test, without a word on the console or a request to anywhere."""
+    opened = _open(browser, run, 1280, "light")
+    yield opened
+    opened.page.context.close()
+    assert opened.errors == []
+    assert opened.requests == []
+
+
+def test_a_slider_moved_by_keyboard_shows_what_the_stored_data_says(opened: Opened, truth: Truth) -> None:
+    shown = []
+    for axis, key in (("brightness", "ArrowLeft"), ("hue", "ArrowRight"), ("saturation", "Home"), ("contrast", "End")):
+        before = opened.at, opened.pixels("true")
+        opened.slider(axis).press(key)
+        assert (opened.at, opened.pixels("true")) != before
+        view = truth.view(opened.at)
+        assert opened.cell("true") == view
+        assert opened.cell("retrieved") == truth.retrieved(0, 0, view)
+        assert opened.rank == truth.rank(0, 0, view)
+        assert opened.slider(axis).get_attribute("aria-valuetext")
+        shown.append((opened.rank, opened.cell("retrieved")))
+    assert len(set(shown)) > 1
+
+
+def test_another_photograph_and_another_source_are_shown_at_once(opened: Opened, truth: Truth) -> None:
+    view = truth.view(opened.at)
+    first = opened.pixels("source"), opened.pixels("true")
+    opened.page.get_by_label("photograph 2").check()
+    assert opened.pixels("source") != first[0]
+    assert opened.pixels("true") != first[1]
+    assert (opened.rank, opened.cell("retrieved")) == (truth.rank(1, 0, view), truth.retrieved(1, 0, view))
+    clean = opened.pixels("source")
+    for source, name in enumerate(("grayscale", "blur", "solarize"), start=1):
+        opened.page.get_by_label(name).check()
+        assert opened.pixels("source") != clean
+        assert opened.cell("source") == truth.result["bank"] + source
+        assert (opened.rank, opened.cell("retrieved")) == (
+            truth.rank(1, source, view),
+            truth.retrieved(1, source, view),
+        )
+        assert f"undo {name}" in opened.answer
+
+
+def test_buttons_go_to_the_action_that_they_name(opened: Opened, truth: Truth) -> None:
+    ranks = truth.ranks(0, 0)
+    opened.page.get_by_role("button", name="No change").click()
+    assert opened.at == [1, 1, 1, 1]
+    assert "Told nothing" in opened.answer
+    opened.page.get_by_role("button", name="Worst action").click()
+    assert opened.rank == max(ranks) == ranks[truth.view(opened.at)]
+    opened.page.get_by_role("button", name="Best action").click()
+    assert opened.rank == min(ranks) == ranks[truth.view(opened.at)]
+    opened.page.get_by_role("button", name="Random action").click()
+    assert opened.rank == ranks[truth.view(opened.at)]
+
+
+def test_the_map_scores_all_actions_and_goes_to_the_one_clicked(opened: Opened, truth: Truth) -> None:
+    score = np.mean([1 / rank for rank in truth.ranks(0, 0)])
+    assert opened.page.locator(".score").inner_text() == f"MRR {score:.3f}"
+    box = opened.page.locator(".map").bounding_box()
+    assert box is not None
+    # The second of nine columns and the last of nine rows: the middle hue, all brightness and contrast.
+    opened.page.locator(".map").click(position={"x": box["width"] * 1.5 / 9, "y": box["height"] * 8.5 / 9})
+    assert opened.at == [2, 2, 0, 1]
+
+
+def test_every_control_is_labelled_and_reached_by_tab(opened: Opened) -> None:
+    reached = set()
+    for _ in range(60):
+        opened.page.keyboard.press("Tab")
+        reached.add(
+            opened.page.evaluate(
+                """() => { const e = document.activeElement, labels = [...(e.labels ?? [])];
+                return e.ariaLabel || labels.map((label) => label.textContent).join() || e.textContent; }"""
+            )
+        )
+    buttons = {"No change", "Random action", "Best action", "Worst action"}
+    # Of radio buttons the chosen one is a stop; arrows go on from there.
+    assert {*AXES, *buttons, "photograph 1", "clean"} <= reached
+    assert opened.page.locator(".answer").get_attribute("aria-live") == "polite"
+
+
+def test_a_phone_shows_the_page_without_scrolling_sideways(browser: Browser, run: Path) -> None:
+    phone = _open(browser, run, 375, "light")
+    assert phone.page.evaluate("document.documentElement.scrollWidth") == 375
+    right = phone.page.evaluate(
+        "Math.max(...[...document.querySelectorAll('.explorer *')].map(e => e.getBoundingClientRect().right))"
+    )
+    assert right <= 375
+    phone.page.context.close()
+
+
+def test_a_dark_screen_gets_a_dark_page(browser: Browser, run: Path) -> None:
+    levels = []
+    for scheme in ("light", "dark"):
+        opened = _open(browser, run, 800, scheme)
+        colour = opened.page.evaluate("getComputedStyle(document.body).backgroundColor")
+        levels.append(max(int(part) for part in colour.removeprefix("rgb(").removesuffix(")").split(",")))
+        opened.page.context.close()
+    assert levels[0] > 200
+    assert levels[1] < 60
+
+
+def test_words_and_numbers_hold_for_every_action(opened: Opened, truth: Truth) -> None:
+    """Not only where the sliders happen to be: all 81 actions, set as a script would."""
+    set_all = """(at) => { const inputs = [...document.querySelectorAll("input[type=range]")];
+        inputs.forEach((input, a) => { input.value = at[a]; });
+        inputs[0].dispatchEvent(new Event("input", { bubbles: true })); }"""
+    words = truth.result["words"]
+    for view in range(truth.result["bank"]):
+        at = [int(place) for place in np.unravel_index(view, (VALUES,) * len(AXES))]
+        opened.page.evaluate(set_all, at)
+        said = ", ".join(filter(None, (words[axis][place] for axis, place in zip(AXES, at, strict=True)))) or "nothing"
+        assert opened.answer.startswith(f"Told {said}, the predictor ranks")
+        assert (opened.rank, opened.cell("retrieved")) == (truth.rank(0, 0, view), truth.retrieved(0, 0, view))
+
+
+def test_a_page_without_an_exploration_has_no_script_and_a_missing_file_is_named(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    (copy / "eval" / "explore-1.webp").unlink()
+    with pytest.raises(ReportError, match=r"explore-1.webp is missing.*explore again"):
+        write_report(copy)
+    (copy / "eval" / "explore.json").unlink()
+    assert "<script" not in write_report(copy).read_text()
