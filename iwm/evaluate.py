@@ -17,7 +17,7 @@ import tyro
 from rich.console import Console
 
 from iwm.config import ConfigError
-from iwm.evaluation import explore, grids, maps, marginal, mrr, retrieval, similarity
+from iwm.evaluation import explore, grids, maps, marginal, mrr, retrieval, similarity, undo
 from iwm.evaluation.settings import Settings
 from iwm.evaluation.subject import load_subject
 from iwm.report.page import write_report
@@ -31,6 +31,7 @@ PROTOCOLS: dict[str, ModuleType] = {
     "mrr": mrr,
     "retrieval": retrieval,
     "grids": grids,
+    "undo": undo,
     "explore": explore,
     "similarity": similarity,
     "marginal": marginal,

@@ -233,7 +233,8 @@ def _bands(bank: Bank, all_series: Sequence[Series], answers: Sequence[tuple[Fou
     for series, (told, control) in zip(all_series, answers, strict=True):
         views = bank.copies[first : first + len(series.values)].cpu()
         first += len(series.values)
-        title = f"{series.name}: {words(series.op, series.values[0])} to {words(series.op, series.values[-1])}"
+        ends = [words(series.op, series.values[i]) for i in (0, -1)]
+        title = series.name if ends == ["off", "on"] else f"{series.name}: {ends[0]} to {ends[1]}"
         rows = {"source" if series.undo else "true": views, "retrieved": views[told.nearest]}
         if series.undo:
             rows["not told"] = views[control.nearest]

@@ -11,7 +11,7 @@ from jaxtyping import UInt8
 from matplotlib.figure import Figure
 from torch import Tensor
 
-TILE, GAP, TITLE, LABEL = 0.62, 0.22, 0.3, 0.75
+TILE, GAP, TITLE, LABEL = 0.62, 0.3, 0.3, 0.75
 """Inches: side of a view, space between bands, height of a title, width of the row names."""
 
 
@@ -28,18 +28,22 @@ class Band:
         return len(next(iter(self.rows.values())))
 
 
-def draw_bands(bands: Sequence[Band], path: Path) -> None:
-    """Write the bands as PNG, below each other; those with the same row names side by side while they fit."""
-    widest = max(band.columns for band in bands)
+def draw_bands(bands: Sequence[Band], path: Path, across: int = 0) -> None:
+    """Write the bands as PNG, below each other; those with the same row names side by side while they fit.
+
+    A line has room for `across` views, or for the widest band.
+    """
+    widest = max(across, *(band.columns for band in bands))
     lines: list[list[Band]] = []
     for band in bands:
         last = lines[-1] if lines else []
-        if last and last[0].rows.keys() == band.rows.keys() and _width([*last, band]) <= TILE * widest + GAP:
+        columns = sum(each.columns for each in (*last, band))
+        if last and last[0].rows.keys() == band.rows.keys() and columns <= widest:
             last.append(band)
         else:
             lines.append([band])
     width = LABEL + max(_width(line) for line in lines)
-    height = sum(TITLE + TILE * len(line[0].rows) + GAP for line in lines)
+    height: float = sum(TITLE + TILE * len(line[0].rows) + GAP for line in lines)
     figure = Figure(figsize=(width, height), facecolor="white")
     top = height
     for line in lines:
