@@ -166,6 +166,8 @@ def evaluate(subject: Subject, settings: Settings, output: Path) -> dict[str, An
     images, keys = subject.images(POOL, at_least=settings.images)
     chosen = torch.randperm(len(images), generator=generator)[: settings.images].tolist()
     views = lattice(bank_jitter(subject.config.views, settings.scenario), settings.values)
+    if len(views.params) == 1:
+        raise ConfigError("the run's jitter changes nothing: say --scenario default")
     states = sources(settings.blur_sigma)
     columns = math.ceil(math.sqrt(len(views.params) + len(states)))
     params, from_params = views.params.to(subject.device), torch.tensor(list(states.values()), device=subject.device)
@@ -195,6 +197,7 @@ def evaluate(subject: Subject, settings: Settings, output: Path) -> dict[str, An
     return {
         "bank": len(views.params),
         "chance": chance(len(views.params)),
+        "conditioning": subject.config.action.conditioning,
         "points": points.name,
         "components": components,
         "columns": columns,

@@ -17,12 +17,13 @@ HOW = ("checkpoint", "data", "settings", "seed", "device", "precision", "version
 
 def configuration(runs: Sequence[Run]) -> str:
     """Where runs differ; folded away, the resolved configuration and the versions of each."""
-    parts = [_differences(runs)] if len(runs) > 1 else []
-    for run in runs:
-        folded = _of_one(run)
-        if folded:
-            parts.append(folded if len(runs) == 1 else details(run.name, folded))
-    return section("How it was made", "".join(parts)) if any(parts) else ""
+    if len(runs) == 1:
+        content = _of_one(runs[0])
+    else:
+        each = ((run.name, _of_one(run)) for run in runs)
+        folded = "".join(details(name, made) for name, made in each if made)
+        content = _differences(runs) + (details("All of each run", folded) if folded else "")
+    return section("How it was made", content) if content else ""
 
 
 def _of_one(run: Run) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
@@ -20,8 +20,9 @@ def headline(runs: Sequence[Run]) -> str:
 
 def _tiles(run: Run) -> str:
     tiles = []
-    result = run.evaluations.get("mrr")
-    if result is not None:
+    name = _shared([run])
+    if name is not None:
+        result = run.evaluations[name]
         own, shuffled = (result[key]["pooled"]["teacher"] for key in ("mrr", "shuffled_actions"))
         tiles += [
             ("MRR, pooled", f"{own['mean']:.3f}", f"± {own['standard_error']:.3f}, held-out images"),
@@ -31,81 +32,111 @@ def _tiles(run: Run) -> str:
         step, loss = run.metrics["loss"][-1]
         tiles.append(("loss", f"{loss:.3f}", f"at step {step:,.0f}"))
     if "images_per_second" in run.metrics:
-        tiles.append(("images/s", number(round(_speed(run))), "median of the run"))
+        tiles.append(("images/s", _speed(run), "median of the run"))
     cards = "".join(
         f'<div class="tile"><span>{name}</span><b>{value}</b><small>{note}</small></div>' for name, value, note in tiles
     )
     return f'{_title("Image World Model · run", run.name)}<div class="tiles">{cards}</div>'
 
 
-HEADLINE = ("run", "MRR, pooled", "per token", "shuffled actions", "chance", "loss", "steps", "images/s")
-
-
 def _comparison(runs: Sequence[Run]) -> str:
-    scores = [run.evaluations["mrr"]["mrr"]["pooled"]["teacher"]["mean"] for run in runs if "mrr" in run.evaluations]
-    rows = [_comparison_row(run, max(scores, default=1.0)) for run in runs]
+    """A row per run: its score, speed and length; a bar behind the score, the longest that of the best run."""
+    name = _shared(runs)
+    results = {run.name: run.evaluations[name] for run in runs if name in run.evaluations} if name else {}
+    best = max((result["mrr"]["pooled"]["teacher"]["mean"] for result in results.values()), default=1.0)
+    rows = []
+    for run in runs:
+        result, loss = results.get(run.name), run.metrics.get("loss")
+        cells = [f'<th scope="row">{escape(run.name)}</th>']
+        cells += _scores(result, best) if result else ["<td></td>"] * 4
+        cells.append(f"<td>{number(loss[-1][1])}</td><td>{loss[-1][0]:,.0f}</td>" if loss else "<td></td><td></td>")
+        cells.append(f"<td>{_speed(run)}</td>")
+        rows.append("".join(cells))
+    head = ("run", "MRR, pooled", "per token", "shuffled actions", "chance", "loss", "steps", "images/s")
     title = _title("Image World Models · comparison", f"{len(runs)} runs")
-    return f"{title}<section>{table(HEADLINE, rows)}</section>"
+    return f"{title}<section>{table(head, rows)}</section>"
 
 
-def _comparison_row(run: Run, best: float) -> str:
-    result = run.evaluations.get("mrr")
-    cells = [f'<th scope="row">{escape(run.name)}</th>']
-    if result is None:
-        cells += ["<td></td>"] * 4
-    else:
-        own, shuffled = result["mrr"], result["shuffled_actions"]["pooled"]["teacher"]
-        share = own["pooled"]["teacher"]["mean"] / best
-        cells += [
-            f'<td class="bar" style="--share:{share:.3f}">{_score(own["pooled"]["teacher"])}</td>',
-            f"<td>{_score(own['per_token']['teacher'])}</td>",
-            f"<td>{_score(shuffled)}</td>",
-            f"<td>{result['chance']:.3f}</td>",
-        ]
-    loss = run.metrics.get("loss")
-    cells.append(f"<td>{number(loss[-1][1])}</td><td>{loss[-1][0]:,.0f}</td>" if loss else "<td></td><td></td>")
-    cells.append(f"<td>{number(round(_speed(run))) if 'images_per_second' in run.metrics else ''}</td>")
-    return "".join(cells)
+def _scores(result: dict[str, Any], best: float) -> list[str]:
+    pooled, per_token = (result["mrr"][distance]["teacher"] for distance in DISTANCES)
+    return [
+        f'<td class="bar" style="--share:{pooled["mean"] / best:.3f}">{_score(pooled)}</td>',
+        f"<td>{_score(per_token)}</td>",
+        f"<td>{_score(result['shuffled_actions']['pooled']['teacher'])}</td>",
+        f"<td>{result['chance']:.3f}</td>",
+    ]
+
+
+def _shared(runs: Sequence[Run]) -> str | None:
+    """The MRR that most runs have: `mrr` where another is as frequent, then the first by name."""
+    names = [name for run in runs for name in run.of_protocol("mrr")]
+    return min(names, key=lambda name: (-names.count(name), name != "mrr", name), default=None)
 
 
 def _title(kind: str, name: str) -> str:
     return f"<header><p>{escape(kind)}</p><h1>{escape(name)}</h1></header>"
 
 
-def _speed(run: Run) -> float:
-    return statistics.median(value for _, value in run.metrics["images_per_second"])
+def _speed(run: Run) -> str:
+    values = [value for _, value in run.metrics.get("images_per_second", [])]
+    return number(round(statistics.median(values))) if values else ""
 
 
 def _score(score: dict[str, float]) -> str:
     return f"<b>{score['mean']:.3f}</b> ± {score['standard_error']:.3f}"
 
 
-MRR_HEAD = ("distance", "clean image by", "MRR", "shuffled actions", "Recall@1", "chance")
-MRR_MEANING = """<p>Mean reciprocal rank of the true copy among the jittered copies of a held-out image, by distance to
+WAYS = [(distance, context) for distance in DISTANCES for context in CONTEXTS]
+"""The ways that MRR is measured."""
+
+MEANING = """<p>Mean reciprocal rank of the true copy among the jittered copies of a held-out image, by distance to
 the prediction, ± standard error over images. Shuffled: predicted with another copy's action. Teacher, student: the
 encoder that the clean image went through.</p>"""
 
 
 def world_model(runs: Sequence[Run]) -> str:
-    """MRR with its controls: a row for each distance and context of each evaluation."""
-    tables = []
-    for run in runs:
-        rows = [row for name, result in run.of_protocol("mrr").items() for row in _mrr_rows(name, result)]
-        if rows:
-            tables.append((run.name, table(MRR_HEAD, rows)))
-    if not tables:
+    """MRR with its controls: of one run a row for each way to measure it, of several a row for each run."""
+    names = sorted({name for run in runs for name in run.of_protocol("mrr")})
+    if not names:
         return ""
-    content = tables[0][1] if len(runs) == 1 else "".join(details(name, rows) for name, rows in tables)
-    return section("Can the predictor apply an action?", MRR_MEANING + content)
+    tables = (_by_way if len(runs) == 1 else _by_run)(runs, names)
+    return section("Can the predictor apply an action?", MEANING + tables)
 
 
-def _mrr_rows(name: str, result: dict[str, Any]) -> Iterable[str]:
-    about = f"{result['checkpoint']} · {result['images']} images, bank of {result['bank']}"
-    yield f'<th colspan="{len(MRR_HEAD)}">{escape(name)}<small>{escape(about)}</small></th>'
-    for distance in DISTANCES:
-        for context in CONTEXTS:
-            scores = [part[distance][context] for part in (result["mrr"], result["shuffled_actions"])]
+def _by_way(runs: Sequence[Run], names: Sequence[str]) -> str:
+    head = ("distance, encoder", "MRR", "shuffled actions", "Recall@1", "chance")
+    rows = []
+    for name in names:
+        result = runs[0].evaluations[name]
+        about = f"{result['checkpoint']} · {result['images']} images, bank of {result['bank']}"
+        rows.append(f'<th colspan="{len(head)}">{escape(name)}<small>{escape(about)}</small></th>')
+        for distance, context in WAYS:
+            scores = [result[part][distance][context] for part in ("mrr", "shuffled_actions")]
             cells = "".join(f"<td>{_score(score)}</td>" for score in scores)
             recall = result["recall"]["at_1"][distance][context]["mean"]
-            words = f"<td>{distance.replace('_', ' ')}</td><td>{context}</td>"
-            yield f"{words}{cells}<td>{recall:.3f}</td><td>{result['chance']:.3f}</td>"
+            rows.append(
+                f"<td>{_way(distance, context)}</td>{cells}<td>{recall:.3f}</td><td>{result['chance']:.3f}</td>"
+            )
+    return table(head, rows)
+
+
+def _by_run(runs: Sequence[Run], names: Sequence[str]) -> str:
+    """A table for each evaluation by its file's name, for runs may be asked in several banks."""
+    head = ("run", *(_way(*way) for way in WAYS), "shuffled, pooled", "chance", "bank")
+    tables = []
+    for name in names:
+        rows = []
+        for run in runs:
+            result = run.evaluations.get(name)
+            if result is not None:
+                scores = [result["mrr"][distance][context] for distance, context in WAYS]
+                scores.append(result["shuffled_actions"]["pooled"]["teacher"])
+                cells = "".join(f"<td>{_score(score)}</td>" for score in scores)
+                sizes = f"<td>{result['chance']:.3f}</td><td>{result['bank']}</td>"
+                rows.append(f'<th scope="row">{escape(run.name)}</th>{cells}{sizes}')
+        tables.append(details(name, table(head, rows)))
+    return "".join(tables)
+
+
+def _way(distance: str, context: str) -> str:
+    return f"{distance.replace('_', ' ')}, {context}"
