@@ -43,7 +43,7 @@ def draw_bands(bands: Sequence[Band], path: Path, across: int = 0) -> None:
         else:
             lines.append([band])
     width = LABEL + max(_width(line) for line in lines)
-    height: float = sum(TITLE + TILE * len(line[0].rows) + GAP for line in lines)
+    height = sum(TITLE + TILE * len(line[0].rows) + GAP for line in lines)
     figure = Figure(figsize=(width, height), facecolor="white")
     top = height
     for line in lines:
@@ -53,12 +53,12 @@ def draw_bands(bands: Sequence[Band], path: Path, across: int = 0) -> None:
             y = (top - (r + 0.5) * TILE) / height
             figure.text((LABEL - 0.08) / width, y, name, ha="right", va="center", fontsize=7, color="0.35")
         for band in line:
-            across, down = TILE * band.columns, TILE * len(rows)
-            ax = figure.add_axes((left / width, (top - down) / height, across / width, down / height))
+            wide, down = TILE * band.columns, TILE * len(rows)
+            ax = figure.add_axes((left / width, (top - down) / height, wide / width, down / height))
             ax.set_axis_off()
             ax.imshow(_sheet(band).numpy(), interpolation="nearest", aspect="auto")
             figure.text(left / width, (top + 0.06) / height, band.title, ha="left", va="bottom", fontsize=8)
-            left += across + GAP
+            left += wide + GAP
         top -= TILE * len(rows) + GAP
     figure.savefig(path, dpi=160)
 

@@ -24,6 +24,8 @@ class Line:
 
     name: str
     points: Sequence[Point]
+    spread: Sequence[float] = ()
+    """Half the height of a band about the line, for each point or none. A line with a band is not thinned."""
 
 
 def line_chart(lines: Sequence[Line], reference: tuple[str, float] | None = None, from_zero: bool = False) -> str:
@@ -33,9 +35,9 @@ def line_chart(lines: Sequence[Line], reference: tuple[str, float] | None = None
     The value axis starts at 0 unless all values lie far from it, or always with `from_zero`. Curves of more than
     MOST_POINTS points are shown as means of equal stretches.
     """
-    curves = [Line(line.name, _thin(line.points)) for line in lines]
+    curves = [line if line.spread else Line(line.name, _thin(line.points)) for line in lines]
     xs = [x for line in curves for x, _ in line.points]
-    ys = [y for line in curves for _, y in line.points] + ([reference[1]] if reference else [])
+    ys = [y for line in curves for _, y in (*line.points, *_edge(line))] + ([reference[1]] if reference else [])
     y_ticks = _ticks(0.0 if from_zero else _lowest(ys), max(ys))
     x_ticks = _ticks(min(xs), max(xs), inside=True)
     x_low, x_high = min(xs), max(xs)
@@ -63,8 +65,13 @@ def line_chart(lines: Sequence[Line], reference: tuple[str, float] | None = None
     for i, line in enumerate(curves):
         if not line.points:
             continue
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in line.points))
+        path, edge = (
+            " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in points))
+            for points in (line.points, _edge(line))
+        )
         x, y = place(*line.points[-1])
+        if edge:
+            parts.append(f'<polygon class="band dot {_style(i)}" points="{edge}"/>')
         parts.append(f'<polyline class="line {_style(i)}" points="{path}"/>')
         parts.append(f'<circle class="dot {_style(i)}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>')
     return "".join([*parts, "</svg>"])
@@ -75,6 +82,14 @@ def legend(names: Sequence[str]) -> str:
     mark = '<svg viewBox="0 0 26 8" aria-hidden="true"><path class="line {}" d="M1 4H25"/></svg>'
     marks = "".join(f"<span>{mark.format(_style(i))}{escape(name)}</span>" for i, name in enumerate(names))
     return f'<div class="legend">{marks}</div>'
+
+
+def _edge(line: Line) -> list[Point]:
+    """Round the band: along its upper edge and back along the lower one."""
+    if not line.spread:
+        return []
+    both = list(zip(line.points, line.spread, strict=True))
+    return [(x, y + half) for (x, y), half in both] + [(x, y - half) for (x, y), half in reversed(both)]
 
 
 def _style(i: int) -> str:

@@ -13,6 +13,7 @@ from importlib import resources
 from pathlib import Path
 from string import Template
 
+from iwm.report.actions import grid_curves, undone
 from iwm.report.configuration import configuration
 from iwm.report.explorer import explorer
 from iwm.report.markup import details
@@ -26,7 +27,14 @@ from shards.atomic import write_atomically
 OVERVIEW: tuple[Callable[[Sequence[Run]], str], ...] = (headline, world_model, explorer)
 """What all runs share a table or a chart in: first, what they are judged by."""
 
-SECTIONS: tuple[Callable[[Run], str], ...] = (retrieval_picture, similarity_matrix, marginalised, patch_maps)
+SECTIONS: tuple[Callable[[Run], str], ...] = (
+    retrieval_picture,
+    grid_curves,
+    undone,
+    similarity_matrix,
+    marginalised,
+    patch_maps,
+)
 """What each run shows by itself."""
 
 BACKGROUND: tuple[Callable[[Sequence[Run]], str], ...] = (curves, configuration)
