@@ -52,7 +52,7 @@ def linear_accuracy(
     if not settings.l2 or min(settings.l2) <= 0:
         raise ConfigError("--probe.l2: at least one penalty, all above 0")
     train = settings.train or subject.config.data.train
-    classes = _classes(subject, train, settings.label)
+    classes, theirs = _classes(subject, train, settings.label)
     known, labels = _embed(subject, train, settings.label, settings.train_images, features)
     present = len(labels.unique())
     if present < 2:
@@ -60,10 +60,11 @@ def linear_accuracy(
             f"linear accuracy: all {len(labels)} images of split '{train}' have one class; name another --probe.label, "
             "more --probe.train-images, or say --no-linear"
         )
-    judged, truths = _embed(subject, subject.split, settings.label, settings.val_images, features)
+    judged, numbers = _embed(subject, subject.split, settings.label, settings.val_images, features)
+    truths = theirs.to(numbers.device)[numbers]
     accuracies = {}
     for i, name in enumerate(names):
-        classifier = fit_best(known[:, i], labels, classes, settings.l2, seed)
+        classifier = fit_best(known[:, i], labels, len(classes), settings.l2, seed)
         accuracy = classifier.accuracy(judged[:, i], truths)
         accuracies[name] = {
             "mean": accuracy,
@@ -75,27 +76,30 @@ def linear_accuracy(
     return {
         "label": settings.label,
         "classes": present,
-        "chance": truths.bincount().max().item() / len(truths),
+        "chance": numbers.bincount().max().item() / len(truths),
         "train_images": len(labels),
         "val_images": len(truths),
         "accuracy": accuracies,
     }
 
 
-def _classes(subject: Subject, train: str, label: str) -> int:
-    """Number of classes of the column, which both splits must number alike."""
+def _classes(subject: Subject, train: str, label: str) -> tuple[list[str], Int64[Tensor, " c"]]:
+    """The training split's classes, and for each class of the held-out split its place among them, -1 for none.
+
+    A split numbers the classes that it has; a class that was never trained on is one that cannot be right.
+    """
     try:
-        columns = [load_manifest(subject.shards, split).column(label) for split in (train, subject.split)]
+        known, theirs = (load_manifest(subject.shards, split).column(label).classes for split in (train, subject.split))
     except ShardError as error:
         raise ConfigError(
             f"linear accuracy: {error}; name others with --probe.label and --probe.train, or say --no-linear"
         ) from error
-    if columns[0].classes != columns[1].classes:
+    if not set(known) & set(theirs):
         raise ConfigError(
-            f"linear accuracy: '{label}' has other classes in split '{train}' than in '{subject.split}' of "
-            f"{subject.shards}; name another --probe.train, or say --no-linear"
+            f"linear accuracy: '{label}' of splits '{train}' and '{subject.split}' of {subject.shards} have no class "
+            "in common; name another --probe.train, or say --no-linear"
         )
-    return len(columns[0].classes)
+    return known, torch.tensor([known.index(name) if name in known else -1 for name in theirs])
 
 
 @torch.no_grad()
