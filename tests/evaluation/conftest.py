@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from dali_pipelines.augmentation import Views
 from iwm.config import Config, Data, Encoder, Predictor, Train
@@ -60,3 +61,12 @@ def untrained(folder: Path, config: Config) -> Path:
     )
     save(folder, content)
     return folder
+
+
+@pytest.fixture(scope="session")
+def smooth_images() -> Tensor:
+    """Random pictures of 16 px of middle brightness, so that jitter rarely clips."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = 60 + 130 * torch.rand(6, 3, 4, 4, generator=generator)
+    fine = torch.nn.functional.interpolate(coarse, size=16, mode="bilinear")
+    return fine.permute(0, 2, 3, 1).round().byte().contiguous()

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dali_pipelines.augmentation import IDENTITY, SCENARIOS, Views
-from dali_pipelines.replay import draw_photometric, photometric
+from dali_pipelines.augmentation import IDENTITY, SCENARIOS
+from dali_pipelines.replay import draw_photometric
 from iwm.actions import action_spec
 from iwm.config import Action, Config
 from iwm.evaluation.bank import actions_to, embed_bank, predicted_distances
@@ -25,34 +25,7 @@ from iwm.evaluation.mrr import (
     summarise,
 )
 from iwm.models.world_model import WorldModel
-
-VIEWS = Views(size=16)
-
-
-class Oracle:
-    """A world model over pixels that can be reasoned about: features are 4×4 patches, the predictor undoes the action
-    vector into jitter parameters and applies them to the picture itself."""
-
-    def __init__(self) -> None:
-        self.config = Config(views=VIEWS)
-        self.action_spec = action_spec(Action(), VIEWS)
-
-    def encode(self, images: Tensor, which: str) -> Tensor:
-        return images.float().reshape(len(images), 16, -1)
-
-    def targets(self, images: Tensor) -> Tensor:
-        return self.encode(images, "teacher")
-
-    def predict(self, context: Tensor, action: Tensor) -> Tensor:
-        images = context.reshape(-1, VIEWS.size, VIEWS.size, 3).round().byte()
-        params = torch.tensor(IDENTITY).repeat(len(action), 1)
-        params[:, :4] += action[:, :4] * torch.tensor(self.action_spec.scale)
-        return self.encode(photometric(images, params, VIEWS.colour), "teacher")
-
-
-class Blind(Oracle):
-    def predict(self, context: Tensor, action: Tensor) -> Tensor:
-        return context
+from tests.evaluation.oracles import VIEWS, Blind, Oracle
 
 
 class Collapsed(Oracle):
@@ -69,12 +42,8 @@ class Broken(Oracle):
 
 
 @pytest.fixture(scope="module")
-def images() -> Tensor:
-    """Smooth random pictures of middle brightness, so that jitter rarely clips."""
-    generator = torch.Generator().manual_seed(0)
-    coarse = 60 + 130 * torch.rand(6, 3, 4, 4, generator=generator)
-    fine = torch.nn.functional.interpolate(coarse, size=VIEWS.size, mode="bilinear")
-    return fine.permute(0, 2, 3, 1).round().byte().contiguous()
+def images(smooth_images: Tensor) -> Tensor:
+    return smooth_images
 
 
 def test_a_perfect_world_model_scores_near_one_and_shuffled_actions_near_chance(images: Tensor) -> None:

@@ -1,0 +1,51 @@
+"""World models over pixels that can be reasoned about."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dali_pipelines.augmentation import IDENTITY, Views
+from dali_pipelines.replay import photometric
+from iwm.actions import action_spec
+from iwm.config import Action, Config
+
+VIEWS = Views(size=16)
+
+
+class Oracle:
+    """A world model over pixels that can be reasoned about: features are 4×4 patches, the predictor undoes the action
+    vector into jitter parameters and applies them to the picture itself."""
+
+    def __init__(self) -> None:
+        self.config = Config(views=VIEWS)
+        self.action_spec = action_spec(Action(), VIEWS)
+
+    def encode(self, images: Tensor, which: str) -> Tensor:
+        return images.float().reshape(len(images), 16, -1)
+
+    def targets(self, images: Tensor) -> Tensor:
+        return self.encode(images, "teacher")
+
+    def predict(self, context: Tensor, action: Tensor) -> Tensor:
+        images = context.reshape(-1, VIEWS.size, VIEWS.size, 3).round().byte()
+        params = torch.tensor(IDENTITY).repeat(len(action), 1)
+        params[:, :4] += action[:, :4] * torch.tensor(self.action_spec.scale)
+        return self.encode(photometric(images, params, VIEWS.colour), "teacher")
+
+
+class Blind(Oracle):
+    def predict(self, context: Tensor, action: Tensor) -> Tensor:
+        return context
+
+
+class Knowing(Oracle):
+    """Told that its source was made grayscale, blurred or solarized, it begins from the clean image, which it knows."""
+
+    def __init__(self, clean: Tensor) -> None:
+        super().__init__()
+        self.clean = self.encode(clean[None], "teacher")
+
+    def predict(self, context: Tensor, action: Tensor) -> Tensor:
+        destroyed = action[:, 4:7].any(1)[:, None, None]
+        return super().predict(torch.where(destroyed, self.clean, context), action)

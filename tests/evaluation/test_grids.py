@@ -1,0 +1,163 @@
+"""Grids: what a perfect, a blind and a forgetful model retrieve along one parameter, for every kind of run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dali_pipelines.augmentation import SCENARIOS, Views
+from iwm.config import Action, Config
+from iwm.evaluate import main
+from iwm.evaluation.grids import Found, Settings, ask, correlation, found, series_of, summarise
+from iwm.evaluation.mosaic import LABEL, TILE, TITLE, Band, draw_bands
+from tests.evaluation.conftest import untrained
+from tests.evaluation.oracles import VIEWS, Blind, Knowing, Oracle
+
+SETTINGS = Settings(checkpoint=Path("unused"), values=7, sigmas=4)
+
+
+def _asked(model: Oracle, image: Tensor) -> dict[str, tuple[Found, Found]]:
+    """What was found in one image's series, told and in the control, by the series' names."""
+    wanted = series_of(VIEWS, model.action_spec.target_flags, SETTINGS)
+    subject: Any = SimpleNamespace(model=model, config=model.config)
+    _, answers = ask(subject, image, wanted, SETTINGS, torch.Generator().manual_seed(0))
+    return {series.name: answer for series, answer in zip(wanted, answers, strict=True)}
+
+
+def test_a_perfect_model_retrieves_each_value_in_order(smooth_images: Tensor) -> None:
+    asked = _asked(Oracle(), smooth_images[0])
+    for op in ("brightness", "contrast", "saturation", "hue"):
+        told, control = asked[op]
+        assert told.nearest.tolist() == list(range(7))
+        assert told.hit.tolist() == [1] * 7
+        assert correlation(range(7), told.retrieved) == pytest.approx(1)
+        assert sorted(control.nearest.tolist()) == list(range(7))
+        assert control.nearest.tolist() != list(range(7))
+
+
+def test_what_is_undone_is_gone_when_told_and_still_there_when_not(smooth_images: Tensor) -> None:
+    asked = _asked(Knowing(smooth_images[1]), smooth_images[1])
+    for name, strengths in (("undo blur", 4), ("undo grayscale", 2), ("undo solarize", 2)):
+        told, control = asked[name]
+        assert told.nearest.tolist() == [0] * strengths
+        assert control.nearest.tolist() == list(range(strengths))
+
+
+def test_a_model_blind_to_the_action_orders_nothing(smooth_images: Tensor) -> None:
+    wanted = series_of(VIEWS, False, SETTINGS)[3]
+    told, _ = _asked(Blind(), smooth_images[2])["hue"]
+    assert wanted.name == "hue"
+    scores = summarise(wanted, [told, told])
+    assert scores["correlation"] == {"mean": 0, "standard_error": 0}
+    assert scores["hits"]["mean"] == pytest.approx(1 / 7)
+
+
+def test_views_that_cannot_be_told_apart_share_the_hit_and_give_the_mean_value() -> None:
+    series = series_of(VIEWS, False, SETTINGS)[0]
+    same = found(torch.ones(7, 7), torch.ones(7), series)
+    assert torch.allclose(same.retrieved, torch.ones(7).double())
+    assert torch.allclose(same.hit, torch.full((7,), 1 / 7).double())
+
+
+def test_a_broken_model_is_not_taken_for_one() -> None:
+    series = series_of(VIEWS, False, SETTINGS)[0]
+    assert found(torch.full((7, 7), torch.nan), torch.ones(7), series).retrieved.isnan().all()
+
+
+def test_targets_that_can_be_destroyed_have_series_of_their_own() -> None:
+    strong = SCENARIOS["strong"]
+    names = [series.name for series in series_of(strong, False, SETTINGS)]
+    assert names == ["brightness", "contrast", "saturation", "hue", "undo grayscale", "undo blur", "undo solarize"]
+    destroyed = replace(strong, target=strong.source)
+    names = [series.name for series in series_of(destroyed, True, SETTINGS)]
+    assert names[4:7] == ["grayscale", "blur", "solarize"]
+
+
+def test_what_a_run_never_varied_is_marked_and_a_strength_of_nothing_left_out() -> None:
+    still = series_of(SCENARIOS["destructive"], False, SETTINGS)
+    assert [series.trained for series in still] == [False] * 4 + [True] * 3
+    views = Views(target=replace(Views().target, saturation=0.0), source=replace(Views().source, saturation=0.0))
+    assert "saturation" not in [series.name for series in series_of(views, False, SETTINGS)]
+
+
+def test_the_range_is_the_runs_own_or_the_scenarios() -> None:
+    own = series_of(SCENARIOS["strong"], False, SETTINGS)[0]
+    assert (own.values[0], own.values[-1]) == pytest.approx((0.5, 1.5))
+    common = series_of(SCENARIOS["strong"], False, replace(SETTINGS, scenario="default"))[0]
+    assert (common.values[0], common.values[-1]) == pytest.approx((0.6, 1.4))
+
+
+DESTROYED = replace(Views(size=32), target=Views().source)
+FLAT = replace(Views().target, saturation=0.0)
+
+
+@pytest.mark.parametrize(
+    ("views", "action"),
+    [
+        (Views(size=32), Action(conditioning="none")),
+        (DESTROYED, Action(conditioning="sequence")),
+        (replace(SCENARIOS["destructive"], size=32, colour="torchvision"), Action(jitter="log_ratio")),
+        (replace(Views(size=32), target=FLAT, source=FLAT), Action()),
+    ],
+    ids=["no conditioning", "destroyed targets, sequence", "no jitter, torchvision colour", "no saturation"],
+)
+def test_every_kind_of_run_gets_its_grids(
+    views: Views,
+    action: Action,
+    config: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = untrained(tmp_path / "run", replace(config, views=views, action=action))
+    arguments = ("--images", "3", "--values", "5", "--sigmas", "3", "--shown", "1")
+    monkeypatch.setattr(sys, "argv", ["iwm/evaluate.py", "grids", "--checkpoint", str(run), *arguments])
+    main()
+    result = json.loads((run / "eval" / "grids.json").read_bytes())
+    assert len(result["series"]) == {"sequence": 10}.get(action.conditioning, 7 - (views.target.saturation == 0))
+    for series in result["series"]:
+        assert len(series["told"]["retrieved"]) == len(series["wanted"]) == len(series["values"])
+        assert -1 <= series["told"]["correlation"]["mean"] <= 1
+    if action.conditioning == "none":
+        assert {s["told"]["correlation"]["mean"] for s in result["series"] if not s["undo"]} == {0}
+        assert "by construction" in " ".join(capsys.readouterr().out.split())
+    assert Image.open(run / "eval" / result["pictures"][0]["picture"]).height > 500
+    assert "One parameter at a time" in (run / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--values", "1"), "--values"),
+        (("--shown", "9", "--images", "3"), "--shown 9"),
+        (("--images", "13"), "has 12 images.*--images"),
+        (("--scenario", "ijepa"), "'ijepa'.*strong_jitter"),
+    ],
+)
+def test_a_mistake_ends_with_one_line(
+    arguments: tuple[str, ...], says: str, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["iwm/evaluate.py", "grids", "--checkpoint", str(run), *arguments])
+    with pytest.raises(SystemExit, match=says):
+        main()
+    assert not (run / "eval" / "grids.json").exists()
+
+
+def test_a_picture_keeps_views_in_their_places(tmp_path: Path) -> None:
+    views = torch.arange(0, 240, 40).byte()[:, None, None, None].expand(6, 8, 8, 3)
+    draw_bands([Band("six", {"true": views, "retrieved": views.flip(0)})], tmp_path / "bands.png")
+    pixels = Image.open(tmp_path / "bands.png").convert("RGB")
+    tile, left, top = (160 * inches for inches in (TILE, LABEL, TITLE))
+    for column in range(6):
+        x = round(left + (column + 0.5) * tile)
+        assert pixels.getpixel((x, round(top + 0.5 * tile))) == (40 * column,) * 3
+        assert pixels.getpixel((x, round(top + 1.5 * tile))) == (200 - 40 * column,) * 3
