@@ -1,0 +1,75 @@
+"""Retrieval: chosen at random and reproducible; best and worst are that of a whole bank, labelled, apart."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from iwm.evaluate import main
+from iwm.evaluation.mrr import BankSettings
+from iwm.evaluation.retrieval import Settings, retrieve
+from tests.evaluation.oracles import Blind, Oracle
+
+SETTINGS = Settings(checkpoint=Path("unused"), bank=BankSettings(images=3, size=32), actions=2)
+
+
+def _subject(model: Oracle, images: Tensor) -> Any:
+    keys = [f"photo-{i}" for i in range(len(images))]
+    return SimpleNamespace(model=model, config=model.config, images=lambda most, at_least: (images, keys))
+
+
+def test_a_perfect_model_retrieves_the_truth(smooth_images: Tensor) -> None:
+    chosen, extremes = retrieve(_subject(Oracle(), smooth_images), SETTINGS)
+    assert [len(row.retrievals) for row in chosen] == [2, 2, 2]
+    for row in chosen:
+        for shown in row.retrievals:
+            assert (shown.rank, shown.label) == (1, "")
+            assert torch.equal(shown.retrieved, shown.truth)
+            assert not torch.equal(shown.truth, row.source)
+    assert [row.key for row in extremes] == [row.key for row in chosen]
+
+
+def test_best_and_worst_are_of_all_actions_and_say_so(smooth_images: Tensor) -> None:
+    _, extremes = retrieve(_subject(Blind(), smooth_images), SETTINGS)
+    for row in extremes:
+        assert [(shown.label, shown.rank) for shown in row.retrievals] == [("best", 1), ("worst", 32)]
+        best, worst = row.retrievals
+        assert torch.equal(best.retrieved, best.truth)
+        assert not torch.equal(worst.retrieved, worst.truth)
+
+
+def test_another_seed_chooses_other_photographs_and_actions(smooth_images: Tensor) -> None:
+    subject = _subject(Oracle(), smooth_images)
+    actions = [
+        [[shown.action for shown in row.retrievals] for row in retrieve(subject, replace(SETTINGS, seed=seed))[0]]
+        for seed in (0, 0, 1)
+    ]
+    assert actions[0] == actions[1] != actions[2]
+
+
+def test_extremes_have_a_picture_and_a_place_of_their_own(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--bank.images", "2", "--bank.size", "16", "--seed", "3")
+    monkeypatch.setattr(sys, "argv", ["iwm/evaluate.py", "retrieval", "--checkpoint", str(run), *arguments])
+    main()
+    result = json.loads((run / "eval" / "retrieval.json").read_bytes())
+    assert {"retrieval.png", "retrieval-extremes.png"} <= {path.name for path in (run / "eval").iterdir()}
+    assert (result["picture"], result["extremes"]["picture"]) == ("retrieval.png", "retrieval-extremes.png")
+    labels = [[shown["label"] for shown in row["actions"]] for row in result["extremes"]["photographs"]]
+    assert labels == [["best", "worst"]] * 2
+    assert not any("label" in shown for row in result["photographs"] for shown in row["actions"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "worst of 16" in printed
+    assert "random, seed 3" in printed
+    page = (run / "report.html").read_text()
+    assert "Chosen at random, seed 3" in page
+    assert "Not chosen at random" in page
