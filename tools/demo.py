@@ -28,7 +28,8 @@ from rich.table import Table
 
 from iwm.recipes import demo
 from iwm.report.page import write_report
-from iwm.training.checkpoint import all_checkpoints, path_of
+from iwm.report.run_folder import is_current
+from iwm.training.checkpoint import path_of
 
 ROOT = Path(__file__).resolve().parents[1]
 CONTROL_SCENARIO = "destructive"
@@ -127,13 +128,7 @@ def _measure(title: str, options: Options, run: Path, name: str) -> Stage:
 
 def _evaluation(title: str, protocol: str, run: Path, output: Path, more: list[str]) -> Stage:
     command = ["iwm/evaluate.py", protocol, "--checkpoint", str(run), "--output", str(output), *more]
-    return Stage(title, command, lambda: _is_newer(output, run))
-
-
-def _is_newer(output: Path, run: Path) -> bool:
-    """Whether an evaluation was made after the run's newest checkpoint."""
-    checkpoints = all_checkpoints(run)
-    return output.exists() and bool(checkpoints) and output.stat().st_mtime >= checkpoints[0].stat().st_mtime
+    return Stage(title, command, lambda: is_current(output, run))
 
 
 def run_stages(todo: list[Stage], console: Console) -> None:

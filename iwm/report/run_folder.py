@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from iwm.training.checkpoint import all_checkpoints
+
 Point = tuple[float, float]
 """(step, value)"""
 
@@ -68,6 +70,12 @@ def read_run(folder: Path, name: str | None = None) -> Run:
         metrics=_read_metrics(folder / "metrics.jsonl"),
         evaluations=evaluations,
     )
+
+
+def is_current(evaluation: Path, run: Path) -> bool:
+    """Whether an evaluation's file is there and was made after the run's newest checkpoint."""
+    checkpoints = all_checkpoints(run)
+    return evaluation.exists() and bool(checkpoints) and evaluation.stat().st_mtime >= checkpoints[0].stat().st_mtime
 
 
 def _read_metrics(path: Path) -> dict[str, list[Point]]:

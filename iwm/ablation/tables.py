@@ -1,0 +1,134 @@
+"""A study's tables: its rows and columns, each place with ours (mean and range over seeds) and the paper's."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from iwm.ablation.runs import Run, mrr_file
+from iwm.ablation.studies import Arm, Study
+
+NOT_RUN = "not run"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """One table: the text of every place."""
+
+    title: str
+    caption: str
+    columns: list[str]
+    rows: dict[str, list[str]]
+
+    def for_terminal(self) -> Table:
+        table = Table(title=self.title, caption=self.caption, box=SIMPLE_HEAD, pad_edge=False)
+        table.add_column("")
+        for column in self.columns:
+            table.add_column(column, justify="right")
+        for name, cells in self.rows.items():
+            table.add_row(name, *cells)
+        return table
+
+    def markdown(self) -> str:
+        head = ["", *self.columns]
+        lines = [head, ["---"] * len(head), *([name, *cells] for name, cells in self.rows.items())]
+        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return f"**{self.title}.** {self.caption}\n\n{table}\n"
+
+
+def results(study: Study, runs: Mapping[tuple[Arm, int], Run]) -> list[dict[str, Any]]:
+    """What was measured of every arm and seed: row, column, bank, paper, seed, folder, step, evaluations by file name.
+
+    Runs that were not judged are left out.
+    """
+    found = []
+    for (arm, seed), run in runs.items():
+        files = {judge.output: run.folder / "eval" / f"{judge.output}.json" for judge in run.judges}
+        if all(file.exists() for file in files.values()):
+            evaluations = {name: json.loads(file.read_bytes()) for name, file in files.items()}
+            place = {"row": arm.row, "column": arm.column, "bank": arm.bank, "paper": arm.paper, "seed": seed}
+            found.append({**place, "folder": str(run.folder), "evaluations": evaluations})
+    return found
+
+
+def tables(study: Study, found: Sequence[dict[str, Any]], common: str) -> list[Grid]:
+    """MRR on each arm's own bank beside the paper's, on the common one, its control, and the spread of features."""
+    seeds = sorted({result["seed"] for result in found})
+    spread = f"Mean over seeds {', '.join(map(str, seeds))} (lowest–highest)." if len(seeds) > 1 else "One seed."
+    if not found:
+        return []
+    sizes = found[0]["evaluations"][mrr_file(common)]
+    bank = f"{sizes['images']} images, bank of {sizes['bank']}, chance {sizes['chance']:.3f}."
+
+    def mrr(bank_of: Callable[[dict[str, Any]], str], part: str, distance: str) -> Callable[[dict[str, Any]], float]:
+        def read(result: dict[str, Any]) -> float:
+            value: float = result["evaluations"][mrr_file(bank_of(result))][part][distance]["teacher"]["mean"]
+            return value
+
+        return read
+
+    def own(result: dict[str, Any]) -> str:
+        return str(result["bank"])
+
+    def shared(result: dict[str, Any]) -> str:
+        return common
+
+    def ratio(result: dict[str, Any]) -> float:
+        value: float = result["evaluations"]["similarity"]["variance_ratio"]["mean"]
+        return value
+
+    views = found[0]["evaluations"]["similarity"]
+    return [
+        _grid(study, found, f"{study.title}: MRR", f"Each on the bank of its own jitter. {bank} {spread}",
+              mrr(own, "mrr", "pooled"), paper=True),
+        _grid(study, found, f"MRR on one bank, {common}", f"Pooled features. {bank} {spread}",
+              mrr(shared, "mrr", "pooled")),
+        _grid(study, found, f"MRR on one bank, {common}, per token", f"{bank} {spread}",
+              mrr(shared, "mrr", "per_token")),
+        _grid(study, found, "Control: shuffled actions", f"Pooled features, bank {common}. {bank} {spread}",
+              mrr(shared, "shuffled_actions", "pooled")),
+        _grid(study, found, "Variance within images over variance between images",
+              f"Pooled teacher features of {views['images']} images, {views['augmentations']} views of each "
+              f"(colours of {common}); an invariant encoder has 0. {spread}", ratio),
+    ]  # fmt: skip
+
+
+def _grid(
+    study: Study,
+    found: Sequence[dict[str, Any]],
+    title: str,
+    caption: str,
+    value: Callable[[dict[str, Any]], float],
+    paper: bool = False,
+) -> Grid:
+    by_place: dict[tuple[str, str], list[float]] = {}
+    for result in found:
+        by_place.setdefault((result["row"], result["column"]), []).append(value(result))
+    papers = {(arm.row, arm.column): arm.paper for arm in study.arms}
+    rows = {}
+    for row in study.rows:
+        cells = []
+        for column in study.columns:
+            if (row, column) not in papers:
+                cells.append("")
+                continue
+            cell = _spread(by_place.get((row, column), []))
+            printed = papers[row, column]
+            cells.append(f"{cell}, paper {printed:.2f}" if paper and printed is not None else cell)
+        rows[row] = cells
+    if paper and any(value is not None for value in papers.values()):
+        caption += " The paper's: ViT-B/16, ImageNet, 300 epochs."
+    return Grid(title, caption, study.columns, rows)
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return NOT_RUN
+    mean = f"{statistics.mean(values):.3f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.3f}–{max(values):.3f})"

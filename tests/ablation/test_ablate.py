@@ -1,0 +1,105 @@
+"""`python iwm/ablate.py`: trains and scores every arm and seed, keeps what is done, goes on where it was cut."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from iwm.ablate import main
+from iwm.training.checkpoint import all_checkpoints, path_of
+from tests.training.runs import TINY
+
+SCRIPT = Path(__file__).parents[2] / "iwm" / "ablate.py"
+STUDY = """
+title: Two widths
+arms:
+  - {row: default, column: narrow, options: [--predictor.width, '32'], paper: 0.5}
+  - {row: default, column: wide, options: [--predictor.width, '64']}
+"""
+
+
+@pytest.mark.timeout(280)
+def test_a_failed_and_a_stopped_run_go_on_and_a_finished_study_prints_its_tables(
+    tmp_path: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, study = tmp_path / "out", tmp_path / "widths.yaml"
+    study.write_text(STUDY)
+    tiny = [word for key, value in TINY.items() if key != "predictor.width" for word in (f"--{key}", str(value))]
+    own = ["--jobs", "2", "--bank.images", "3", "--bank.size", "8", "--out", str(out)]
+    training = ["--data.shards", str(tiny_shards), "--schedule.steps", "200", "--log.no-tensorboard", *tiny]
+    command = [sys.executable, str(SCRIPT), str(study), "demo", *own, "--", *training]
+    narrow, wide = (out / f"default-{column}-seed0" for column in ("narrow", "wide"))
+
+    (wide / "eval").mkdir(parents=True)
+    (wide / "checkpoints").write_text("in the way")
+    failed = subprocess.run(command, capture_output=True, text=True)
+    assert failed.returncode == 1
+    assert "1 of 2 runs failed" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert re.search(r"default-wide-seed0: iwm/train.py failed.*default-wide-seed0/log.txt", failed.stdout)
+    assert [result["column"] for result in _read(out / "ablation.json")["results"]] == ["narrow"]
+    assert "not run" in (out / "tables.md").read_text()
+    (wide / "checkpoints").unlink()
+
+    stopped = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    while not list(wide.glob("checkpoints/*.pt")):
+        assert stopped.poll() is None
+        time.sleep(0.05)
+    stopped.send_signal(signal.SIGTERM)
+    assert "stopped; the same command goes on" in stopped.communicate(timeout=60)[1]
+    assert stopped.returncode == 1
+    assert all_checkpoints(wide)[0] != path_of(wide, 200)
+
+    before = {path: path.stat().st_mtime_ns for path in narrow.rglob("*.pt")}
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "default-narrow-seed0: done before, kept" in done.stdout
+    assert "default-wide-seed0: trained in" in done.stdout
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    results = _read(out / "ablation.json")["results"]
+    assert [(result["column"], result["seed"]) for result in results] == [("narrow", 0), ("wide", 0)]
+    assert {result["evaluations"]["mrr-default"]["checkpoint"][-12:] for result in results} == {"000000200.pt"}
+    tables = (out / "tables.md").read_text()
+    assert re.search(r"\| default \| \d\.\d{3}, paper 0.50 \| \d\.\d{3} \|", tables)
+    assert all(run.name in (out / "report.html").read_text() for run in (narrow, wide))
+
+    monkeypatch.setattr(sys, "argv", command[1:])
+    main()
+    assert capsys.readouterr().out.count("done before, kept") == 2
+
+
+def _read(path: Path) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads(path.read_bytes())
+    return result
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["depth", "demo"], r"'depth' is no study"),
+        (["conditioning", "demos"], r"'demos' is no recipe.*cpu_small"),
+        (["conditioning", "demo", "--jobs", "0"], "--jobs"),
+        (["conditioning", "demo", "--common", "destructive"], "'destructive' is no scenario with jitter"),
+        (["conditioning", "demo", "--", "--predictor.width", "97"], "predictor.width 97"),
+        (["conditioning", "demo", "--bank.scenario", "strong"], "--bank.scenario"),
+    ],
+)
+def test_a_mistake_ends_with_one_line_before_anything_is_trained(
+    arguments: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["iwm/ablate.py", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert isinstance(stop.value.code, str)
+    assert re.search(says, stop.value.code)
+    assert "\n" not in stop.value.code
+    assert not list(tmp_path.iterdir())
