@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from iwm.evaluation.bank import UNTOLD
 from iwm.evaluation.mrr import TIE
 from iwm.report.markup import section
 from iwm.report.run_folder import ReportError, Run
@@ -25,8 +26,6 @@ FOR_THE_SCRIPT = ("bank", "chance", "columns", "side", "axes", "words", "sources
 MEANING = """<p>Choose a photograph and what is done to it, then tell the predictor an action. Which of the photograph's
 {bank} views is nearest to what it predicts? Distances and ranks are those of MRR, computed beforehand from features
 averaged over tokens; {same:.0%} of all ranks are exact, rounding moves the others by at most {most:g}.</p>"""
-
-UNTOLD = """<p>This predictor is not conditioned: it is told no action and predicts the same for all.</p>"""
 
 BUTTONS = {"nothing": "No change", "random": "Random action", "best": "Best action", "worst": "Worst action"}
 
@@ -54,7 +53,8 @@ def _one(folder: Path, name: str, result: dict[str, Any]) -> str:
     sliders = "".join(_slider(name, axis, values) for axis, values in result["axes"].items())
     views = "".join(_view(role, caption) for role, caption in VIEWS.items())
     meaning = MEANING.format(bank=result["bank"], same=result["same_rank"], most=result["largest_difference"])
-    content = f"""{meaning}{UNTOLD if result["conditioning"] == "none" else ""}
+    untold = f"<p>{UNTOLD}</p>" if result["conditioning"] == "none" else ""
+    content = f"""{meaning}{untold}
 <div class="explorer">
 <script type="application/json">{data}</script>
 <noscript><p>The explorer needs JavaScript.</p></noscript>

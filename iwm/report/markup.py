@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
@@ -10,6 +11,19 @@ from pathlib import Path
 
 def section(title: str, content: str) -> str:
     return f"<section><h2>{escape(title)}</h2>{content}</section>"
+
+
+def with_contents(sections: str) -> str:
+    """Sections after links that lead to them."""
+    links = []
+
+    def anchored(found: re.Match[str]) -> str:
+        anchor = "-".join(re.findall(r"\w+", found[1].lower()))
+        links.append(f'<a href="#{anchor}">{found[1]}</a>')
+        return f'<section id="{anchor}"><h2>{found[1]}</h2>'
+
+    body = re.sub(r"<section><h2>(.*?)</h2>", anchored, sections)
+    return f'<nav aria-label="Contents">{"".join(links)}</nav>{body}' if len(links) > 1 else body
 
 
 def details(title: str, content: str, kind: str = "") -> str:

@@ -16,9 +16,9 @@ from string import Template
 from iwm.report.actions import grid_curves, undone
 from iwm.report.configuration import configuration
 from iwm.report.explorer import explorer
-from iwm.report.markup import details
+from iwm.report.markup import details, with_contents
 from iwm.report.pictures import retrieval_picture
-from iwm.report.run_folder import Run, read_runs
+from iwm.report.run_folder import ReportError, Run, read_runs
 from iwm.report.scores import headline, world_model
 from iwm.report.spectrum import marginalised, patch_maps, similarity_matrix
 from iwm.report.training import curves
@@ -50,10 +50,23 @@ def write_page(folders: Sequence[Path], path: Path) -> Path:
     """Write one page of one run, or comparing several. Raises ReportError as `read_runs` does."""
     runs = read_runs(folders)
     template = Template((resources.files("iwm.report") / "page.html").read_text())
-    own = ["\n".join(section(run) for section in SECTIONS) for run in runs]
-    if len(runs) > 1:
-        own = [details(run.name, content, "run") for run, content in zip(runs, own, strict=True) if content.strip()]
-    body = [*(section(runs) for section in OVERVIEW), *own, *(section(runs) for section in BACKGROUND)]
+    try:
+        body = _body(runs)
+    except KeyError as error:
+        where = ", ".join(str(run.folder / "eval") for run in runs)
+        raise ReportError(
+            f"{where}: a result lacks {error}, so another version of iwm wrote it; evaluate again or delete it"
+        ) from error
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
-    write_atomically(path, template.substitute(title=escape(title), body="\n".join(body)).encode())
+    write_atomically(path, template.substitute(title=escape(title), body=body).encode())
     return path
+
+
+def _body(runs: Sequence[Run]) -> str:
+    top, *overview = (section(runs) for section in OVERVIEW)
+    own = ["\n".join(section(run) for section in SECTIONS) for run in runs]
+    background = [section(runs) for section in BACKGROUND]
+    if len(runs) == 1:
+        return top + with_contents("\n".join([*overview, *own, *background]))
+    folded = [details(run.name, content, "run") for run, content in zip(runs, own, strict=True) if content.strip()]
+    return "\n".join([top, *overview, *folded, *background])

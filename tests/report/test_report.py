@@ -55,7 +55,7 @@ def test_the_page_shows_the_scores_the_curves_and_the_configuration(run: Path) -
 
 def test_the_page_needs_no_network_and_no_script(run: Path) -> None:
     page = write_report(run).read_text()
-    assert not re.search(r"(src|href)\s*=\s*\"(?!data:)", page)
+    assert not re.search(r"(src|href)\s*=\s*\"(?!data:|#)", page)
     assert "<script" not in page
     assert "url(" not in page
     assert "http" not in page
@@ -138,3 +138,18 @@ def test_numbers_are_short() -> None:
     assert [number(value) for value in (0, 0.3514, 12.0, 847.2, 12_400, 2.5e6, 1e-5)] == [
         "0", "0.351", "12", "847.2", "12.4k", "2.5M", "1.0e-05",
     ]  # fmt: skip
+
+
+def test_the_contents_lead_to_every_section(run: Path) -> None:
+    page = write_report(run).read_text()
+    sections = re.findall(r'<section id="([^"]+)"', page)
+    assert re.findall(r'<a href="#([^"]+)"', page) == sections
+    assert len(set(sections)) == len(sections) >= 3
+
+
+def test_a_result_of_another_version_ends_with_one_line(run: Path) -> None:
+    result = json.loads((run / "eval" / "mrr.json").read_bytes())
+    del result["recall"]
+    (run / "eval" / "mrr.json").write_text(json.dumps(result))
+    with pytest.raises(ReportError, match=r"eval: a result lacks 'recall'.*evaluate again or delete it"):
+        write_report(run)
