@@ -1,0 +1,78 @@
+"""The page's curves keep their band inside and show what a control is; what was not run is left out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from iwm.report.actions import grid_curves, undone
+from iwm.report.chart import Line, line_chart
+from iwm.report.run_folder import Run
+
+
+def _run(folder: Path, **evaluations: dict[str, Any]) -> Run:
+    return Run(name="run", folder=folder, config=None, metrics={}, evaluations=evaluations)
+
+
+def _score(value: float) -> dict[str, float]:
+    return {"mean": value, "standard_error": 0.02}
+
+
+def _grids() -> dict[str, Any]:
+    part = {"retrieved": [0.7, 1.0, 1.2], "deviation": [0.1] * 3, "correlation": _score(0.87), "hits": _score(0.41)}
+    series = {
+        "name": "hue",
+        "op": "hue",
+        "undo": False,
+        "trained": False,
+        "values": [-0.1, 0.0, 0.1],
+        "wanted": [-0.1, 0.0, 0.1],
+        "told": part,
+        "control": {"kind": "shuffled actions", **part, "correlation": _score(0.013)},
+    }
+    return {"protocol": "grids", "images": 5, "conditioning": "none", "pictures": [], "series": [series]}
+
+
+def test_a_curve_shows_its_score_its_control_and_what_was_never_trained(tmp_path: Path) -> None:
+    html = grid_curves(_run(tmp_path, grids=_grids()))
+    for words in ("<b>0.87</b>", "0.01", "shuffled actions", "never trained", "degrees", "by construction", "polygon"):
+        assert words in html
+    svg = html[html.index('<svg viewBox="0 0 360') : html.index("</svg></div>") + len("</svg>")]
+    band = ElementTree.fromstring(svg).find("polygon").attrib["points"].split()
+    assert len(band) == 6
+
+
+def test_a_band_stays_inside_the_chart() -> None:
+    svg = line_chart([Line("x", [(0.6, 1.0), (1.0, 2.0), (1.4, 2.5)], [1.0, 0.5, 3.0])])
+    root = ElementTree.fromstring(svg)
+    width, height = (float(each) for each in root.attrib["viewBox"].split()[2:])
+    for x, y in (pair.split(",") for pair in root.find("polygon").attrib["points"].split()):
+        assert 0 <= float(x) <= width
+        assert 0 <= float(y) <= height
+
+
+def test_undoing_shows_each_op_with_its_controls_and_the_ceiling(tmp_path: Path) -> None:
+    def scores(told: float) -> dict[str, Any]:
+        return {"told": _score(told), "not_told": _score(0.111), "shuffled": _score(0.022), "restored": _score(0.4)}
+
+    strengths = [{"strength": "σ 0.5 px", **scores(0.2)}, {"strength": "σ 2.0 px", **scores(0.345)}]
+    result = {
+        "protocol": "undo",
+        "chance": 0.0239,
+        "images": 5,
+        "bank": 256,
+        "queries": 16,
+        "conditioning": "feature",
+        "clean": scores(0.555),
+        "ops": [{"op": "blur", "trained": True, **scores(0.2725), "strengths": strengths}],
+        "picture": None,
+    }
+    html = undone(_run(tmp_path, undo=result))
+    for words in ("the ceiling", "0.555", "0.273", "0.345", "0.111", "0.022", "σ 2.0 px", "chance 0.024"):
+        assert words in html
+    assert "by construction" not in html
+
+
+def test_what_was_not_run_has_no_section(tmp_path: Path) -> None:
+    assert grid_curves(_run(tmp_path)) == undone(_run(tmp_path)) == ""
