@@ -26,7 +26,7 @@ class LinearSettings:
     """Label column of the shards."""
     train: str | None = None
     """Split that it is trained on; default: the run's own (data.train)."""
-    train_images: int | None = 384
+    train_images: int | None = 256
     """The first so many of it; None: all."""
     val_images: int | None = 128
     """Held-out images that it is judged on; None: all."""

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from matplotlib.figure import Figure
@@ -83,8 +84,8 @@ def evaluate(subject: Subject, settings: Settings, output: Path) -> dict[str, An
     numbers = tuple(map(str, settings.predictions))
     linear = _linear(subject, settings, (TEACHER, NULL, *numbers)) if settings.linear else None
     images, _ = subject.images(settings.bank.images)
-    generator = torch.Generator().manual_seed(settings.seed)
-    banks = [_look_up(subject, image, settings, generator) for image in track(images, "banks", transient=True)]
+    generators = torch.Generator().manual_seed(settings.seed), _of_actions(settings.seed)
+    banks = [_look_up(subject, image, settings, *generators) for image in track(images, "banks", transient=True)]
     picture = output.with_suffix(".png")
     draw(banks[:PICTURED], settings.predictions[-1], picture)
     ranks = torch.stack([bank.found.ranks for bank in banks], dim=1).double()
@@ -122,15 +123,26 @@ def _check(subject: Subject, settings: Settings) -> None:
         raise ConfigError("the run's jitter changes nothing (its strengths are 0); say --bank.scenario default")
 
 
+def _of_actions(seed: int) -> torch.Generator:
+    """For the actions: with the banks' own generator the copies would be what the predictions are told."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, 1)).generate_state(1)[0]))
+
+
 @torch.no_grad()
-def _look_up(subject: Subject, image: UInt8[Tensor, "h w 3"], settings: Settings, generator: torch.Generator) -> Lookup:
+def _look_up(
+    subject: Subject,
+    image: UInt8[Tensor, "h w 3"],
+    settings: Settings,
+    copies_generator: torch.Generator,
+    actions_generator: torch.Generator,
+) -> Lookup:
     model, bank = subject.model, settings.bank
     jitter = bank_jitter(subject.config.views, bank.scenario)
-    params = draw_photometric(jitter, bank.size, generator).to(image.device)
+    params = draw_photometric(jitter, bank.size, copies_generator).to(image.device)
     clean = image[None]
     copies = photometric(clean.expand(bank.size, -1, -1, -1), params, subject.config.views.colour)
     targets = torch.cat([model.targets(part).float().mean(1) for part in copies.split(bank.chunk)])
-    marginals = _marginals(subject, clean, jitter, settings, generator)[0]
+    marginals = _marginals(subject, clean, jitter, settings, actions_generator)[0]
     found = neighbours(
         model.targets(clean).float().mean(1)[0], targets, torch.cat([marginals, targets.mean(0, keepdim=True)])
     )
@@ -162,7 +174,7 @@ def _marginals(
 
 def _linear(subject: Subject, settings: Settings, names: Sequence[str]) -> dict[str, Any]:
     jitter = bank_jitter(subject.config.views, settings.bank.scenario)
-    generator = torch.Generator().manual_seed(settings.seed)
+    generator = _of_actions(settings.seed)
 
     def features(images: UInt8[Tensor, "b h w 3"]) -> Float[Tensor, "b s d"]:
         plain = subject.model.encode(images, "teacher").float().mean(1, keepdim=True)

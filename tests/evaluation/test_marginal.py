@@ -185,3 +185,12 @@ def test_one_class_alone_is_refused_with_the_remedy(config: Config, tmp_path: Pa
     subject = load_subject(Settings(checkpoint=run, device="cpu"))
     with pytest.raises(ConfigError, match=r"one class.*--no-linear"):
         linear_accuracy(subject, LinearSettings(), lambda images: images.float().mean((1, 2, 3))[:, None, None], "a", 0)
+
+
+def test_banks_depend_on_the_seed_and_not_on_what_is_predicted(run: Path) -> None:
+    def evaluated(predictions: tuple[int, ...], seed: int) -> float:
+        settings = Settings(checkpoint=run, predictions=predictions, bank=BANK, seed=seed, linear=False)
+        value: float = evaluate("marginal", settings)["strength"]["of_random"]["mean"]
+        return value
+
+    assert evaluated((1,), 0) == evaluated((1, 3), 0) != evaluated((1,), 1)
