@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from types import ModuleType
 from typing import Annotated, Any, Union
 
@@ -80,14 +80,42 @@ def evaluate(name: str, settings: Settings) -> dict[str, Any]:
     return result
 
 
+@dataclass(frozen=True)
+class Everything(Settings):
+    """All that shows what a world model can do: every protocol here, one after another, each with its own defaults."""
+
+
+def evaluate_everything(settings: Everything) -> None:
+    """Run every protocol. One that does not go with the run or its data is told and left out.
+
+    Raises ConfigError at the end where there was one, and at once for --output, of which there is no single one.
+    """
+    if settings.output is not None:
+        raise ConfigError("--output: every protocol writes a file of its own, under RUN/eval; leave it out")
+    common = {each.name: getattr(settings, each.name) for each in fields(Settings)}
+    left_out = []
+    for name, protocol in PROTOCOLS.items():
+        try:
+            evaluate(name, protocol.Settings(**common))
+        except ConfigError as error:
+            print(f"{name}: {error}", file=sys.stderr)
+            left_out.append(name)
+    if left_out:
+        raise ConfigError(f"left out, for the reasons above: {', '.join(left_out)}")
+
+
 def main() -> None:
+    settings_of = {**{name: protocol.Settings for name, protocol in PROTOCOLS.items()}, "world-model": Everything}
     commands: Any = Union[  # noqa: UP007  a union made of a variable's items cannot be written with |
-        tuple(Annotated[protocol.Settings, tyro.conf.subcommand(name)] for name, protocol in PROTOCOLS.items())
+        tuple(Annotated[settings, tyro.conf.subcommand(name)] for name, settings in settings_of.items())
     ]
     settings = tyro.cli(commands, description=__doc__, prog="iwm/evaluate.py")
-    name = next(name for name, protocol in PROTOCOLS.items() if type(settings) is protocol.Settings)
+    name = next(name for name, its in settings_of.items() if type(settings) is its)
     try:
-        evaluate(name, settings)
+        if isinstance(settings, Everything):
+            evaluate_everything(settings)
+        else:
+            evaluate(name, settings)
     except (CheckpointError, ConfigError, ReportError, ShardError, OSError) as error:
         sys.exit(f"iwm/evaluate.py: {error}")
     except torch.OutOfMemoryError as error:

@@ -25,8 +25,8 @@ def demo() -> Config:
         data=Data(shards=Path("data/demo/shards"), batch=64),
         views=Views(size=32),
         encoder=Encoder(width=128, depth=4, heads=2, patch=8, init="xavier"),
-        predictor=Predictor(width=96, depth=4, heads=3),
-        optim=Optim(lr=5e-4, start_lr=5e-5, clip=3.0, ema=0.99),
+        predictor=Predictor(width=96, depth=6, heads=3),
+        optim=Optim(lr=5e-4, start_lr=5e-5, clip=3.0, ema=0.996),
         schedule=Schedule(steps=4500, epochs=100, warmup_epochs=10),
         train=Train(compile=False, threads=1),
         log=Log(every=50, checkpoint_every=1000, health_every=1000),
@@ -42,6 +42,7 @@ def cpu_small() -> Config:
         views=Views(size=64),
         encoder=Encoder(width=192, depth=6, heads=3, patch=8, init="xavier"),
         predictor=Predictor(width=128, depth=6, heads=4),
+        optim=replace(base.optim, ema=0.99),
         schedule=Schedule(steps=4000, epochs=100, warmup_epochs=10),
         train=Train(compile=False),
     )
