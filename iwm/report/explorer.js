@@ -74,7 +74,7 @@ function start(root) {
   function words(at, source) {
     const said = axes.map((axis, a) => data.words[axis.name][at[a]]);
     if (source !== undefined) said.push(data.sources[source].words);
-    return said.filter(Boolean).map((each) => each.replaceAll(" ", "\u00a0")).join(", ") || "nothing";
+    return said.filter(Boolean).map((each) => each.replace(/ /g, "\u00a0")).join(", ") || "nothing";
   }
 
   function show(canvas, photograph, cell, label) {

@@ -107,7 +107,11 @@ def _slider(name: str, axis: str, values: Sequence[float]) -> str:
 
 def _data(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
     """What the script computes with: little-endian int16 points and float32 norms per photograph, base64."""
-    arrays = np.load(_file(folder, result["points"]))
+    path = _file(folder, result["points"])
+    arrays = np.load(path)
+    expected = (len(result["photographs"]), 1 + len(result["sources"]), result["bank"], result["components"])
+    if arrays["points"].shape != expected:
+        raise ReportError(f"{path} is not of the same making as its JSON; run the protocol explore again")
     photographs = [
         {
             "picture": f"data:image/webp;base64,{_base64(_file(folder, photograph['picture']).read_bytes())}",

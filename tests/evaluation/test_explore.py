@@ -139,6 +139,12 @@ def test_files_hold_what_the_page_needs_and_little_more(run: Path) -> None:
         assert abs(clean - image).mean() < 8
 
 
+def test_fewer_photographs_leave_no_pictures_of_more_behind(run: Path) -> None:
+    for images in (3, 1):
+        evaluate("explore", explore.Settings(checkpoint=run, images=images, values=2))
+    assert [path.name for path in (run / "eval").glob("*.webp")] == ["explore-0.webp"]
+
+
 def test_pictures_of_large_views_are_made_smaller() -> None:
     views = torch.randint(0, 256, (7, 96, 96, 3), dtype=torch.uint8)
     features = Features(torch.zeros(5, 2), torch.zeros(2, 5, 2))

@@ -257,5 +257,9 @@ def test_a_page_without_an_exploration_has_no_script_and_a_missing_file_is_named
     (copy / "eval" / "explore-1.webp").unlink()
     with pytest.raises(ReportError, match=r"explore-1.webp is missing.*explore again"):
         write_report(copy)
+    shutil.copy(run / "eval" / "explore-1.webp", copy / "eval")
+    np.savez(copy / "eval" / "explore.npz", points=np.zeros((2, 5, 80, 3), np.int16), norms=np.ones((2, 80)))
+    with pytest.raises(ReportError, match=r"explore.npz is not of the same making.*explore again"):
+        write_report(copy)
     (copy / "eval" / "explore.json").unlink()
     assert "<script" not in write_report(copy).read_text()
