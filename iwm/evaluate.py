@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from types import ModuleType
 from typing import Annotated, Any, Union
 
@@ -25,6 +25,7 @@ from iwm.report.run_folder import ReportError
 from iwm.training.checkpoint import CheckpointError, versions
 from iwm.training.memory import keep_freed_memory
 from shards.atomic import write_atomically
+from shards.listing import LABEL
 from shards.manifest import ShardError
 
 PROTOCOLS: dict[str, ModuleType] = {
@@ -84,6 +85,9 @@ def evaluate(name: str, settings: Settings) -> dict[str, Any]:
 class Everything(Settings):
     """All that shows what a world model can do: every protocol here, one after another, each with its own defaults."""
 
+    label: str = LABEL
+    """Column of labels for what needs one (linear accuracy), as --probe.label of `marginal`."""
+
 
 def evaluate_everything(settings: Everything) -> None:
     """Run every protocol. One that does not go with the run or its data is told and left out.
@@ -95,8 +99,11 @@ def evaluate_everything(settings: Everything) -> None:
     common = {each.name: getattr(settings, each.name) for each in fields(Settings)}
     left_out = []
     for name, protocol in PROTOCOLS.items():
+        own = protocol.Settings(**common)
+        if isinstance(own, marginal.Settings):
+            own = replace(own, probe=replace(own.probe, label=settings.label))
         try:
-            evaluate(name, protocol.Settings(**common))
+            evaluate(name, own)
         except ConfigError as error:
             print(f"{name}: {error}", file=sys.stderr)
             left_out.append(name)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from iwm.evaluate import main
+from iwm.evaluate import PROTOCOLS, main
 
 SCRIPT = Path(__file__).parents[2] / "iwm" / "evaluate.py"
 SMALL = ("--bank.images", "3", "--bank.size", "16")
@@ -108,6 +108,20 @@ def test_a_run_that_is_not_there_or_has_no_checkpoint_is_named(monkeypatch: pyte
     assert "nowhere" in _mistake(monkeypatch, "mrr", "--checkpoint", str(tmp_path / "nowhere"))
     (tmp_path / "empty").mkdir()
     assert "no checkpoint" in _mistake(monkeypatch, "mrr", "--checkpoint", str(tmp_path / "empty"))
+
+
+def test_world_model_runs_every_protocol_and_tells_which_do_not_go_with_the_data(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in set(PROTOCOLS) - {"mrr", "maps"}:
+        monkeypatch.delitem(PROTOCOLS, name)
+    assert _mistake(monkeypatch, "world-model", "--checkpoint", str(run)).endswith(
+        "left out, for the reasons above: mrr"
+    )
+    assert re.search(r"mrr: .*split 'val' has 12 images.*--bank.images", capsys.readouterr().err)
+    assert _read(run / "eval" / "maps.json")["protocol"] == "maps"
+    output = ("--output", str(run / "one.json"))
+    assert "--output" in _mistake(monkeypatch, "world-model", "--checkpoint", str(run), *output)
 
 
 def test_too_many_actions_for_the_bank_are_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
