@@ -42,7 +42,7 @@ SCORES = ("told", "not_told", "shuffled", "restored")
 class Settings(Common):
     """MRR from a corrupted source, by op and strength. Writes RUN/eval/undo.png beside the JSON."""
 
-    bank: BankSettings = field(default_factory=lambda: BankSettings(images=32))
+    bank: BankSettings = field(default_factory=lambda: BankSettings(images=24))
     queries: int = 16
     """Copies of each bank that are asked for, 2 to --bank.size. The bank is drawn at random, so fewer widen the spread
     and change nothing else."""
