@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from iwm.evaluate import PROTOCOLS
 from tools.demo import DemoError, Options, Stage, run_stages, stages, summary
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "demo.py"
-TINY = ("--steps", "12", "--control-steps", "6", "--tiles", "128", "128", "--images", "3")
+TINY = ("--steps", "12", "--control-steps", "6", "--tiles", "256", "128")
 
 
 def _touch(path: Path) -> list[str]:
@@ -60,7 +61,8 @@ signal.signal(signal.SIGTERM, save)
 pathlib.Path({str(started)!r}).touch()
 time.sleep(60)
 """
-    demo = f"from tools.demo import _run; import sys; _run([sys.executable, '-c', {stage!r}])"
+    demo = f"from iwm.evaluate import PROTOCOLS
+from tools.demo import _run; import sys; _run([sys.executable, '-c', {stage!r}])"
     process = subprocess.Popen(
         [sys.executable, "-c", demo],
         cwd=SCRIPT.parents[1],
@@ -78,16 +80,16 @@ time.sleep(60)
 
 def test_an_evaluation_older_than_the_checkpoint_is_made_again(tmp_path: Path) -> None:
     options = Options(out=tmp_path / "run", data=tmp_path / "data")
-    measure = next(stage for stage in stages(options) if "mrr.json" in " ".join(stage.command))
-    result, checkpoint = tmp_path / "run" / "eval" / "mrr.json", tmp_path / "run" / "checkpoints" / "step-000000005.pt"
-    assert measure.finished is not None
-    assert not measure.finished()
-    for path in (checkpoint, result):
-        path.parent.mkdir(parents=True)
+    judge = next(stage for stage in stages(options) if "world-model" in stage.command)
+    results = [tmp_path / "run" / "eval" / f"{name}.json" for name in PROTOCOLS]
+    assert judge.finished is not None
+    assert not judge.finished()
+    for path in (tmp_path / "run" / "checkpoints" / "step-000000005.pt", *results):
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("")
-    assert measure.finished()
-    os.utime(result, (0, 0))
-    assert not measure.finished()
+    assert judge.finished()
+    os.utime(results[3], (0, 0))
+    assert not judge.finished()
 
 
 def test_the_summary_says_where_a_figure_is_not_as_expected(tmp_path: Path) -> None:
@@ -117,8 +119,9 @@ def test_the_whole_demo_small_and_again(tmp_path: Path) -> None:
     page = (run / "report.html").read_text()
     assert "mrr-no-jitter" in page
     assert "data:image/png" in page
+    assert "<script" in page
     assert json.loads((run / "eval" / "mrr-no-jitter.json").read_text())["checkpoint"].startswith(str(control))
     before = {path: path.stat().st_mtime for path in tmp_path.rglob("*") if path.suffix in (".pt", ".json", ".tar")}
     again = subprocess.run(command, check=True, capture_output=True, text=True)
-    assert again.stdout.count("done before, kept") == 6
+    assert again.stdout.count("done before, kept") == 5
     assert before == {path: path.stat().st_mtime for path in before}
