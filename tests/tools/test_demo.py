@@ -61,8 +61,7 @@ signal.signal(signal.SIGTERM, save)
 pathlib.Path({str(started)!r}).touch()
 time.sleep(60)
 """
-    demo = f"from iwm.evaluate import PROTOCOLS
-from tools.demo import _run; import sys; _run([sys.executable, '-c', {stage!r}])"
+    demo = f"from tools.demo import _run; import sys; _run([sys.executable, '-c', {stage!r}])"
     process = subprocess.Popen(
         [sys.executable, "-c", demo],
         cwd=SCRIPT.parents[1],
