@@ -27,7 +27,7 @@ def demo() -> Config:
         encoder=Encoder(width=128, depth=4, heads=2, patch=8, init="xavier"),
         predictor=Predictor(width=96, depth=6, heads=3),
         optim=Optim(lr=5e-4, start_lr=5e-5, clip=3.0, ema=0.996),
-        schedule=Schedule(steps=4500, epochs=100, warmup_epochs=10),
+        schedule=Schedule(steps=2000, epochs=100, warmup_epochs=10),
         train=Train(compile=False, threads=1),
         log=Log(every=50, checkpoint_every=1000, health_every=1000),
     )
