@@ -74,7 +74,7 @@ def _one(folder: Path, name: str, result: dict[str, Any]) -> str:
 <svg class="profile" viewBox="0 0 360 200" role="img" aria-label=""></svg>
 </div>
 </div>"""
-    return section("Try it: what does the predictor think an action does?", content)
+    return section("Try an action", content)
 
 
 def _choice(name: str, what: str, options: Sequence[tuple[str, str]]) -> str:
