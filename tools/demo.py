@@ -33,6 +33,7 @@ from iwm.report.run_folder import is_current
 from iwm.training.checkpoint import path_of
 
 ROOT = Path(__file__).resolve().parents[1]
+IMAGES = Path("docs/images")
 CONTROL_SCENARIO = "destructive"
 """Table S2's row without jitter: the control is trained with it and asked about jitter all the same."""
 CONTROL_FILE = "mrr-no-jitter.json"
@@ -59,8 +60,8 @@ class Options:
     """Training steps of the control without jitter."""
     tiles: tuple[int, int] = (4096, 384)
     """Training and validation tiles made."""
-    readme_picture: bool = False
-    """Also copy the retrieval picture to docs/images/."""
+    readme_pictures: bool = False
+    """Also renew README's pictures in docs/images/: what predictions retrieve, and the explorer (needs a Chromium)."""
 
     @property
     def control(self) -> Path:
@@ -206,11 +207,12 @@ def main() -> int:
     console.rule()
     console.print(summary(options.out))
     console.print(f"Look at {report} — {time.monotonic() - start:.0f} s in all", soft_wrap=True)
-    if options.readme_picture:
-        picture = Path("docs/images/retrieval.png")
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(options.out / "eval" / "retrieval.png", picture)
-        console.print(f"README picture: {picture}", soft_wrap=True)
+    if options.readme_pictures:
+        shutil.copy(options.out / "eval" / "retrieval.png", IMAGES)
+        part = ["--part", "section:has(.explorer)", "--width", "1180"]
+        if _run([sys.executable, "tools/screenshot.py", str(report), str(IMAGES / "explorer.png"), *part]):
+            return 1
+        console.print(f"README's pictures: {IMAGES}", soft_wrap=True)
     return 0
 
 

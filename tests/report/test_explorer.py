@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from playwright.sync_api import Browser, Locator, Page, Route, sync_playwright
+from PIL import Image
+from playwright.sync_api import Browser, Locator, Page, Route
 
 from iwm.config import Config
 from iwm.evaluate import evaluate
@@ -22,8 +26,10 @@ from iwm.evaluation.mrr import TIE
 from iwm.report.page import write_report
 from iwm.report.run_folder import ReportError
 from tests.evaluation.conftest import untrained
+from tools.screenshot import NoBrowser, chromium
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+ROOT = Path(__file__).parents[2]
+
 VALUES = 3
 AXES = ("brightness", "contrast", "saturation", "hue")
 
@@ -81,14 +87,12 @@ def truth(run: Path) -> Truth:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        installed = next(filter(None, map(shutil.which, BROWSERS)), playwright.chromium.executable_path)
-        if not Path(installed).exists():
-            pytest.skip("no Chromium: apt-get install chromium, or .venv/bin/playwright install chromium")
-        arguments = ["--disable-gpu", *(["--no-sandbox"] if os.geteuid() == 0 else [])]
-        opened = playwright.chromium.launch(executable_path=installed, args=arguments)
+    with ExitStack() as stack:
+        try:
+            opened = stack.enter_context(chromium())
+        except NoBrowser as error:
+            pytest.skip(str(error))
         yield opened
-        opened.close()
 
 
 @dataclass(frozen=True)
@@ -269,3 +273,19 @@ def test_a_page_without_an_exploration_has_no_script_and_a_missing_file_is_named
         write_report(copy)
     (copy / "eval" / "explore.json").unlink()
     assert "<script" not in write_report(copy).read_text()
+
+
+def test_a_part_of_the_page_can_be_pictured(browser: Browser, run: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "tools" / "screenshot.py"), str(run / "report.html")]
+    for name, more in {"light": (), "dark": ("--dark",)}.items():
+        subprocess.run([*command, str(tmp_path / f"{name}.png"), "--part", ".explorer", *more], check=True)
+    light, dark = (np.asarray(Image.open(tmp_path / f"{name}.png").convert("L")) for name in ("light", "dark"))
+    assert light.shape == dark.shape
+    assert light.mean() > 128 > dark.mean()
+
+
+def test_a_page_that_is_not_there_is_named_in_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "tools" / "screenshot.py"), str(tmp_path / "none.html"), "x.png"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.fullmatch(r"tools/screenshot.py: .*none.html does not exist\n", done.stderr)
