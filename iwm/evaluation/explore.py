@@ -35,7 +35,7 @@ from dali_pipelines.replay import photometric
 from iwm.actions import ActionSpec, action_between, describe
 from iwm.config import ConfigError
 from iwm.evaluation.compact import Features, agreement, compact, directions
-from iwm.evaluation.mrr import bank_jitter, chance
+from iwm.evaluation.mrr import LEAST_FACTOR, bank_jitter, chance
 from iwm.evaluation.retrieval import POOL
 from iwm.evaluation.settings import Settings as Common
 from iwm.evaluation.subject import Subject
@@ -47,8 +47,6 @@ SIDE = 64
 """Largest side of a picture in pixels."""
 QUALITY = 85
 """Of the WebP pictures."""
-LEAST_FACTOR = 0.1
-"""Where a strength allows a factor of 0, the lattice begins here: a black view says nothing."""
 MOST_VALUES = 7
 """Of a component: ranking all of 7⁴ actions took a browser 1.1 s, which each new photograph waits for (5⁴: 0.06 s)."""
 

@@ -29,9 +29,8 @@ from dali_pipelines.augmentation import IDENTITY, PHOTOMETRIC_FIELDS, Views
 from iwm.actions import DESTRUCTIVE, JITTER, action_between
 from iwm.config import ConfigError
 from iwm.evaluation.bank import DISTANCES, UNTOLD, Bank, Context, Distance, actions_to, embed_bank, predicted_distances
-from iwm.evaluation.explore import LEAST_FACTOR
 from iwm.evaluation.mosaic import Band, draw_bands
-from iwm.evaluation.mrr import JITTERED, TIE, bank_jitter
+from iwm.evaluation.mrr import JITTERED, LEAST_FACTOR, TIE, bank_jitter
 from iwm.evaluation.settings import Settings as Common
 from iwm.evaluation.subject import Subject
 

@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 JITTERED = tuple(name for name, views in SCENARIOS.items() if views.target.jitter_probability > 0)
 """The scenarios whose target jitter can fill a bank."""
 
+LEAST_FACTOR = 0.1
+"""Where a strength allows a factor of 0, grids of single values begin here: a black view says nothing."""
+
 TIE = 1e-6
 """Distances that differ by less than this share of the true copy's norm are ties: float32 cannot tell them apart."""
 

@@ -28,10 +28,9 @@ from dali_pipelines.replay import draw_photometric, photometric
 from iwm.actions import DESTRUCTIVE, JITTER, action_between
 from iwm.config import ConfigError
 from iwm.evaluation.bank import DISTANCES, UNTOLD, Context, Distance, actions_to, embed_bank, predicted_distances
-from iwm.evaluation.explore import LEAST_FACTOR
 from iwm.evaluation.grids import FIELD, words
 from iwm.evaluation.mosaic import Band, draw_bands
-from iwm.evaluation.mrr import BankSettings, bank_jitter, chance, derangement, rank
+from iwm.evaluation.mrr import LEAST_FACTOR, BankSettings, bank_jitter, chance, derangement, rank
 from iwm.evaluation.settings import Settings as Common
 from iwm.evaluation.subject import Subject
 

@@ -19,7 +19,7 @@ from iwm.config import Action, Config
 from iwm.evaluate import evaluate, main
 from iwm.evaluation import explore
 from iwm.evaluation.compact import Features, agreement, compact, directions
-from iwm.evaluation.mrr import TIE
+from iwm.evaluation.mrr import LEAST_FACTOR, TIE
 from iwm.evaluation.subject import load_subject
 from tests.evaluation.conftest import untrained
 
@@ -61,7 +61,7 @@ def test_the_lattice_spans_the_jitter_and_leaves_out_what_is_never_changed() -> 
     jitter = Photometric(jitter_probability=1.0, brightness=0.4, contrast=1.2, saturation=0.0, hue=0.1)
     made = explore.lattice(jitter, 3)
     assert made.axes["brightness"] == pytest.approx([0.6, 1.0, 1.4])
-    assert made.axes["contrast"][0] == pytest.approx(explore.LEAST_FACTOR)
+    assert made.axes["contrast"][0] == pytest.approx(LEAST_FACTOR)
     assert made.axes["saturation"] == [1.0]
     assert made.axes["hue"] == pytest.approx([-0.1, 0.0, 0.1])
     assert made.params.shape == (27, 7)
