@@ -62,6 +62,7 @@ def checks(out: Path, tiny: bool) -> dict[str, list[str]]:
 
     # A sweep makes dozens of measurements, of which each is short by itself.
     sweep = ["--recipe", recipe, "--shards", shards, *(["--seconds", "0.2", "--repeats", "1"] if tiny else [])]
+    bank = ["--bank.images", "2", "--bank.size", "8"] if tiny else ["--bank.images", "16"]
     pictures = ["--plot", str(out / "all.png"), "--profile", str(out / "profile")]
     return {
         "train": ["iwm/train.py", *training, "--run-dir", str(out / "run")],
@@ -76,6 +77,8 @@ def checks(out: Path, tiny: bool) -> dict[str, list[str]]:
         "colour": throughput("colour", "data", *seconds, "--device", device, "--colour", "torchvision"),
         "resume": ["benchmarks/kill_and_compare.py", str(out / "resume"), *resumed],
         "pipeline": tests("tests/dali_pipelines"),
+        "evaluation": tests("tests/evaluation"),
+        "mrr": ["iwm/evaluate.py", "mrr", "--checkpoint", str(out / "run"), "--data.split", "train", *bank],
     }
 
 
