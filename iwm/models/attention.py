@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
@@ -60,6 +62,11 @@ def attention(
         return F.scaled_dot_product_attention(q, k, v, attn_mask=present[:, None, None])
     weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     return weights.masked_fill(~present[:, None, None], torch.finfo(q.dtype).min).softmax(dim=-1) @ v
+
+
+def fuses(kind: Literal["auto", "fused", "plain"], device: torch.device) -> bool:
+    """Whether train.attention means the fused kernel on this device."""
+    return kind == "fused" or (kind == "auto" and device.type == "cuda")
 
 
 def use_attention(module: nn.Module, fused: bool) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from iwm.actions import ActionSpec, action_from_params, action_spec
 from iwm.config import Config
 from iwm.masking import Masks, PackedMasks
-from iwm.models.attention import use_attention
+from iwm.models.attention import fuses, use_attention
 from iwm.models.encoder import Encoder
 from iwm.models.layers import compile_parts
 from iwm.models.predictor import Predictor
@@ -88,8 +88,7 @@ class WorldModel(nn.Module):
         """Move to a device in channels-last, choose the configured attention, compile block by block if asked."""
         self.to(device)
         self.to(memory_format=torch.channels_last)
-        kind = self.config.train.attention
-        use_attention(self, fused=kind == "fused" or (kind == "auto" and device.type == "cuda"))
+        use_attention(self, fuses(self.config.train.attention, device))
         if compiled:
             for encoder in (self.encoder, self.target_encoder):
                 compile_parts(encoder, encoder.blocks, "embed")
