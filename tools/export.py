@@ -72,8 +72,8 @@ maps an image's features to those of a transformed image, given the action that 
 - Encoder: the {model.which} encoder. {vit}; {c.grid}×{c.grid} patches of a {c.views.size} px image, no class token,
   normalised by mean {IMAGENET_MEAN} and standard deviation {IMAGENET_STD}.
 - Predictor: IWM({c.predictor.depth}, {c.predictor.width}), {c.predictor.heads} heads, {told}.
-- Trained on split `{c.data.train}` of the shards `{c.data.shards.name}`: {origin.step:,} steps, {origin.samples:,}
-  images seen, {c.data.batch} a step. Labels were not used. Made from `{origin.name}`.
+- Trained on split `{c.data.train}` of the shards `{_short(c.data.shards)}`: {origin.step:,} steps,
+  {origin.samples:,} images seen, {c.data.batch} a step. Labels were not used. Made from `{origin.name}`.
 
 ## How good a world model
 
@@ -112,8 +112,13 @@ def _judged(model: TrainedModel, mrr: dict[str, Any] | None) -> str:
         f"| the same with shuffled actions | {control['mean']:.3f} ± {control['standard_error']:.3f} |\n"
         f"| chance | {mrr['chance']:.3f} |\n\n"
         f"Pooled features, sources through the {model.which} encoder; split `{mrr['data']['split']}` of the shards "
-        f"`{Path(mrr['data']['shards']).name}`.\n"
+        f"`{_short(Path(mrr['data']['shards']))}`.\n"
     )
+
+
+def _short(shards: Path) -> str:
+    """Enough of a path to know the data by."""
+    return "/".join(shards.parts[-2:])
 
 
 def _example(model: TrainedModel) -> str:

@@ -1,0 +1,206 @@
+"""Encoders that others trained and published (tables 4, 5, 8, S1, S5), loaded strictly from their own files."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.layers import resample_abs_pos_embed
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from iwm.models.encoder import IMAGENET_MEAN, IMAGENET_STD
+from iwm.models.foreign.decoder import MaeDecoder
+from iwm.models.foreign.encoder import ForeignEncoder
+from iwm.models.foreign.files import KINDS, ForeignError, State, encoder_of, read_file
+
+__all__ = ["KINDS", "ForeignEncoder", "ForeignError", "MaeDecoder", "load_foreign"]
+
+HEADS: dict[str, dict[int, int]] = {
+    "mae": {768: 12, 1024: 16, 1280: 16},
+    "ijepa": {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16},
+    "moco_v3": {384: 12, 768: 12, 1024: 16, 1280: 16},
+    "dino": {192: 3, 384: 6, 768: 12},
+    "ibot": {192: 3, 384: 6, 768: 12, 1024: 16},
+}
+"""Attention heads by width, as published: the only thing about a ViT that its tensors do not tell."""
+DECODER_HEADS = {512: 16}
+
+
+def load_foreign(
+    kind: str,
+    path: Path | str | None,
+    *,
+    name: str | None = None,
+    image_size: int | None = None,
+    heads: int | None = None,
+    decoder: bool = False,
+    decoder_heads: int | None = None,
+) -> ForeignEncoder:
+    """Load a published encoder, frozen, on the CPU.
+
+    kind: mae, ijepa, moco_v3, dino or ibot, from the file as it is published (files.py); or `timm`: the ViT that timm
+    calls `name`, from a file of its parameters, or with path None from timm's own pretrained weights (downloaded).
+    image_size: side in pixels; where it is not the published one, positions are interpolated (bicubic).
+    heads, decoder_heads: for widths that were never published. decoder: also MAE's decoder, as its predictor.
+
+    Raises ForeignError for a file of another kind (it says which), for tensors that are missing, superfluous or of
+    another shape (it names them), and for what cannot be asked of the kind.
+    """
+    if decoder and kind != "mae":
+        raise ForeignError(f"only mae has a decoder, {kind} has none")
+    if kind == "timm":
+        return _frozen(_load_timm(name, path, image_size))
+    if kind not in KINDS:
+        raise ForeignError(f"there is no kind '{kind}'; there are {', '.join(KINDS)} and timm")
+    if path is None or name is not None:
+        raise ForeignError(f"{kind} is loaded from a file of its own (path); a name is for kind timm")
+    path = Path(path)
+    state = encoder_of(kind, read_file(path), path)
+    of_decoder = {key for key in state if key == "mask_token" or key.startswith("decoder_")} if kind == "mae" else set()
+    encoder_state = {key: value for key, value in state.items() if key not in of_decoder}
+    vit = _published_vit(kind, encoder_state, path, image_size, heads)
+    if not decoder:
+        return _frozen(ForeignEncoder(kind, vit, IMAGENET_MEAN, IMAGENET_STD))
+    if not of_decoder:
+        raise ForeignError(f"{path} holds MAE's encoder alone; files with the decoder are mae_visualize_vit_*.pth")
+    made = _decoder({key: state[key] for key in of_decoder}, vit, path, decoder_heads)
+    return _frozen(ForeignEncoder(kind, vit, IMAGENET_MEAN, IMAGENET_STD, made))
+
+
+def _frozen(encoder: ForeignEncoder) -> ForeignEncoder:
+    return encoder.requires_grad_(False).eval()
+
+
+def _published_vit(kind: str, state: State, path: Path, image_size: int | None, heads: int | None) -> VisionTransformer:
+    """A ViT of the file's own width, depth and patch, with its tensors."""
+    class_token = kind != "ijepa"
+    width, _, patch, _ = _shape(state, "patch_embed.proj.weight", 4, path)
+    hidden, _ = _shape(state, "blocks.0.mlp.fc1.weight", 2, path)
+    grid = _grid(state, "pos_embed", int(class_token), path)
+    vit = VisionTransformer(
+        img_size=_size(image_size or grid * patch, patch),
+        patch_size=patch,
+        embed_dim=width,
+        depth=_depth(state, "blocks"),
+        num_heads=_heads(heads, HEADS[kind], width, "heads", path),
+        mlp_ratio=(hidden + 0.5) / width,  # timm rounds the product down, which is a hair too small for some
+        class_token=class_token,
+        global_pool="token" if class_token else "avg",
+        fc_norm=False,
+        num_classes=0,
+        weight_init="skip",
+    )
+    state = {**state, "pos_embed": _resampled(state["pos_embed"], grid, vit.patch_embed.grid_size[0], int(class_token))}
+    _load_strictly(vit, state, path)
+    return vit
+
+
+def _decoder(state: State, vit: VisionTransformer, path: Path, heads: int | None) -> MaeDecoder:
+    width, _ = _shape(state, "decoder_embed.weight", 2, path)
+    hidden, _ = _shape(state, "decoder_blocks.0.mlp.fc1.weight", 2, path)
+    grid, wanted = _grid(state, "decoder_pos_embed", 1, path), vit.patch_embed.grid_size[0]
+    made = MaeDecoder(
+        width=vit.embed_dim,
+        own_width=width,
+        depth=_depth(state, "decoder_blocks"),
+        heads=_heads(heads, DECODER_HEADS, width, "decoder_heads", path),
+        hidden=hidden,
+        grid=wanted,
+        pixels=3 * vit.patch_embed.patch_size[0] ** 2,
+    )
+    positions = _resampled(state["decoder_pos_embed"], grid, wanted, 1)
+    _load_strictly(made, {**state, "decoder_pos_embed": positions}, path)
+    return made
+
+
+def _load_timm(name: str | None, path: Path | str | None, image_size: int | None) -> ForeignEncoder:
+    if name is None or not timm.is_model(name):
+        raise ForeignError(f"kind timm needs the name of a ViT of timm's, as vit_base_patch16_224; '{name}' is none")
+    if path is None and not timm.get_pretrained_cfg(name).has_weights:
+        raise ForeignError(f"timm has no pretrained weights for {name}: give a file")
+    options: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
+    try:
+        vit = timm.create_model(name, pretrained=path is None, num_classes=0, **options)
+    except (OSError, RuntimeError, TypeError) as error:
+        told = " ".join(str(error).split())[:300]
+        raise ForeignError(f"timm could not make {name} ({told}); give a file, or another image_size") from error
+    if not isinstance(vit, VisionTransformer):
+        raise ForeignError(f"{name} is a {type(vit).__name__} of timm's, not a VisionTransformer")
+    if path is not None:
+        path = Path(path)
+        content = read_file(path)
+        # A classifier's head is no part of the encoder.
+        state = {key: value for key, value in content.items() if not str(key).startswith("head.")}
+        if vit.pos_embed is not None:
+            prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
+            grid = _grid(state, "pos_embed", prefix, path)
+            state["pos_embed"] = _resampled(state["pos_embed"], grid, vit.patch_embed.grid_size[0], prefix)
+        _load_strictly(vit, state, path)
+    return ForeignEncoder("timm", vit, vit.pretrained_cfg["mean"], vit.pretrained_cfg["std"])
+
+
+def _resampled(positions: Tensor, grid: int, wanted: int, prefix: int) -> Tensor:
+    """Positions for another grid, as MAE's finetuning resizes them; those of prefix tokens stay."""
+    resampled: Tensor = resample_abs_pos_embed(
+        positions.float(), [wanted, wanted], [grid, grid], num_prefix_tokens=prefix, antialias=False
+    )
+    return resampled
+
+
+def _load_strictly(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    found = {key: tuple(value.shape) if isinstance(value, Tensor) else () for key, value in state.items()}
+    problems = [f"{key} is missing" for key in expected if key not in found]
+    problems += [f"{key} is superfluous" for key in found if key not in expected]
+    problems += [
+        f"{key} is {list(found[key])}, not {list(shape)}"
+        for key, shape in expected.items()
+        if key in found and found[key] != shape
+    ]
+    if problems:
+        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ForeignError(f"{path} does not fit: {'; '.join(problems[:3])}{more}")
+    module.load_state_dict(state, strict=True)
+
+
+def _shape(state: Mapping[str, Any], key: str, dimensions: int, path: Path) -> tuple[int, ...]:
+    if key not in state:
+        raise ForeignError(f"{path} does not fit: {key} is missing")
+    if not isinstance(state[key], Tensor) or state[key].ndim != dimensions:
+        raise ForeignError(f"{path} does not fit: {key} is no tensor of {dimensions} dimensions")
+    return tuple(state[key].shape)
+
+
+def _grid(state: Mapping[str, Any], key: str, prefix: int, path: Path) -> int:
+    """Patches along a side of the image that the positions were made for."""
+    count = _shape(state, key, 3, path)[1] - prefix
+    grid = math.isqrt(max(count, 0))
+    if grid == 0 or grid**2 != count:
+        raise ForeignError(f"{path} does not fit: {key} has {count} positions, which is no square")
+    return grid
+
+
+def _depth(state: Mapping[str, Any], blocks: str) -> int:
+    numbers = (re.match(rf"{blocks}\.(\d+)\.", key) for key in state)
+    return 1 + max(int(number[1]) for number in numbers if number)
+
+
+def _heads(given: int | None, published: Mapping[int, int], width: int, option: str, path: Path) -> int:
+    heads = given or published.get(width)
+    if heads is None:
+        widths = ", ".join(map(str, published))
+        raise ForeignError(f"{path}: a width of {width} was never published (there are {widths}); say {option}=...")
+    if width % heads:
+        raise ForeignError(f"{option}={heads} does not divide the width {width} of {path}")
+    return heads
+
+
+def _size(image_size: int, patch: int) -> int:
+    if image_size % patch:
+        raise ForeignError(f"image_size {image_size} is not a multiple of the patch, {patch} px")
+    return image_size
