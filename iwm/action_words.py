@@ -54,7 +54,7 @@ def layout(config: Config, spec: ActionSpec) -> list[dict[str, object]]:
     for name, scale, (low, high) in zip(JITTER, spec.scale, change_ranges(config).values(), strict=True):
         logarithm = spec.jitter == "log_ratio" and name != "hue"
         ends = [math.log1p(end) if logarithm else end for end in (low, high)]
-        entries.append({"name": name, "scale": scale, "range": [end / scale for end in ends]})
+        entries.append({"name": name, "scale": scale, "range": [round(end / scale, 6) for end in ends]})
     for name in spec.entries[len(JITTER) :]:
         view, op = name.split("_", 1)
         had = op in (undoable(config.views) if view == "source" else applicable(config.views))

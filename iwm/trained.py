@@ -147,11 +147,15 @@ def newest_checkpoint(path: Path) -> Path:
     return found[0]
 
 
+def run_of(checkpoint: Path) -> Path:
+    """The run's folder of a checkpoint file, or the folder that the file was copied to."""
+    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+
+
 def _from_checkpoint(path: Path, which: Which) -> Exported:
     file = newest_checkpoint(path)
     content = load_checkpoint(file)
-    run = file.resolve().parent
-    name = f"{run.parent.name if run.name == 'checkpoints' else run.name}/{file.name}"
+    name = f"{run_of(file.resolve()).name}/{file.name}"
     encoder = "target_encoder." if which == "target" else "encoder."
     return Exported(
         config=content.config,

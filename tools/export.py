@@ -19,7 +19,7 @@ from iwm.action_words import applicable, change_ranges, undoable
 from iwm.config import ConfigError
 from iwm.exported import ENCODER, ENCODER_ARGUMENTS, PREDICTOR, Exported, Which, write_exported
 from iwm.models.encoder import IMAGENET_MEAN, IMAGENET_STD
-from iwm.trained import TrainedModel, load_trained, newest_checkpoint
+from iwm.trained import TrainedModel, load_trained, newest_checkpoint, run_of
 from iwm.training.checkpoint import CheckpointError
 
 
@@ -47,7 +47,7 @@ def export(options: Options) -> None:
 
 def evaluated_mrr(checkpoint: Path) -> dict[str, Any] | None:
     """RUN/eval/mrr.json, if it is of this very checkpoint: of its name, and made after it."""
-    path = checkpoint.parent.parent / "eval" / "mrr.json"
+    path = run_of(checkpoint) / "eval" / "mrr.json"
     if not path.exists() or path.stat().st_mtime < checkpoint.stat().st_mtime:
         return None
     try:
