@@ -25,6 +25,7 @@ from iwm.ablation.tables import results, tables
 from iwm.config import ConfigError
 from iwm.evaluation.mrr import BankSettings, bank_jitter
 from iwm.recipes import RECIPES
+from iwm.report.markup import section
 from iwm.report.page import write_page
 from iwm.report.run_folder import ReportError
 from iwm.train import parse
@@ -84,12 +85,15 @@ def ablate(options: Options, training: Sequence[str], console: Console, wish: St
     grids = tables(study, found, options.common)
     options.folder.mkdir(parents=True, exist_ok=True)
     write_atomically(options.folder / "ablation.json", (json.dumps(record, indent=1, default=str) + "\n").encode())
-    write_atomically(options.folder / "tables.md", "\n".join(grid.markdown() for grid in grids).encode())
+    write_atomically(
+        options.folder / "tables.md", "\n".join([f"# {study.title}\n", *(grid.markdown() for grid in grids)]).encode()
+    )
     for grid in grids:
         console.print(grid.for_terminal())
     judged = list(dict.fromkeys(Path(result["folder"]) for result in found))
     if judged:
-        page = write_page(judged, options.folder / "report.html")
+        lead = section(study.title, "".join(grid.html() for grid in grids))
+        page = write_page(judged, options.folder / "report.html", lead)
         console.print(f"written: {options.folder / 'tables.md'} and {page}", soft_wrap=True)
     if wish:
         raise AblationError("stopped; the same command goes on from there")

@@ -42,7 +42,7 @@ BANK_SCENARIO = "default"
 """The bank that the control is asked about: the jitter that the world model is trained with."""
 LABEL = "colour"
 """What linear accuracy is taken of: objects' colours. Their shapes are beyond a model of this size."""
-EXPECTED = {"at least": 0.15, "at most": 0.035}
+EXPECTED = {"at least": 0.25, "at most": 0.035}
 """Pooled MRR: of the world model at least, of a control at most."""
 
 

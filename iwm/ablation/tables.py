@@ -6,6 +6,7 @@ import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -13,6 +14,7 @@ from rich.table import Table
 
 from iwm.ablation.runs import Run, mrr_file
 from iwm.ablation.studies import Arm, Study
+from iwm.report.markup import table
 
 NOT_RUN = "not run"
 
@@ -27,19 +29,23 @@ class Grid:
     rows: dict[str, list[str]]
 
     def for_terminal(self) -> Table:
-        table = Table(title=self.title, caption=self.caption, box=SIMPLE_HEAD, pad_edge=False)
-        table.add_column("")
+        made = Table(title=self.title, caption=self.caption, box=SIMPLE_HEAD, pad_edge=False)
+        made.add_column("")
         for column in self.columns:
-            table.add_column(column, justify="right")
+            made.add_column(column, justify="right")
         for name, cells in self.rows.items():
-            table.add_row(name, *cells)
-        return table
+            made.add_row(name, *cells)
+        return made
+
+    def html(self) -> str:
+        rows = ("".join(f"<td>{escape(cell)}</td>" for cell in (name, *cells)) for name, cells in self.rows.items())
+        return f"<h3>{escape(self.title)}</h3><p>{escape(self.caption)}</p>{table(['', *self.columns], rows)}"
 
     def markdown(self) -> str:
         head = ["", *self.columns]
         lines = [head, ["---"] * len(head), *([name, *cells] for name, cells in self.rows.items())]
-        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        return f"**{self.title}.** {self.caption}\n\n{table}\n"
+        text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return f"**{self.title}.** {self.caption}\n\n{text}\n"
 
 
 def results(study: Study, runs: Mapping[tuple[Arm, int], Run]) -> list[dict[str, Any]]:
@@ -85,7 +91,7 @@ def tables(study: Study, found: Sequence[dict[str, Any]], common: str) -> list[G
 
     views = found[0]["evaluations"]["similarity"]
     return [
-        _grid(study, found, f"{study.title}: MRR", f"Each on the bank of its own jitter. {bank} {spread}",
+        _grid(study, found, "MRR on each arm's own bank", f"Filled with the jitter that it was trained with; pooled features. {bank} {spread}",
               mrr(own, "mrr", "pooled"), paper=True),
         _grid(study, found, f"MRR on one bank, {common}", f"Pooled features. {bank} {spread}",
               mrr(shared, "mrr", "pooled")),

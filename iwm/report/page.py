@@ -46,12 +46,16 @@ def write_report(folder: Path) -> Path:
     return write_page([folder], folder / "report.html")
 
 
-def write_page(folders: Sequence[Path], path: Path) -> Path:
-    """Write one page of one run, or comparing several. Raises ReportError as `read_runs` does."""
+def write_page(folders: Sequence[Path], path: Path, lead: str = "") -> Path:
+    """Write one page of one run, or comparing several; `lead` is a section of its own that
+    comes before the others, as HTML.
+
+    Raises ReportError as `read_runs` does.
+    """
     runs = read_runs(folders)
     template = Template((resources.files("iwm.report") / "page.html").read_text())
     try:
-        body = _body(runs)
+        body = _body(runs, lead)
     except KeyError as error:
         where = ", ".join(str(run.folder / "eval") for run in runs)
         raise ReportError(
@@ -62,11 +66,11 @@ def write_page(folders: Sequence[Path], path: Path) -> Path:
     return path
 
 
-def _body(runs: Sequence[Run]) -> str:
+def _body(runs: Sequence[Run], lead: str) -> str:
     top, *overview = (section(runs) for section in OVERVIEW)
     own = ["\n".join(section(run) for section in SECTIONS) for run in runs]
     background = [section(runs) for section in BACKGROUND]
     if len(runs) == 1:
-        return top + with_contents("\n".join([*overview, *own, *background]))
+        return top + with_contents("\n".join([lead, *overview, *own, *background]))
     folded = [details(run.name, content, "run") for run, content in zip(runs, own, strict=True) if content.strip()]
-    return "\n".join([top, *overview, *folded, *background])
+    return "\n".join([top, lead, *overview, *folded, *background])

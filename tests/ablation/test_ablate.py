@@ -69,7 +69,9 @@ def test_a_failed_and_a_stopped_run_go_on_and_a_finished_study_prints_its_tables
     assert {result["evaluations"]["mrr-default"]["checkpoint"][-12:] for result in results} == {"000000200.pt"}
     tables = (out / "tables.md").read_text()
     assert re.search(r"\| default \| \d\.\d{3}, paper 0.50 \| \d\.\d{3} \|", tables)
-    assert all(run.name in (out / "report.html").read_text() for run in (narrow, wide))
+    page = (out / "report.html").read_text()
+    assert all(run.name in page for run in (narrow, wide))
+    assert "paper 0.50" in page
 
     monkeypatch.setattr(sys, "argv", command[1:])
     main()

@@ -61,3 +61,9 @@ def test_nothing_run_gives_no_table() -> None:
 def test_markdown_is_a_table_of_as_many_columns() -> None:
     lines = tables(STUDY, FOUND, "default")[0].markdown().splitlines()
     assert {line.count("|") for line in lines[2:]} == {4}
+
+
+def test_the_page_gets_the_same_table_with_its_words_escaped() -> None:
+    arm = Arm("a < b", "none", (), paper=0.5)
+    page = tables(Study("One", (arm,)), [_result("a < b", "none", "default", 0, 0.25, 0.25)], "default")[0].html()
+    assert "<td>a &lt; b</td><td>0.250, paper 0.50</td>" in page
