@@ -65,44 +65,44 @@ def results(study: Study, runs: Mapping[tuple[Arm, int], Run]) -> list[dict[str,
 
 def tables(study: Study, found: Sequence[dict[str, Any]], common: str) -> list[Grid]:
     """MRR on each arm's own bank beside the paper's, on the common one, its control, and the spread of features."""
-    seeds = sorted({result["seed"] for result in found})
-    spread = f"Mean over seeds {', '.join(map(str, seeds))} (lowest–highest)." if len(seeds) > 1 else "One seed."
     if not found:
         return []
-    sizes = found[0]["evaluations"][mrr_file(common)]
-    bank = f"{sizes['images']} images, bank of {sizes['bank']}, chance {sizes['chance']:.3f}."
+    seeds = sorted({result["seed"] for result in found})
+    spread = f"Mean over seeds {', '.join(map(str, seeds))} (lowest–highest)." if len(seeds) > 1 else "One seed."
+    sizes, views = (found[0]["evaluations"][name] for name in (mrr_file(common), "similarity"))
+    asked = f"{sizes['images']} images, bank of {sizes['bank']}, chance {sizes['chance']:.3f}. {spread}"
+    ratio = (
+        f"Pooled teacher features of {views['images']} images, {views['augmentations']} views of each (colours of "
+        f"{common}); an invariant encoder has 0. {spread}"
+    )
+    return [
+        _grid(study, found, "MRR on each arm's own bank", f"Pooled. {asked}", _mrr("mrr", "pooled"), paper=True),
+        _grid(study, found, f"MRR on one bank, {common}", f"Pooled. {asked}", _mrr("mrr", "pooled", common)),
+        _grid(study, found, f"MRR on one bank, {common}, per token", asked, _mrr("mrr", "per_token", common)),
+        _grid(
+            study,
+            found,
+            "Control: shuffled actions",
+            f"Pooled, bank {common}. {asked}",
+            _mrr("shuffled_actions", "pooled", common),
+        ),
+        _grid(study, found, "Variance within images over variance between images", ratio, _variance_ratio),
+    ]
 
-    def mrr(bank_of: Callable[[dict[str, Any]], str], part: str, distance: str) -> Callable[[dict[str, Any]], float]:
-        def read(result: dict[str, Any]) -> float:
-            value: float = result["evaluations"][mrr_file(bank_of(result))][part][distance]["teacher"]["mean"]
-            return value
 
-        return read
+def _mrr(part: str, distance: str, bank: str | None = None) -> Callable[[dict[str, Any]], float]:
+    """Reads a score out of a result, on the named bank or on the arm's own."""
 
-    def own(result: dict[str, Any]) -> str:
-        return str(result["bank"])
-
-    def shared(result: dict[str, Any]) -> str:
-        return common
-
-    def ratio(result: dict[str, Any]) -> float:
-        value: float = result["evaluations"]["similarity"]["variance_ratio"]["mean"]
+    def read(result: dict[str, Any]) -> float:
+        value: float = result["evaluations"][mrr_file(bank or result["bank"])][part][distance]["teacher"]["mean"]
         return value
 
-    views = found[0]["evaluations"]["similarity"]
-    return [
-        _grid(study, found, "MRR on each arm's own bank", f"Filled with the jitter that it was trained with; pooled features. {bank} {spread}",
-              mrr(own, "mrr", "pooled"), paper=True),
-        _grid(study, found, f"MRR on one bank, {common}", f"Pooled features. {bank} {spread}",
-              mrr(shared, "mrr", "pooled")),
-        _grid(study, found, f"MRR on one bank, {common}, per token", f"{bank} {spread}",
-              mrr(shared, "mrr", "per_token")),
-        _grid(study, found, "Control: shuffled actions", f"Pooled features, bank {common}. {bank} {spread}",
-              mrr(shared, "shuffled_actions", "pooled")),
-        _grid(study, found, "Variance within images over variance between images",
-              f"Pooled teacher features of {views['images']} images, {views['augmentations']} views of each "
-              f"(colours of {common}); an invariant encoder has 0. {spread}", ratio),
-    ]  # fmt: skip
+    return read
+
+
+def _variance_ratio(result: dict[str, Any]) -> float:
+    value: float = result["evaluations"]["similarity"]["variance_ratio"]["mean"]
+    return value
 
 
 def _grid(
