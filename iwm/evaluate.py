@@ -17,7 +17,7 @@ import tyro
 from rich.console import Console
 
 from iwm.config import ConfigError
-from iwm.evaluation import explore, grids, maps, marginal, mrr, retrieval, similarity, undo
+from iwm.evaluation import explore, grids, knn, maps, marginal, mrr, retrieval, similarity, undo
 from iwm.evaluation.settings import Settings
 from iwm.evaluation.subject import load_subject
 from iwm.report.page import write_report
@@ -37,6 +37,7 @@ PROTOCOLS: dict[str, ModuleType] = {
     "similarity": similarity,
     "marginal": marginal,
     "maps": maps,
+    "knn": knn,
 }
 """A protocol is a module with a `Settings` dataclass that extends evaluation.settings', a function
 `evaluate(subject, settings, output) -> dict` and `table(dict)` for the terminal. To add one: write it, name it here."""
@@ -86,7 +87,7 @@ class Everything(Settings):
     """All that shows what a world model can do: every protocol here, one after another, each with its own defaults."""
 
     label: str = LABEL
-    """Column of labels for what needs one (linear accuracy), as --probe.label of `marginal`."""
+    """Column of labels for what needs one: linear accuracy (`marginal`) and nearest neighbours."""
 
 
 def evaluate_everything(settings: Everything) -> None:
@@ -102,6 +103,8 @@ def evaluate_everything(settings: Everything) -> None:
         own = protocol.Settings(**common)
         if isinstance(own, marginal.Settings):
             own = replace(own, probe=replace(own.probe, label=settings.label))
+        elif isinstance(own, knn.Settings):
+            own = replace(own, label=settings.label)
         try:
             evaluate(name, own)
         except ConfigError as error:

@@ -18,6 +18,7 @@ from iwm.report.configuration import configuration
 from iwm.report.explorer import explorer
 from iwm.report.markup import details, with_contents
 from iwm.report.pictures import retrieval_picture
+from iwm.report.probes import nearest_neighbours
 from iwm.report.run_folder import ReportError, Run, read_runs
 from iwm.report.scores import headline, world_model
 from iwm.report.spectrum import marginalised, patch_maps, similarity_matrix
@@ -34,6 +35,7 @@ SECTIONS: tuple[Callable[[Run], str], ...] = (
     similarity_matrix,
     marginalised,
     patch_maps,
+    nearest_neighbours,
 )
 """What each run shows by itself."""
 

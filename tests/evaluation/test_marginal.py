@@ -156,7 +156,7 @@ def test_linear_accuracy_is_whole_for_what_tells_the_classes_and_chance_for_what
         ({"probe": LinearSettings(label="colour")}, r"no label column 'colour'.*--no-linear"),
         ({"probe": LinearSettings(train="test")}, r"no split 'test'.*--no-linear"),
         ({"probe": LinearSettings(l2=())}, r"--probe.l2"),
-        ({"probe": LinearSettings(train_images=1)}, r"--probe: train-images"),
+        ({"probe": LinearSettings(train_images=1)}, r"--probe.train-images"),
         ({"predictions": (8, 1)}, r"--predictions 8 1: rising"),
         ({"nearest": 17}, r"--nearest 17: from 1 to --bank.size 16"),
         ({"data": HeldOut(split="train"), "bank": replace(BANK, images=101)}, r"has 100 images.*--bank.images"),

@@ -1,0 +1,81 @@
+"""Nearest neighbours: the vote as it is written out, real runs, and labels that do not allow it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from iwm.config import Config, ConfigError
+from iwm.evaluate import evaluate
+from iwm.evaluation.knn import Settings, table, vote
+from tests.evaluation.conftest import untrained
+
+
+@pytest.fixture(scope="module")
+def labelled_run(tiny_shards: Path, config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on shards with a train split of 100 images and 24 held-out ones, of two classes."""
+    folder = tmp_path_factory.mktemp("knn") / "run"
+    return untrained(folder, replace(config, data=replace(config.data, shards=tiny_shards)))
+
+
+@pytest.mark.parametrize("temperature", [0.07, 1.0])
+def test_the_vote_is_the_one_that_is_written_out(temperature: float) -> None:
+    rng = np.random.default_rng(0)
+    known, judged = rng.normal(size=(40, 5)).astype(np.float32), rng.normal(size=(9, 5)).astype(np.float32)
+    labels = rng.integers(0, 3, 40)
+    for k in (1, 7, 40):
+        given = vote(*map(torch.tensor, (judged, known, labels)), 3, [k], temperature, chunk=4)[0]
+        for row, found in zip(judged, given.tolist(), strict=True):
+            cosine = known @ row / np.linalg.norm(known, axis=1) / np.linalg.norm(row)
+            votes = [0.0, 0.0, 0.0]
+            for i in np.argsort(-cosine)[:k]:
+                votes[labels[i]] += math.exp(cosine[i] / temperature)
+            assert found == int(np.argmax(votes))
+
+
+def test_several_numbers_of_neighbours_are_each_what_they_are_alone() -> None:
+    torch.manual_seed(0)
+    known, judged, labels = torch.randn(30, 4), torch.randn(6, 4), torch.randint(0, 4, (30,))
+    together = vote(judged, known, labels, 4, [1, 5, 20], 0.07)
+    for row, k in zip(together, (1, 5, 20), strict=True):
+        assert torch.equal(row, vote(judged, known, labels, 4, [k], 0.07)[0])
+
+
+def test_training_images_are_their_own_nearest_neighbours(labelled_run: Path) -> None:
+    settings = Settings(
+        checkpoint=labelled_run, neighbours=(1, 5), data=replace(Settings(labelled_run).data, split="train")
+    )
+    result = evaluate("knn", settings)
+    assert result["accuracy"]["teacher"]["1"]["mean"] == 1.0
+    assert result["accuracy"]["student"]["1"]["mean"] == 1.0
+    assert (result["train_images"], result["val_images"], result["classes"]) == (100, 100, 2)
+
+
+def test_a_real_run_is_judged_and_shown(labelled_run: Path) -> None:
+    result = evaluate("knn", Settings(checkpoint=labelled_run, neighbours=(10, 20), train_images=60, val_images=20))
+    assert (result["train_images"], result["val_images"]) == (60, 20)
+    scores = result["accuracy"]["teacher"]
+    assert list(scores) == ["10", "20"]
+    assert all(0 <= score["mean"] <= 1 for score in scores.values())
+    assert table(result).row_count == 2
+    assert "Nearest neighbours" in (labelled_run / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"neighbours": (5, 5)}, "--neighbours 5 5"),
+        ({"neighbours": (101,)}, "--neighbours 101: there are 100 training images"),
+        ({"temperature": 0.0}, "--temperature"),
+        ({"label": "mood"}, "mood.*--label"),
+        ({"train_images": 1}, "--train-images"),
+    ],
+)
+def test_what_cannot_be_is_named_by_its_option(labelled_run: Path, changes: dict[str, object], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        evaluate("knn", replace(Settings(checkpoint=labelled_run, neighbours=(10,)), **changes))
