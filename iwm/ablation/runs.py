@@ -9,9 +9,10 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from iwm.report.run_folder import is_current
 from iwm.training.distributed import cores_each
 from iwm.training.signals import StopWish
 
-ROOT = Path(__file__).resolve().parents[2]
+TRAIN, EVALUATE = (str(Path(__file__).resolve().parents[1] / name) for name in ("train.py", "evaluate.py"))
+"""The scripts, wherever a study is run from."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ def plan(
     names: dict[tuple[str, ...], str] = {}
     banks: dict[tuple[str, ...], set[str]] = {}
     for arm in study.arms:
-        names.setdefault(arm.options, _slug(f"{arm.row} {arm.column}"))
+        if arm.options not in names:
+            names[arm.options] = _new_name(f"{arm.row} {arm.column}", names.values())
         banks.setdefault(arm.options, {common}).add(arm.bank)
     runs = {}
     for arm in study.arms:
@@ -100,8 +103,10 @@ def _similarity(scenario: str, images: int) -> Judge:
     return Judge("similarity", "similarity", options, {"scenario": scenario, "images": images})
 
 
-def _slug(words: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
+def _new_name(words: str, taken: Collection[str]) -> str:
+    """Words as a folder's name, numbered where another arm's words come to the same."""
+    slug = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
+    return next(name for i in count(1) if (name := slug if i == 1 else f"{slug}-{i}") not in taken)
 
 
 def carry_out(
@@ -118,6 +123,8 @@ def carry_out(
 
     def one(numbered: tuple[int, Run]) -> str | None:
         number, run = numbered
+        if wish:
+            return f"{run.name}: not begun"
         environment = slots.get()
         try:
             say(f"{number}/{len(runs)} {run.name}: {_train_and_judge(run, processes, environment, wish)}")
@@ -153,11 +160,11 @@ def _train_and_judge(run: Run, processes: int, environment: dict[str, str], wish
         return "done before, kept"
     run.folder.mkdir(parents=True, exist_ok=True)
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes))
-    trained = _command(run, (*launch, "iwm/train.py", *run.training), environment, wish)
+    trained = _command(run, (*launch, TRAIN, *run.training), environment, wish)
     judged = 0.0
     for judge in run.judges:
         where = ("--checkpoint", str(run.folder), "--output", str(_file(run, judge)))
-        judged += _command(run, ("iwm/evaluate.py", judge.protocol, *where, *judge.options), environment, wish)
+        judged += _command(run, (EVALUATE, judge.protocol, *where, *judge.options), environment, wish)
     return f"trained in {trained:.0f} s, judged in {judged:.0f} s"
 
 
@@ -181,7 +188,7 @@ def _command(run: Run, command: tuple[str, ...], environment: dict[str, str], wi
         log.write(f"$ python {' '.join(command)}\n")
         log.flush()
         process = subprocess.Popen(
-            [sys.executable, *command], cwd=ROOT, stdout=log, stderr=log, env={**os.environ, **environment}
+            [sys.executable, *command], stdout=log, stderr=log, env={**os.environ, **environment}
         )
         asked = False
         while process.poll() is None:
@@ -192,6 +199,6 @@ def _command(run: Run, command: tuple[str, ...], environment: dict[str, str], wi
     if wish:
         raise AblationError(f"{run.name}: stopped")
     if process.returncode:
-        script = next(word for word in command if word.endswith(".py"))
+        script = "iwm/train.py" if TRAIN in command else "iwm/evaluate.py"
         raise AblationError(f"{run.name}: {script} failed (exit code {process.returncode}); {path} says why")
     return time.monotonic() - start

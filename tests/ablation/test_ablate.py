@@ -33,13 +33,14 @@ def test_a_failed_and_a_stopped_run_go_on_and_a_finished_study_prints_its_tables
     out, study = tmp_path / "out", tmp_path / "widths.yaml"
     study.write_text(STUDY)
     tiny = [word for key, value in TINY.items() if key != "predictor.width" for word in (f"--{key}", str(value))]
-    own = ["--jobs", "2", "--bank.images", "3", "--bank.size", "8", "--out", str(out)]
+    own = ["--jobs", "2", "--bank.images", "3", "--bank.size", "8", "--out", "out"]
     training = ["--data.shards", str(tiny_shards), "--schedule.steps", "200", "--log.no-tensorboard", *tiny]
     command = [sys.executable, str(SCRIPT), str(study), "demo", *own, "--", *training]
     narrow, wide = (out / f"default-{column}-seed0" for column in ("narrow", "wide"))
 
     (wide / "eval").mkdir(parents=True)
     (wide / "checkpoints").write_text("in the way")
+    monkeypatch.chdir(tmp_path)
     failed = subprocess.run(command, capture_output=True, text=True)
     assert failed.returncode == 1
     assert "1 of 2 runs failed" in failed.stderr

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from dali_pipelines.augmentation import SCENARIOS
-from iwm.ablation.studies import STUDIES, read_study
+from iwm.ablation.runs import plan
+from iwm.ablation.studies import STUDIES, Arm, Study, read_study
 from iwm.config import ConfigError
+from iwm.evaluation.mrr import BankSettings
 from iwm.recipes import RECIPES
 from iwm.train import parse
 
@@ -85,6 +87,17 @@ def test_a_file_that_is_no_study_is_named_with_its_field(tmp_path: Path, text: s
         read_study(file)
     assert str(file) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_arms_of_the_same_options_share_a_run_and_others_never_share_a_folder(tmp_path: Path) -> None:
+    study = Study("x", (Arm("a b", "c", ("1",)), Arm("a", "b-c", ("2",), "strong"), Arm("d", "e", ("1",), "strong")))
+    runs = plan(
+        study, [0], out=tmp_path, training=lambda arm: arm.options, common="default", bank=BankSettings(images=4)
+    )
+    first, second, third = (runs[arm, 0] for arm in study.arms)
+    assert first == third
+    assert (first.name, second.name) == ("a-b-c-seed0", "a-b-c-2-seed0")
+    assert [judge.output for judge in first.judges] == ["mrr-default", "mrr-strong", "similarity"]
 
 
 def test_an_unknown_name_lists_the_studies(tmp_path: Path) -> None:
