@@ -60,7 +60,9 @@ def vote(
     known = F.normalize(known.float(), dim=1)
     parts = []
     for rows in F.normalize(judged.float(), dim=1).split(chunk):
-        similarity, nearest = (rows @ known.T).topk(max(neighbours), dim=1)
+        # The model's autocast would round similarities, which differ by little, to bf16.
+        with torch.autocast(rows.device.type, enabled=False):
+            similarity, nearest = (rows @ known.T).topk(max(neighbours), dim=1)
         weights = (similarity / temperature).exp().double()
         found = labels[nearest]
         votes = weights.new_zeros(len(rows), classes)

@@ -46,6 +46,14 @@ def test_several_numbers_of_neighbours_are_each_what_they_are_alone() -> None:
         assert torch.equal(row, vote(judged, known, labels, 4, [k], 0.07)[0])
 
 
+def test_a_models_autocast_leaves_the_vote_exact() -> None:
+    """Two neighbours whose similarities bf16 cannot tell apart: the nearer one, the second, decides."""
+    known = torch.tensor([[1.0, 0.003], [1.0, 0.001]])
+    with torch.autocast("cpu", torch.bfloat16):
+        given = vote(torch.tensor([[1.0, 0.0]]), known, torch.tensor([0, 1]), 2, [1], 0.07)
+    assert given.item() == 1
+
+
 def test_training_images_are_their_own_nearest_neighbours(labelled_run: Path) -> None:
     settings = Settings(
         checkpoint=labelled_run, neighbours=(1, 5), data=replace(Settings(labelled_run).data, split="train")
