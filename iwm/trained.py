@@ -17,7 +17,7 @@ from iwm.exported import Exported, Origin, Which, is_exported, read_exported
 from iwm.models.attention import fuses, use_attention
 from iwm.models.encoder import Encoder
 from iwm.models.predictor import Predictor
-from iwm.training.checkpoint import CheckpointError, all_checkpoints
+from iwm.training.checkpoint import CheckpointError, all_checkpoints, run_of
 from iwm.training.checkpoint import load as load_checkpoint
 
 
@@ -145,11 +145,6 @@ def newest_checkpoint(path: Path) -> Path:
     if not found:
         raise CheckpointError(f"{path} is neither a run's folder (no checkpoints/step-*.pt) nor an exported model's")
     return found[0]
-
-
-def run_of(checkpoint: Path) -> Path:
-    """The run's folder of a checkpoint file, or the folder that the file was copied to."""
-    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
 
 
 def _from_checkpoint(path: Path, which: Which) -> Exported:

@@ -19,8 +19,8 @@ from iwm.action_words import applicable, change_ranges, undoable
 from iwm.config import ConfigError
 from iwm.exported import ENCODER, ENCODER_ARGUMENTS, PREDICTOR, Exported, Which, write_exported
 from iwm.models.encoder import IMAGENET_MEAN, IMAGENET_STD
-from iwm.trained import TrainedModel, load_trained, newest_checkpoint, run_of
-from iwm.training.checkpoint import CheckpointError
+from iwm.trained import TrainedModel, load_trained, newest_checkpoint
+from iwm.training.checkpoint import CheckpointError, run_of
 
 
 @dataclass(frozen=True)

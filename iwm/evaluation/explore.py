@@ -34,9 +34,9 @@ from dali_pipelines.augmentation import IDENTITY, JITTER_FIELDS, PHOTOMETRIC_FIE
 from dali_pipelines.replay import photometric
 from iwm.actions import ActionSpec, action_between, describe
 from iwm.config import ConfigError
+from iwm.evaluation.bank import actions_to
 from iwm.evaluation.compact import Features, agreement, compact, directions
 from iwm.evaluation.mrr import LEAST_FACTOR, bank_jitter, chance
-from iwm.evaluation.retrieval import POOL
 from iwm.evaluation.settings import Settings as Common
 from iwm.evaluation.subject import Subject
 from iwm.models.world_model import WorldModel
@@ -124,7 +124,7 @@ def answer(
     bank = torch.cat([model.targets(part).float().mean(1) for part in copies.split(chunk)])
     predictions = []
     for context, state in zip(model.encode(pictures, "teacher"), states, strict=True):
-        actions = action_between(state.expand_as(views), views, model.action_spec)
+        actions = actions_to(views, model.action_spec, state)
         parts = (model.predict(context.expand(len(a), -1, -1), a).float().mean(1) for a in actions.split(chunk))
         predictions.append(torch.cat(list(parts)))
     return Answers(copies, pictures, Features(bank, torch.stack(predictions)))
@@ -163,8 +163,7 @@ def evaluate(subject: Subject, settings: Settings, output: Path) -> dict[str, An
     points answer as the features do. Raises ConfigError for a lattice that cannot be."""
     _check(settings)
     generator = torch.Generator().manual_seed(settings.seed)
-    images, keys = subject.images(POOL, at_least=settings.images)
-    chosen = torch.randperm(len(images), generator=generator)[: settings.images].tolist()
+    images, keys = subject.random_images(settings.images, generator, option="--images")
     views = lattice(bank_jitter(subject.config.views, settings.scenario), settings.values)
     if len(views.params) == 1:
         raise ConfigError("the run's jitter changes nothing: say --scenario default")
@@ -175,8 +174,8 @@ def evaluate(subject: Subject, settings: Settings, output: Path) -> dict[str, An
     features, pictures = [], []
     for old in output.parent.glob(f"{output.stem}-*.webp"):
         old.unlink()
-    for i, index in enumerate(track(chosen, "photographs", transient=True)):
-        answers = answer(subject.model, images[index], params, from_params, settings.chunk)
+    for i, image in enumerate(track(images, "photographs", transient=True)):
+        answers = answer(subject.model, image, params, from_params, settings.chunk)
         if not (answers.features.bank.isfinite().all() and answers.features.predictions.isfinite().all()):
             raise CheckpointError(
                 f"{subject.checkpoint}: the model's features are not finite; evaluate an earlier checkpoint"
@@ -216,8 +215,8 @@ def evaluate(subject: Subject, settings: Settings, output: Path) -> dict[str, An
         "same_rank": agreed.same_rank,
         "largest_difference": agreed.largest_difference,
         "photographs": [
-            {"key": keys[index], "picture": picture, "scale": each.scale}
-            for index, picture, each in zip(chosen, pictures, stored, strict=True)
+            {"key": key, "picture": picture, "scale": each.scale}
+            for key, picture, each in zip(keys, pictures, stored, strict=True)
         ],
     }
 

@@ -31,6 +31,7 @@ from iwm.config import ConfigError
 from iwm.evaluation.bank import DISTANCES, UNTOLD, Bank, Context, Distance, actions_to, embed_bank, predicted_distances
 from iwm.evaluation.mosaic import Band, draw_bands
 from iwm.evaluation.mrr import JITTERED, LEAST_FACTOR, TIE, bank_jitter
+from iwm.evaluation.over_images import over_images
 from iwm.evaluation.settings import Settings as Common
 from iwm.evaluation.subject import Subject
 
@@ -174,14 +175,9 @@ def summarise(series: Series, answers: Sequence[Found]) -> dict[str, Any]:
     return {
         "retrieved": retrieved.mean(0).tolist(),
         "deviation": retrieved.std(0).tolist(),
-        "correlation": _score(rho),
-        "hits": _score(torch.stack([each.hit for each in answers]).mean(1)),
+        "correlation": over_images(rho),
+        "hits": over_images(torch.stack([each.hit for each in answers]).mean(1)),
     }
-
-
-def _score(per_image: Float[Tensor, " images"]) -> dict[str, float]:
-    error = per_image.std() / len(per_image) ** 0.5
-    return {"mean": per_image.mean().item(), "standard_error": error.item()}
 
 
 def evaluate(subject: Subject, settings: Settings, output: Path) -> dict[str, Any]:

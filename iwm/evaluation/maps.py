@@ -28,16 +28,14 @@ from torch import Tensor
 
 from dali_pipelines.augmentation import IDENTITY, JITTER_FIELDS, Views
 from dali_pipelines.replay import photometric
-from iwm.actions import action_between, describe
+from iwm.actions import describe
 from iwm.config import ConfigError
 from iwm.evaluation.attention_maps import entropy, last_attention, received
+from iwm.evaluation.bank import actions_to
 from iwm.evaluation.mrr import JITTERED, bank_jitter
 from iwm.evaluation.settings import Settings as Common
 from iwm.evaluation.subject import Subject
 from iwm.models.world_model import WorldModel
-
-POOL = 256
-"""Images are chosen among so many held-out ones (or all, where there are fewer)."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +110,8 @@ def patch_features(
     return views, {
         "teacher": as_targets(model, teacher),
         "student": as_targets(model, model.encode(images, "student")),
-        "predicted:\nnothing": model.predict(teacher, action_between(identity, identity, model.action_spec)).float(),
-        "predicted:\nthe action": model.predict(teacher, action_between(identity, params, model.action_spec)).float(),
+        "predicted:\nnothing": model.predict(teacher, actions_to(identity, model.action_spec)).float(),
+        "predicted:\nthe action": model.predict(teacher, actions_to(params, model.action_spec)).float(),
         "teacher\nof the view": as_targets(model, model.encode(views, "teacher")),
     }
 
@@ -194,8 +192,8 @@ def evaluate(subject: Subject, settings: Settings, output: Path) -> dict[str, An
         components = [principal(teacher.flatten(0, 1))] * len(images)
     else:
         components = [principal(each) for each in teacher]
-    identity = torch.tensor([IDENTITY])
-    action = describe(action_between(identity, params, subject.model.action_spec)[0], subject.model.action_spec)
+    spec = subject.model.action_spec
+    action = describe(actions_to(params, spec)[0], spec)
     pictures = [output.with_suffix(".png"), output.with_name(f"{output.stem}-attention.png")]
     draw_components(images, views, features, components, action, pictures[0])
     # An image at a time: a ViT-L's weights of one are 16 heads of 196 by 196.
@@ -218,9 +216,8 @@ def _images(subject: Subject, settings: Settings) -> tuple[UInt8[Tensor, "b h w 
         return subject.images_of(settings.keys), list(settings.keys)
     if settings.images < 1:
         raise ConfigError(f"--images {settings.images}: at least 1")
-    images, keys = subject.images(max(POOL, settings.images), at_least=settings.images, option="--images")
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(settings.seed))[: settings.images]
-    return images[order.to(images.device)], [keys[i] for i in order.tolist()]
+    generator = torch.Generator().manual_seed(settings.seed)
+    return subject.random_images(settings.images, generator, option="--images")
 
 
 def table(result: dict[str, Any]) -> Table:

@@ -32,11 +32,13 @@ from rich.table import Table
 from torch import Tensor
 
 from dali_pipelines.augmentation import IDENTITY, Photometric
-from dali_pipelines.replay import draw_photometric, photometric
+from dali_pipelines.replay import draw_photometric
 from iwm.config import ConfigError
+from iwm.evaluation.bank import embed_bank
 from iwm.evaluation.linear import LinearSettings, linear_accuracy
 from iwm.evaluation.marginalise import Neighbours, marginalise, neighbours, strengths
 from iwm.evaluation.mrr import BankSettings, bank_jitter, chance
+from iwm.evaluation.over_images import over_images
 from iwm.evaluation.paper import TABLE_S6
 from iwm.evaluation.settings import Settings as Common
 from iwm.evaluation.subject import Subject
@@ -97,13 +99,13 @@ def evaluate(subject: Subject, settings: Settings, output: Path) -> dict[str, An
         "predictions": list(settings.predictions),
         "clean": {
             "chance": chance(settings.bank.size + 1),
-            "reciprocal_rank": dict(zip(names, map(_over_images, 1 / ranks), strict=True)),
-            "nearest": dict(zip(names, map(_over_images, (ranks == 1).double()), strict=True)),
+            "reciprocal_rank": dict(zip(names, map(over_images, 1 / ranks), strict=True)),
+            "nearest": dict(zip(names, map(over_images, (ranks == 1).double()), strict=True)),
         },
         "strength": {
             "copies_averaged": settings.nearest,
-            "of_nearest": dict(zip(names, map(_over_images, nearest), strict=True)),
-            "of_random": _over_images(torch.tensor([bank.random_strength for bank in banks], dtype=torch.float64)),
+            "of_nearest": dict(zip(names, map(over_images, nearest), strict=True)),
+            "of_random": over_images(torch.tensor([bank.random_strength for bank in banks], dtype=torch.float64)),
         },
         "linear": linear,
         "paper": {str(n): TABLE_S6[n] for n in settings.predictions if n in TABLE_S6},
@@ -139,9 +141,8 @@ def _look_up(
     model, bank = subject.model, settings.bank
     jitter = bank_jitter(subject.config.views, bank.scenario)
     params = draw_photometric(jitter, bank.size, copies_generator).to(image.device)
-    clean = image[None]
-    copies = photometric(clean.expand(bank.size, -1, -1, -1), params, subject.config.views.colour)
-    targets = torch.cat([model.targets(part).float().mean(1) for part in copies.split(bank.chunk)])
+    clean, embedded = image[None], embed_bank(model, image, params, bank.chunk)
+    copies, targets = embedded.copies, embedded.targets.mean(1)
     marginals = _marginals(subject, clean, jitter, settings, actions_generator)[0]
     found = neighbours(
         model.targets(clean).float().mean(1)[0], targets, torch.cat([marginals, targets.mean(0, keepdim=True)])
@@ -199,10 +200,6 @@ def draw(banks: Sequence[Lookup], predictions: int, path: Path) -> None:
         for ax, words in ((above[0], "some copies"), (below[0], f"nearest to\nz_inv, N = {predictions}")):
             ax.text(-0.12, 0.5, words, transform=ax.transAxes, ha="right", va="center", fontsize=8, color="0.25")
     figure.savefig(path, dpi=150)
-
-
-def _over_images(values: Float[Tensor, " b"]) -> dict[str, float]:
-    return {"mean": values.mean().item(), "standard_error": (values.std() / len(values) ** 0.5).item()}
 
 
 def head(result: dict[str, Any]) -> list[str]:

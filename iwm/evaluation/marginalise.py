@@ -10,7 +10,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from dali_pipelines.augmentation import IDENTITY, JITTER_FIELDS, Photometric
-from iwm.actions import action_between
+from iwm.evaluation.bank import actions_to
 from iwm.evaluation.mrr import TIE
 from iwm.models.world_model import WorldModel
 
@@ -28,9 +28,8 @@ def marginalise(
     `features`: of whole clean images; `params`: what each prediction is told (PHOTOMETRIC_FIELDS order). `chunk`
     predictions are made at once.
     """
-    b, k, p = params.shape
-    identity = torch.tensor(IDENTITY, device=params.device).expand(b * k, p)
-    actions = action_between(identity, params.flatten(0, 1), model.action_spec)
+    b, k, _ = params.shape
+    actions = actions_to(params.flatten(0, 1), model.action_spec)
     rows = torch.arange(b * k, device=params.device).split(chunk)
     pooled = torch.cat([model.predict(features[part // k], actions[part]).float().mean(1) for part in rows])
     sums = pooled.unflatten(0, (b, k)).cumsum(1)

@@ -28,6 +28,7 @@ from dali_pipelines.augmentation import SCENARIOS, Photometric, Views
 from dali_pipelines.replay import draw_photometric
 from iwm.config import ConfigError
 from iwm.evaluation.bank import CONTEXTS, DISTANCES, actions_to, embed_bank, predicted_distances
+from iwm.evaluation.over_images import over_images
 from iwm.evaluation.settings import Settings as Common
 
 if TYPE_CHECKING:
@@ -163,10 +164,8 @@ def summarise(ranks: Ranks) -> dict[str, Any]:
 
 def _scores(values: Float[Tensor, "distance context images k"]) -> dict[str, dict[str, dict[str, float]]]:
     per_image = values.double().mean(-1)
-    mean = per_image.mean(-1).tolist()
-    error = (per_image.std(-1) / per_image.shape[-1] ** 0.5).tolist()
     return {
-        distance: {c: {"mean": mean[i][j], "standard_error": error[i][j]} for j, c in enumerate(CONTEXTS)}
+        distance: {context: over_images(per_image[i, j]) for j, context in enumerate(CONTEXTS)}
         for i, distance in enumerate(DISTANCES)
     }
 

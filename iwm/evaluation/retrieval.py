@@ -33,9 +33,6 @@ from iwm.models.world_model import WorldModel
 
 EXTREMES = ("best", "worst")
 
-POOL = 256
-"""Photographs are chosen among so many held-out images (or all, where there are fewer)."""
-
 
 @dataclass(frozen=True)
 class Settings(Common):
@@ -104,10 +101,12 @@ def retrieve(subject: Subject, settings: Settings) -> tuple[list[Row], list[Row]
     Returns a row per photograph with the actions chosen, and one with the best and the worst of all its bank's.
     """
     generator = torch.Generator().manual_seed(settings.seed)
-    images, keys = subject.images(POOL, at_least=settings.bank.images)
-    chosen = torch.randperm(len(images), generator=generator)[: settings.bank.images].tolist()
+    images, keys = subject.random_images(settings.bank.images, generator)
     jitter = bank_jitter(subject.config.views, settings.bank.scenario)
-    asked = [_ask(subject.model, images[i], keys[i], jitter, settings.bank, generator) for i in chosen]
+    asked = [
+        _ask(subject.model, image, key, jitter, settings.bank, generator)
+        for image, key in zip(images, keys, strict=True)
+    ]
     model = subject.model
     chosen_rows = [each.row(model, range(settings.actions), [""] * settings.actions) for each in asked]
     return chosen_rows, [each.row(model, each.extremes(), EXTREMES) for each in asked]

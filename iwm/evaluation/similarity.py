@@ -34,6 +34,7 @@ from dali_pipelines.replay import draw_photometric, photometric
 from iwm.config import ConfigError
 from iwm.evaluation.bank import Context
 from iwm.evaluation.mrr import JITTERED
+from iwm.evaluation.over_images import over_images
 from iwm.evaluation.settings import Settings as Common
 from iwm.evaluation.subject import Subject
 from iwm.models.world_model import WorldModel
@@ -166,16 +167,12 @@ def evaluate(subject: Subject, settings: Settings, output: Path) -> dict[str, An
         "images": settings.images,
         "augmentations": settings.augmentations,
         "encoder": settings.encoder,
-        "within_image": _over_images(within),
-        "between_images": _over_images(between),
+        "within_image": over_images(within),
+        "between_images": over_images(between),
         "variance_ratio": {"mean": ratio, "standard_error": None if settings.images < 3 else error},
         "picture": picture.name,
         "shown": keys[: settings.shown],
     }
-
-
-def _over_images(values: Float[Tensor, " k"]) -> dict[str, float]:
-    return {"mean": values.mean().item(), "standard_error": (values.std() / len(values) ** 0.5).item()}
 
 
 FIGURES = {

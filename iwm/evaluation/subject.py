@@ -16,7 +16,10 @@ from iwm.config import Config, ConfigError
 from iwm.evaluation.held_out import batches, first_images, images_of
 from iwm.evaluation.settings import Settings
 from iwm.models.world_model import WorldModel
-from iwm.training.checkpoint import all_checkpoints, load_run
+from iwm.training.checkpoint import all_checkpoints, load_run, run_of
+
+POOL = 256
+"""Images are drawn from so many held-out ones (or all, where there are fewer)."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,17 @@ class Subject:
             )
         return images, keys
 
+    def random_images(
+        self, count: int, generator: torch.Generator, option: str = "--bank.images"
+    ) -> tuple[UInt8[Tensor, "b h w 3"], list[str]]:
+        """`count` held-out images drawn from the first POOL (more where `count` is), with their sample keys.
+
+        Raises ConfigError that names `option` where the split holds fewer.
+        """
+        images, keys = self.images(max(POOL, count), at_least=count, option=option)
+        order = torch.randperm(len(images), generator=generator)[:count]
+        return images[order.to(images.device)], [keys[i] for i in order.tolist()]
+
     def images_of(self, keys: Sequence[str]) -> UInt8[Tensor, "b h w 3"]:
         """The held-out images of these sample keys, in their order. Raises ConfigError for a key that is not there."""
         return images_of(self.shards, self.split, keys, size=self.config.views.size, device=self.device)
@@ -70,10 +84,8 @@ def load_subject(settings: Settings) -> Subject:
     device = torch.device(name)
     checkpoint = (all_checkpoints(settings.checkpoint) or [settings.checkpoint])[0]
     model, config = load_run(checkpoint, device)
-    in_run = checkpoint.parent.name == "checkpoints"
     split = settings.data.split or config.data.val
     if split is None:
         raise ConfigError(f"{settings.checkpoint}: the run has no validation split (data.val); say --data.split NAME")
     shards = settings.data.shards or config.data.shards
-    run = checkpoint.parent.parent if in_run else checkpoint.parent
-    return Subject(model, config, run, checkpoint, shards, split, device)
+    return Subject(model, config, run_of(checkpoint), checkpoint, shards, split, device)

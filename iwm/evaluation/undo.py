@@ -31,6 +31,7 @@ from iwm.evaluation.bank import DISTANCES, UNTOLD, Context, Distance, actions_to
 from iwm.evaluation.grids import FIELD, words
 from iwm.evaluation.mosaic import Band, draw_bands
 from iwm.evaluation.mrr import LEAST_FACTOR, BankSettings, bank_jitter, chance, derangement, rank
+from iwm.evaluation.over_images import over_images
 from iwm.evaluation.settings import Settings as Common
 from iwm.evaluation.subject import Subject
 
@@ -217,11 +218,7 @@ def _by_op(wanted: Sequence[Corruption], scores: Float[Tensor, "score c images"]
 
 def _scores(scores: Float[Tensor, "score c images"]) -> dict[str, dict[str, float]]:
     """Mean over corruptions and images, and its standard error over images, which are the independent units."""
-    per_image = scores.mean(1)
-    error = per_image.std(-1) / per_image.shape[-1] ** 0.5
-    return {
-        name: {"mean": per_image[i].mean().item(), "standard_error": error[i].item()} for i, name in enumerate(SCORES)
-    }
+    return {name: over_images(per_image) for name, per_image in zip(SCORES, scores.mean(1), strict=True)}
 
 
 def _bands(shown: Sequence[Undone], wanted: Sequence[Corruption]) -> list[Band]:

@@ -79,6 +79,11 @@ def path_of(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:09d}.pt"
 
 
+def run_of(checkpoint: Path) -> Path:
+    """The run's folder of a checkpoint file, or the folder that the file was copied to."""
+    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+
+
 def save(run: Path, checkpoint: Checkpoint) -> Path:
     """Write a checkpoint whole or not at all. Raises OSError (a full disk, say) with older checkpoints untouched."""
     path = path_of(run, checkpoint.step)

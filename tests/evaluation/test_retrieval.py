@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from iwm.evaluate import main
 from iwm.evaluation.mrr import BankSettings
 from iwm.evaluation.retrieval import Settings, retrieve
+from iwm.evaluation.subject import Subject
 from tests.evaluation.oracles import Blind, Oracle
 
 SETTINGS = Settings(checkpoint=Path("unused"), bank=BankSettings(images=3, size=32), actions=2)
@@ -23,7 +25,9 @@ SETTINGS = Settings(checkpoint=Path("unused"), bank=BankSettings(images=3, size=
 
 def _subject(model: Oracle, images: Tensor) -> Any:
     keys = [f"photo-{i}" for i in range(len(images))]
-    return SimpleNamespace(model=model, config=model.config, images=lambda most, at_least: (images, keys))
+    subject = SimpleNamespace(model=model, config=model.config, images=lambda most, at_least, option: (images, keys))
+    subject.random_images = partial(Subject.random_images, subject)
+    return subject
 
 
 def test_a_perfect_model_retrieves_the_truth(smooth_images: Tensor) -> None:

@@ -55,7 +55,7 @@ def test_the_clean_source_is_told_nothing_to_undo_and_scores_as_mrr_does(smooth_
     settings = replace(SETTINGS, queries=64)
     _, scores = _undone(Oracle(), smooth_images[2], settings)
     assert scores[""]["told"] == scores[""]["not_told"]
-    ranks = measure(Oracle(), smooth_images[2:3], settings.bank).actions  # type: ignore[arg-type]  an oracle is no module
+    ranks = measure(Oracle(), smooth_images[2:3], settings.bank).actions
     assert scores[""]["told"] == pytest.approx((1 / ranks[0, 0]).mean().item())
 
 
