@@ -19,7 +19,7 @@ from rich.console import Console
 from iwm.config import ConfigError
 from iwm.evaluation import explore, grids, knn, maps, marginal, mrr, retrieval, similarity, undo
 from iwm.evaluation.settings import Settings
-from iwm.evaluation.subject import load_subject
+from iwm.evaluation.subject import Subject, load_subject
 from iwm.report.page import write_report
 from iwm.report.run_folder import ReportError
 from iwm.training.checkpoint import CheckpointError, versions
@@ -44,14 +44,25 @@ PROTOCOLS: dict[str, ModuleType] = {
 
 
 def evaluate(name: str, settings: Settings) -> dict[str, Any]:
-    """Run a protocol on a checkpoint and write its JSON. Returns the result, whose keys are the protocol's own beside
-    protocol, checkpoint, step, data, settings, seed, device, precision, versions and seconds."""
-    start = time.perf_counter()
+    """Run a protocol on a checkpoint, write its JSON and renew the run's page. Returns the result, whose keys are the
+    protocol's own beside protocol, checkpoint, data, settings, seed, device, precision, versions and seconds."""
+    subject = _open(settings)
+    result = _judge(subject, name, settings)
+    _renew_page(subject)
+    return result
+
+
+def _open(settings: Settings) -> Subject:
     subject = load_subject(settings)
     if subject.device.type == "cpu":
         keep_freed_memory()
         if subject.config.train.threads:
             torch.set_num_threads(subject.config.train.threads)  # a small model is slower with more
+    return subject
+
+
+def _judge(subject: Subject, name: str, settings: Settings) -> dict[str, Any]:
+    start = time.perf_counter()
     output = settings.output or subject.run / "eval" / f"{name}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     precision = subject.config.train.precision if settings.precision == "auto" else settings.precision
@@ -78,8 +89,12 @@ def evaluate(name: str, settings: Settings) -> dict[str, Any]:
     write_atomically(output, (content + "\n").encode())
     console = Console()
     console.print(PROTOCOLS[name].table(result))
-    console.print(f"written: {output} and {write_report(subject.run)}", soft_wrap=True)
+    console.print(f"written: {output}", soft_wrap=True)
     return result
+
+
+def _renew_page(subject: Subject) -> None:
+    Console().print(f"page: {write_report(subject.run)}", soft_wrap=True)
 
 
 @dataclass(frozen=True)
@@ -98,18 +113,21 @@ def evaluate_everything(settings: Everything) -> None:
     if settings.output is not None:
         raise ConfigError("--output: every protocol writes a file of its own, under RUN/eval; leave it out")
     common = {each.name: getattr(settings, each.name) for each in fields(Settings)}
-    left_out = []
-    for name, protocol in PROTOCOLS.items():
-        own = protocol.Settings(**common)
-        if isinstance(own, marginal.Settings):
-            own = replace(own, probe=replace(own.probe, label=settings.label))
-        elif isinstance(own, knn.Settings):
-            own = replace(own, label=settings.label)
-        try:
-            evaluate(name, own)
-        except ConfigError as error:
-            print(f"{name}: {error}", file=sys.stderr)
-            left_out.append(name)
+    subject, left_out = _open(settings), []
+    try:
+        for name, protocol in PROTOCOLS.items():
+            own = protocol.Settings(**common)
+            if isinstance(own, marginal.Settings):
+                own = replace(own, probe=replace(own.probe, label=settings.label))
+            elif isinstance(own, knn.Settings):
+                own = replace(own, label=settings.label)
+            try:
+                _judge(subject, name, own)
+            except ConfigError as error:
+                print(f"{name}: {error}", file=sys.stderr)
+                left_out.append(name)
+    finally:
+        _renew_page(subject)
     if left_out:
         raise ConfigError(f"left out, for the reasons above: {', '.join(left_out)}")
 

@@ -20,28 +20,19 @@ from torch import Tensor
 
 from iwm.config import ConfigError
 from iwm.evaluation.bank import CONTEXTS
-from iwm.evaluation.labelled import labelled_features
+from iwm.evaluation.labelled import LabelledImages, labelled_features
 from iwm.evaluation.settings import Settings as Common
 from iwm.evaluation.subject import Subject
-from shards.listing import LABEL
 
 
 @dataclass(frozen=True)
-class Settings(Common):
+class Settings(LabelledImages, Common):
     """Accuracy of a vote among the nearest training images, of both encoders."""
 
     neighbours: tuple[int, ...] = (10, 20, 100)
     """k: how many vote."""
     temperature: float = 0.07
     """Above 0; small values leave the vote to the very nearest."""
-    label: str = LABEL
-    """Label column of the shards."""
-    train: str | None = None
-    """Split whose images are the neighbours; default: the run's own (data.train)."""
-    train_images: int | None = None
-    """The first so many of it; None: all."""
-    val_images: int | None = None
-    """Held-out images that are classified; None: all."""
     chunk: int = 256
     """Held-out images compared with all training images at once; lower it when the device runs out of memory."""
 
@@ -87,14 +78,7 @@ def evaluate(subject: Subject, settings: Settings, output: Path) -> dict[str, An
     def features(images: UInt8[Tensor, "b h w 3"]) -> Float[Tensor, "b s d"]:
         return torch.stack([subject.model.encode(images, context).float().mean(1) for context in CONTEXTS], dim=1)
 
-    data = labelled_features(
-        subject,
-        label=settings.label,
-        train=settings.train,
-        train_images=settings.train_images,
-        val_images=settings.val_images,
-        features=features,
-    )
+    data = labelled_features(subject, settings, features)
     if max(ks) > len(data.labels):
         raise ConfigError(f"--neighbours {max(ks)}: there are {len(data.labels)} training images; lower it")
     accuracies = {}

@@ -12,7 +12,22 @@ from torch import Tensor
 
 from iwm.config import ConfigError
 from iwm.evaluation.subject import Subject
+from shards.listing import LABEL
 from shards.manifest import ShardError, load_manifest
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """The options of what learns from labelled images."""
+
+    label: str = LABEL
+    """Label column of the shards."""
+    train: str | None = None
+    """Split that is learnt from; default: the run's own (data.train)."""
+    train_images: int | None = None
+    """The first so many of it; None: all."""
+    val_images: int | None = None
+    """Held-out images that are judged; None: all."""
 
 
 @dataclass(frozen=True)
@@ -32,30 +47,26 @@ class Labelled:
 
 def labelled_features(
     subject: Subject,
-    *,
-    label: str,
-    train: str | None,
-    train_images: int | None,
-    val_images: int | None,
+    wanted: LabelledImages,
     features: Callable[[UInt8[Tensor, "b h w 3"]], Float[Tensor, "b s d"]],
     options: str = "--",
 ) -> Labelled:
-    """Features of the first so many images (None: all) of the training split (None: the run's) and the held-out one.
+    """Features of the wanted images of the training split and of the held-out one.
 
     Images come in batches; only their features are kept. Raises ConfigError that names the option, which begins with
     `options`, where numbers or labels do not allow it.
     """
-    if any(most is not None and most < 2 for most in (train_images, val_images)):
+    if any(most is not None and most < 2 for most in (wanted.train_images, wanted.val_images)):
         raise ConfigError(f"{options}train-images and {options}val-images must be at least 2, or None for all")
-    split = train or subject.config.data.train
+    split, label = wanted.train or subject.config.data.train, wanted.label
     classes, theirs = _classes(subject, split, label, options)
-    known, labels = _embed(subject, split, label, train_images, features)
+    known, labels = _embed(subject, split, label, wanted.train_images, features)
     if len(labels.unique()) < 2:
         raise ConfigError(
             f"all {len(labels)} images of split '{split}' have one class of '{label}'; name another {options}label, "
             f"or more {options}train-images"
         )
-    judged, numbers = _embed(subject, subject.split, label, val_images, features)
+    judged, numbers = _embed(subject, subject.split, label, wanted.val_images, features)
     chance = numbers.bincount().max().item() / len(numbers)
     return Labelled(classes, known, labels, judged, theirs.to(numbers.device)[numbers], chance)
 

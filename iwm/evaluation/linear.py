@@ -10,20 +10,15 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from iwm.config import ConfigError
-from iwm.evaluation.labelled import labelled_features
+from iwm.evaluation.labelled import LabelledImages, labelled_features
 from iwm.evaluation.logistic import fit_best
 from iwm.evaluation.subject import Subject
-from shards.listing import LABEL
 
 
 @dataclass(frozen=True)
-class LinearSettings:
+class LinearSettings(LabelledImages):
     """The linear classifier's data and penalties."""
 
-    label: str = LABEL
-    """Label column of the shards."""
-    train: str | None = None
-    """Split that it is trained on; default: the run's own (data.train)."""
     train_images: int | None = 256
     """The first so many of it; None: all."""
     val_images: int | None = 128
@@ -48,15 +43,7 @@ def linear_accuracy(
     if not settings.l2 or min(settings.l2) <= 0:
         raise ConfigError("--probe.l2: at least one penalty, all above 0")
     try:
-        data = labelled_features(
-            subject,
-            label=settings.label,
-            train=settings.train,
-            train_images=settings.train_images,
-            val_images=settings.val_images,
-            features=features,
-            options="--probe.",
-        )
+        data = labelled_features(subject, settings, features, options="--probe.")
     except ConfigError as error:
         raise ConfigError(f"linear accuracy: {error}, or say --no-linear") from error
     accuracies = {}

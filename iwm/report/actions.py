@@ -9,7 +9,7 @@ from typing import Any
 from iwm.evaluation import undo
 from iwm.evaluation.bank import UNTOLD
 from iwm.report.chart import Line, legend, line_chart
-from iwm.report.markup import details, figure, grid, section, table
+from iwm.report.markup import details, figure, grid, mean_and_error, section, table
 from iwm.report.run_folder import Run
 
 UNITS = {"hue": ("turned by, degrees", 360.0), "blur": ("sigma, pixels", 1.0)}
@@ -61,7 +61,7 @@ def _chart(series: dict[str, Any]) -> str:
 
 def _scores(series: dict[str, Any]) -> str:
     both = (series["told"], series["control"])
-    cells = [_score(part[score], 2) for score in ("correlation", "hits") for part in both]
+    cells = [mean_and_error(part[score], 2) for score in ("correlation", "hits") for part in both]
     words = (series["name"], series["control"]["kind"])
     return "".join(f"<td>{cell}</td>" for cell in (*words, *cells, f"{1 / len(series['values']):.2f}"))
 
@@ -100,12 +100,8 @@ def _undone(run: Run, result: dict[str, Any]) -> str:
 
 
 def _row(name: str, strength: str, scores: dict[str, Any]) -> str:
-    cells = (escape(name), escape(strength), *(_score(scores[score], 3) for score in undo.SCORES))
+    cells = (escape(name), escape(strength), *(mean_and_error(scores[score], 3) for score in undo.SCORES))
     return "".join(f"<td>{cell}</td>" for cell in cells)
-
-
-def _score(score: dict[str, float], digits: int) -> str:
-    return f"<b>{score['mean']:.{digits}f}</b> ± {score['standard_error']:.{digits}f}"
 
 
 def _meaning(words: str, result: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from html import escape
 from pathlib import Path
 
@@ -41,6 +41,11 @@ def figure(picture: Path, alt: str, caption: str) -> str:
     data = base64.b64encode(picture.read_bytes()).decode()
     image = f'<img alt="{escape(alt)}" src="data:image/png;base64,{data}">'
     return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def mean_and_error(score: Mapping[str, float], digits: int = 3, times: float = 1) -> str:
+    """A figure over images with its standard error; `times` 100 for percent."""
+    return f"<b>{times * score['mean']:.{digits}f}</b> ± {times * score['standard_error']:.{digits}f}"
 
 
 def table(head: Iterable[str], rows: Iterable[str]) -> str:

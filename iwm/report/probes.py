@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 
 from iwm.evaluation import knn
-from iwm.report.markup import section, table
+from iwm.report.markup import mean_and_error, section, table
 from iwm.report.run_folder import Run
 
 
@@ -16,9 +16,7 @@ def nearest_neighbours(run: Run) -> str:
         ks = list(next(iter(result["accuracy"].values())))
         rows = []
         for context, scores in result["accuracy"].items():
-            cells = (
-                f"<td><b>{100 * s['mean']:.1f}</b> ± {100 * s['standard_error']:.1f}</td>" for s in scores.values()
-            )
+            cells = (f"<td>{mean_and_error(score, digits=1, times=100)}</td>" for score in scores.values())
             rows.append(f"<td>{escape(context)}</td>{''.join(cells)}")
         parts.append(table(("encoder", *(f"k = {k}" for k in ks)), rows) + f"<p>{escape(knn.caption(result))}</p>")
     return section("Nearest neighbours, accuracy in %", "".join(parts)) if parts else ""

@@ -9,7 +9,7 @@ from typing import Any
 
 from iwm.evaluation.bank import CONTEXTS, DISTANCES
 from iwm.report.chart import number
-from iwm.report.markup import details, section, table
+from iwm.report.markup import details, mean_and_error, section, table
 from iwm.report.run_folder import Run
 
 
@@ -60,9 +60,9 @@ def _comparison(runs: Sequence[Run]) -> str:
 def _scores(result: dict[str, Any], best: float) -> list[str]:
     pooled, per_token = (result["mrr"][distance]["teacher"] for distance in DISTANCES)
     return [
-        f'<td class="bar" style="--share:{pooled["mean"] / best:.3f}">{_score(pooled)}</td>',
-        f"<td>{_score(per_token)}</td>",
-        f"<td>{_score(result['shuffled_actions']['pooled']['teacher'])}</td>",
+        f'<td class="bar" style="--share:{pooled["mean"] / best:.3f}">{mean_and_error(pooled)}</td>',
+        f"<td>{mean_and_error(per_token)}</td>",
+        f"<td>{mean_and_error(result['shuffled_actions']['pooled']['teacher'])}</td>",
         f"<td>{result['chance']:.3f}</td>",
     ]
 
@@ -80,10 +80,6 @@ def _title(kind: str, name: str) -> str:
 def _speed(run: Run) -> str:
     values = [value for _, value in run.metrics.get("images_per_second", [])]
     return number(round(statistics.median(values))) if values else ""
-
-
-def _score(score: dict[str, float]) -> str:
-    return f"<b>{score['mean']:.3f}</b> ± {score['standard_error']:.3f}"
 
 
 WAYS = [(distance, context) for distance in DISTANCES for context in CONTEXTS]
@@ -112,7 +108,7 @@ def _by_way(runs: Sequence[Run], names: Sequence[str]) -> str:
         rows.append(f'<th colspan="{len(head)}">{escape(name)}<small>{escape(about)}</small></th>')
         for distance, context in WAYS:
             scores = [result[part][distance][context] for part in ("mrr", "shuffled_actions")]
-            cells = "".join(f"<td>{_score(score)}</td>" for score in scores)
+            cells = "".join(f"<td>{mean_and_error(score)}</td>" for score in scores)
             recall = result["recall"]["at_1"][distance][context]["mean"]
             rows.append(
                 f"<td>{_way(distance, context)}</td>{cells}<td>{recall:.3f}</td><td>{result['chance']:.3f}</td>"
@@ -131,7 +127,7 @@ def _by_run(runs: Sequence[Run], names: Sequence[str]) -> str:
             if result is not None:
                 scores = [result["mrr"][distance][context] for distance, context in WAYS]
                 scores.append(result["shuffled_actions"]["pooled"]["teacher"])
-                cells = "".join(f"<td>{_score(score)}</td>" for score in scores)
+                cells = "".join(f"<td>{mean_and_error(score)}</td>" for score in scores)
                 sizes = f"<td>{result['chance']:.3f}</td><td>{result['bank']}</td>"
                 rows.append(f'<th scope="row">{escape(run.name)}</th>{cells}{sizes}')
         tables.append(details(name, table(head, rows)))

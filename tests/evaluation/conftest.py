@@ -45,6 +45,16 @@ def run(tmp_path: Path, config: Config) -> Path:
     return untrained(tmp_path / "small", config)
 
 
+def diverge(run: Path) -> None:
+    """Make the predictor of a run's only checkpoint NaN throughout."""
+    file = next((run / "checkpoints").iterdir())
+    content = torch.load(file, weights_only=True)
+    for name, value in content["model"].items():
+        if name.startswith("predictor"):
+            value.fill_(torch.nan)
+    torch.save(content, file)
+
+
 def untrained(folder: Path, config: Config) -> Path:
     """Make a run's folder with one checkpoint, of step 7."""
     torch.manual_seed(0)

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
 
 from iwm.evaluate import PROTOCOLS, main
+from tests.evaluation.conftest import diverge
 
 SCRIPT = Path(__file__).parents[2] / "iwm" / "evaluate.py"
 SMALL = ("--bank.images", "3", "--bank.size", "16")
@@ -130,12 +130,7 @@ def test_too_many_actions_for_the_bank_are_refused(run: Path, monkeypatch: pytes
 
 
 def test_a_model_that_diverged_is_an_error_and_writes_nothing(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = next((run / "checkpoints").iterdir())
-    content = torch.load(file, weights_only=True)
-    for name, value in content["model"].items():
-        if name.startswith("predictor"):
-            value.fill_(torch.nan)
-    torch.save(content, file)
+    diverge(run)
     assert "not finite" in _mistake(monkeypatch, "mrr", "--checkpoint", str(run), *SMALL)
     assert not (run / "eval" / "mrr.json").exists()
 

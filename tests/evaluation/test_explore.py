@@ -21,7 +21,7 @@ from iwm.evaluation import explore
 from iwm.evaluation.compact import Features, agreement, compact, directions
 from iwm.evaluation.mrr import LEAST_FACTOR, TIE
 from iwm.evaluation.subject import load_subject
-from tests.evaluation.conftest import untrained
+from tests.evaluation.conftest import diverge, untrained
 
 
 def _features(seed: int = 0) -> Features:
@@ -178,12 +178,7 @@ def test_a_mistake_ends_with_one_line(
 
 
 def test_a_model_that_diverged_is_an_error_and_writes_nothing(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = next((run / "checkpoints").iterdir())
-    content = torch.load(file, weights_only=True)
-    for name, value in content["model"].items():
-        if name.startswith("predictor"):
-            value.fill_(torch.nan)
-    torch.save(content, file)
+    diverge(run)
     monkeypatch.setattr(sys, "argv", ["iwm/evaluate.py", "explore", "--checkpoint", str(run), "--images", "1"])
     with pytest.raises(SystemExit, match="not finite"):
         main()
