@@ -22,7 +22,7 @@ from iwm.downstream.window import Window
 from iwm.training.distributed import StopAgreement, World
 from iwm.training.loop import collecting_by_hand
 from iwm.training.monitor import Monitor, memory_gib, rewind
-from iwm.training.parallel import gradient_norm
+from iwm.training.parallel import gradient_norm, replicate
 from iwm.training.signals import StopWish
 
 
@@ -97,13 +97,8 @@ def _wrap(study: Study, here: World) -> nn.Module:
     if here.size == 1:
         return study
     normed = any(isinstance(part, _BatchNorm) for part in study.modules())
-    return DistributedDataParallel(
-        study,
-        device_ids=[here.device.index] if here.device.type == "cuda" else None,
-        # Buffers are constants, but for the running means of batch norm.
-        forward_sync_buffers=normed,
-        gradient_as_bucket_view=True,
-    )
+    # Buffers are constants, but for the running means of batch norm.
+    return replicate(study, here, sync_buffers=normed)
 
 
 def _pass(plan: Plan, wrapped: nn.Module, number: int, here: World, window: Window) -> Tensor:

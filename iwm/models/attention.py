@@ -1,7 +1,8 @@
-"""Self-attention of timm's blocks, among the tokens of a row or of a packed sequence."""
+"""Self-attention among the tokens of a row or of a packed sequence."""
 
 from __future__ import annotations
 
+import os
 from typing import Literal
 
 import torch
@@ -10,7 +11,9 @@ from jaxtyping import Bool, Float
 from timm.models.vision_transformer import Attention as TimmAttention
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
+from torch.profiler import ProfilerActivity, profile
 
+from iwm.compat import REPLANS_CUDNN_VARLEN
 from iwm.packing import Packing, take
 
 
@@ -26,7 +29,8 @@ class Attention(TimmAttention):
         self, x: Float[Tensor, "b t d"], attn_mask: Packing | Tensor | None = None, is_causal: bool = False
     ) -> Float[Tensor, "b t d"]:
         if not isinstance(attn_mask, Packing):
-            plain: Tensor = super().forward(x, attn_mask, is_causal)
+            assert not is_causal  # newer timm's Block hands it on; no block of ours sets it
+            plain: Tensor = super().forward(x, attn_mask)
             return plain
         qkv = self.qkv(x[0])
         attend = _attend_varlen if self.fused_attn and qkv.is_cuda and qkv.dtype == torch.bfloat16 else _attend_padded
@@ -37,7 +41,10 @@ class Attention(TimmAttention):
 def _attend_varlen(qkv: Float[Tensor, "t d3"], packing: Packing, heads: int, fused: bool) -> Float[Tensor, "t d"]:
     q, k, v = qkv.unflatten(1, (3, heads, -1)).unbind(1)
     longest = packing.present.shape[1]
-    out = varlen_attn(q, k, v, packing.offsets, packing.offsets, longest, longest)
+    # cuDNN takes no window, so one as wide as the longest sequence means flash attention, which drops such a window.
+    flash = REPLANS_CUDNN_VARLEN or torch.are_deterministic_algorithms_enabled()
+    window = (longest, longest) if flash else (-1, -1)
+    out = varlen_attn(q, k, v, packing.offsets, packing.offsets, longest, longest, window_size=window)
     assert isinstance(out, Tensor)  # it is a tuple only where more is asked for
     return out.flatten(1)
 
@@ -62,6 +69,22 @@ def attention(
         return F.scaled_dot_product_attention(q, k, v, attn_mask=present[:, None, None])
     weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     return weights.masked_fill(~present[:, None, None], torch.finfo(q.dtype).min).softmax(dim=-1) @ v
+
+
+def attention_kernel(module: nn.Module, tokens: Float[Tensor, "b t d"], packing: Packing | None = None) -> str:
+    """Name the kernel that a timm attention runs on these tokens: cudnn, flash, efficient, math, or plain.
+
+    The operators of one call are recorded, for which kernel torch takes depends on its release, device and shapes.
+    `plain` is matmul, softmax, matmul.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler says that it starts and stops
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        module(tokens, attn_mask=packing)
+    operators = {event.key for event in profiled.key_averages()}
+    for kernel in ("cudnn", "flash", "efficient"):
+        if any(f"{kernel}_attention" in operator for operator in operators):
+            return kernel
+    return "math" if "aten::scaled_dot_product_attention" in operators else "plain"
 
 
 def fuses(kind: Literal["auto", "fused", "plain"], device: torch.device) -> bool:

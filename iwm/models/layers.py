@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -13,6 +13,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from iwm.compat import allow_graphs
 from iwm.packing import Packing
 
 
@@ -121,8 +122,8 @@ to it, and the downstream protocols have blocks of many kinds and shapes; torch'
 
 def compile_parts(module: nn.Module, blocks: Iterable[nn.Module], *methods: str) -> None:
     """Compile each block by itself, and these methods of the module, for static shapes."""
-    options: dict[str, Any] = {"dynamic": False, "recompile_limit": GRAPHS}  # torch's overloads have no such limit
+    allow_graphs(GRAPHS)
     for block in blocks:
-        block.compile(**options)
+        block.compile(dynamic=False)
     for method in methods:
-        setattr(module, method, torch.compile(getattr(module, method), **options))
+        setattr(module, method, torch.compile(getattr(module, method), dynamic=False))

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from iwm.actions import ActionSpec, action_from_params, action_spec
 from iwm.config import Config
 from iwm.masking import Masks, PackedMasks
-from iwm.models.attention import settle
+from iwm.models.attention import attention_kernel, settle
 from iwm.models.encoder import Encoder
 from iwm.models.layers import compile_parts
 from iwm.models.predictor import Predictor
+from iwm.packing import pack
 
 
 class WorldModel(nn.Module):
@@ -93,3 +94,24 @@ class WorldModel(nn.Module):
             compile_parts(self.predictor, self.predictor.blocks, "place", "finish")
             compile_parts(self, (), "distance")
         return self
+
+    def attention_kernels(self) -> dict[str, str]:
+        """Attention kernel of each part in training (iwm.models.attention.attention_kernel), by a call of each.
+
+        Call it on the device and before parameters are divided over processes. No random number is drawn.
+        """
+        config, device = self.config, self.encoder.pos_embed.device
+        packing = pack(torch.ones(2, config.grid**2, dtype=torch.bool), None).to(device)
+        parts = {
+            "context encoder": (self.encoder, packing),
+            "target encoder": (self.target_encoder, None),
+            "predictor": (self.predictor, packing if config.masking.kind == "ijepa" else None),
+        }
+        kernels = {}
+        for name, (part, packed) in parts.items():
+            attention = part.blocks[0].attn
+            shape = (2, config.grid**2) if packed is None else (1, len(packing.place))
+            tokens = torch.zeros(*shape, attention.qkv.in_features, device=device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
+                kernels[name] = attention_kernel(attention, tokens, packed)
+        return kernels

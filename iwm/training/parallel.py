@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from iwm.compat import SYNC_BUFFERS
 from iwm.models.world_model import WorldModel
 from iwm.training.distributed import World
 
@@ -25,13 +27,21 @@ def wrap(model: WorldModel, here: World, accumulation: int) -> nn.Module:
         return model
     if model.config.train.parallel == "fsdp":
         return _divide(model, here)
+    # A static graph lets DDP overlap more; with accumulation the graph of a step is not one.
+    return replicate(model, here, sync_buffers=False, static_graph=accumulation == 1)
+
+
+def replicate(
+    module: nn.Module, here: World, *, sync_buffers: bool, static_graph: bool = False
+) -> DistributedDataParallel:
+    """Wrap a module in DDP. sync_buffers: each forward pass begins with the first process's buffers."""
+    options: dict[str, Any] = {SYNC_BUFFERS: sync_buffers}
     return DistributedDataParallel(
-        model,
+        module,
         device_ids=[here.device.index] if here.device.type == "cuda" else None,
-        forward_sync_buffers=False,
         gradient_as_bucket_view=True,
-        # A static graph lets DDP overlap more; with accumulation the graph of a step is not one.
-        static_graph=accumulation == 1,
+        static_graph=static_graph,
+        **options,
     )
 
 

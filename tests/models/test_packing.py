@@ -42,12 +42,16 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
     return pixels[0], pixels[1], torch.rand(BATCH, len(PARAMS), generator=generator) + 0.5
 
 
+def added(present: Tensor) -> Tensor:
+    """The mask that timm's attention adds to its scores: padding is attended by none."""
+    return torch.zeros(present.shape).masked_fill(~present, -torch.inf)[:, None, None]
+
+
 def padded_loss(model: WorldModel, source: Tensor, target: Tensor, params: Tensor, masks: Masks) -> Tensor:
     """The oracle: rows padded to the whole grid, padding attended by none, one predictor pass per set of queries."""
-    hidden = masks.visible[:, None, None]
     tokens = model.encoder.embed(source)
     for block in model.encoder.blocks:
-        tokens = block(tokens, attn_mask=hidden)
+        tokens = block(tokens, attn_mask=added(masks.visible))
     context, action = model.encoder.norm(tokens), action_from_params(params, model.action_spec)
     predictor, predictions = model.predictor, []
     for queried in masks.queried.unbind(1):
@@ -56,7 +60,7 @@ def padded_loss(model: WorldModel, source: Tensor, target: Tensor, params: Tenso
         tokens = predictor.with_action(tokens, action)
         present = torch.nn.functional.pad(masks.visible | queried, (0, predictor.extra), value=True)
         for block in predictor.blocks:
-            tokens = block(tokens, attn_mask=present[:, None, None])
+            tokens = block(tokens, attn_mask=added(present))
         predictions.append(predictor.project(predictor.norm(tokens[:, : GRID**2])))
     return model.distance(torch.stack(predictions, dim=1), model.targets(target), masks.queried)
 
