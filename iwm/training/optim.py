@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -43,29 +44,61 @@ def build_optimizer(model: nn.Module, config: Optim, device: torch.device) -> tu
             "optim.kernels apex: apex with CUDA kernels is not installed here (or the device is no GPU); build it from "
             "its source with APEX_CPP_EXT=1 APEX_CUDA_EXT=1, or set --optim.kernels auto"
         )
-    options: dict[str, Any] = {"lr": config.start_lr, "betas": config.betas, "weight_decay": config.weight_decay}
     if apex is not None:
-        return apex(groups, adam_w_mode=True, **options), "apex FusedAdam"
-    return torch.optim.AdamW(groups, fused=True, **options), "torch fused AdamW"
+        return capturable(apex, groups, config), "apex FusedAdam"
+    return torch.optim.AdamW(groups, fused=True, **_options(config)), "torch fused AdamW"
+
+
+def capturable(
+    fused_adam: Callable[..., torch.optim.Optimizer], groups: list[dict[str, Any]], config: Optim
+) -> torch.optim.Optimizer:
+    """Build apex's FusedAdam as AdamW in its capturable form, which reads learning rate and skip flag on the device."""
+    optimizer = fused_adam(groups, adam_w_mode=True, capturable=True, **_options(config))
+    for group in optimizer.param_groups:
+        # Without a step count apex begins with 1, even where the first step is skipped.
+        group["step"] = torch.zeros(1, dtype=torch.int, device=group["params"][0].device)
+    return optimizer
+
+
+def _options(config: Optim) -> dict[str, Any]:
+    return {"lr": config.start_lr, "betas": config.betas, "weight_decay": config.weight_decay}
 
 
 def set_values(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        if isinstance(group["lr"], Tensor):  # apex's kernel reads it on the device
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
         if group["decay"]:
             group["weight_decay"] = weight_decay
 
 
-def step_unless(optimizer: torch.optim.Optimizer, broken: Tensor) -> None:
-    """Take a step, or leave parameters and moments untouched where `broken` (a bool scalar on the device) says so.
+class _SkipFlag:
+    """The part of torch's GradScaler that apex's capturable FusedAdam calls: a flag to skip the step, a scale of 1."""
 
-    torch's fused kernel reads the flag on the device. apex's cannot skip by itself: there the flag is read by the host.
+    def __init__(self, broken: Tensor) -> None:
+        self._broken = broken
+
+    def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[torch.device, Tensor]:
+        return {self._broken.device: self._broken}
+
+    def _get_scale_async(self) -> Tensor:
+        return torch.ones(1, device=self._broken.device)
+
+
+def step_unless(optimizer: torch.optim.Optimizer, broken: Bool[Tensor, ""]) -> None:
+    """Take a step, or skip it where `broken` is true: parameters, moments and step counts stay as they are.
+
+    Either kernel reads the flag on the device; the host waits for nothing.
     """
     if isinstance(optimizer, torch.optim.AdamW):
         optimizer.found_inf = broken.float()  # type: ignore[attr-defined]  # how torch's GradScaler hands it over
         optimizer.step()
-    elif not broken.item():
-        optimizer.step()
+    else:
+        # apex counts the step by the flag of the step before, unless this step's is there already.
+        optimizer._dummy_overflow_buf.copy_(broken)  # type: ignore[attr-defined]
+        optimizer.step(grad_scaler=_SkipFlag(broken))  # type: ignore[call-arg]
 
 
 def state_for_checkpoint(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -87,16 +120,24 @@ def load_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
         raise ConfigError("the checkpoint's optimiser has other parameter groups: it belongs to another model")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = {
-        index: {name: divided_like(value, parameters[index]) for name, value in entry.items()}
+        index: {name: _like(parameters[index], value) for name, value in entry.items()}
         for index, entry in saved["state"].items()
     }
     if not isinstance(optimizer, torch.optim.AdamW):
         counts = _step_counts(state.values())
         for group in current["param_groups"]:
-            group["step"] = counts
+            group["step"] = torch.full_like(group["step"], counts)
         for entry in state.values():
             del entry["step"]
     optimizer.load_state_dict({"state": state, "param_groups": current["param_groups"]})
+
+
+def _like(parameter: Tensor, value: Tensor) -> Tensor:
+    """A moment divided as its parameter is, or in its memory format: apex's kernel reads both as they lie in memory."""
+    value = divided_like(value, parameter)
+    if isinstance(value, DTensor) or value.shape != parameter.shape:
+        return value
+    return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _step_counts(entries: Iterable[dict[str, Any]]) -> int:

@@ -64,7 +64,7 @@ def train_step(
     """
     device = batches[0].source.device
     set_values(optimizer, values.lr, values.weight_decay)
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     bf16 = model.config.train.precision == "bf16"
     loss = torch.zeros((), device=device)
     for number, (batch, mask) in enumerate(zip(batches, masks, strict=True), start=1):

@@ -11,6 +11,7 @@ from iwm.recipes import demo
 from iwm.training import optim
 from iwm.training.optim import (
     build_optimizer,
+    capturable,
     load_state,
     parameter_groups,
     set_values,
@@ -21,31 +22,76 @@ from iwm.training.optim import (
 CPU = torch.device("cpu")
 
 
+def fused_adam(
+    chunk: int,
+    skip: torch.Tensor,
+    lists: list[list[torch.Tensor]],
+    lr: torch.Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    step: torch.Tensor,
+    mode: int,
+    bias_correction: int,
+    weight_decay: float,
+    inverse_scale: torch.Tensor,
+) -> None:
+    """apex's kernel multi_tensor_adam_capturable, on the CPU. mode 1: AdamW."""
+    assert mode == bias_correction == 1
+    assert inverse_scale.item() == 1
+    if skip.item():
+        return
+    for gradient, p, m, v in zip(*lists, strict=True):
+        p.mul_(1 - lr * weight_decay)
+        m.lerp_(gradient, 1 - beta1)
+        v.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        t = step.item()
+        p.sub_(lr / (1 - beta1**t) * m / ((v / (1 - beta2**t)).sqrt() + eps))
+
+
 class ApexLike(torch.optim.Optimizer):
-    """AdamW with the state layout of apex's FusedAdam: the step count in the group, only moments per parameter."""
+    """The capturable form of apex's FusedAdam: its arguments, state and order of counting and skipping."""
 
     def __init__(
-        self, params: Any, lr: float, betas: tuple[float, float], weight_decay: float, adam_w_mode: bool
+        self,
+        params: Any,
+        lr: float,
+        betas: tuple[float, float],
+        weight_decay: float,
+        adam_w_mode: bool,
+        capturable: bool,
     ) -> None:
         assert adam_w_mode
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": 1e-8, "weight_decay": weight_decay})
+        assert capturable
+        super().__init__(params, {"lr": torch.tensor(lr), "betas": betas, "eps": 1e-8, "weight_decay": weight_decay})
+        for group in self.param_groups:
+            group["lr"] = group["lr"].clone()
+        self._dummy_overflow_buf = torch.zeros(1, dtype=torch.int)
+
+    def zero_grad(self) -> None:  # type: ignore[override]  # apex's has no argument
+        super().zero_grad()
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None, *, grad_scaler: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            group["step"] = group.get("step", 0) + 1
-            (beta1, beta2), t = group["betas"], group["step"]
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                s = self.state[p]
-                if not s:
-                    s["exp_avg"], s["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                s["exp_avg"].lerp_(p.grad, 1 - beta1)
-                s["exp_avg_sq"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
-                denominator = (s["exp_avg_sq"] / (1 - beta2**t)).sqrt() + group["eps"]
-                p.sub_(group["lr"] / (1 - beta1**t) * s["exp_avg"] / denominator)
+            if "step" in group:
+                group["step"] += (self._dummy_overflow_buf != 1).to(torch.int)
+            else:
+                group["step"] = torch.ones(1, dtype=torch.int)
+            trained = [p for p in group["params"] if p.grad is not None]
+            for p in trained:
+                if not self.state[p]:
+                    self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            self._dummy_overflow_buf.copy_(grad_scaler._check_inf_per_device(self)[CPU])
+            lists = [
+                [p.grad for p in trained],
+                trained,
+                *([self.state[p][name] for p in trained] for name in ("exp_avg", "exp_avg_sq")),
+            ]
+            fused_adam(
+                0, self._dummy_overflow_buf, lists, group["lr"], *group["betas"], group["eps"], group["step"], 1, 1,
+                group["weight_decay"], grad_scaler._get_scale_async().double().reciprocal().float(),
+            )  # fmt: skip
 
 
 def net() -> torch.nn.Module:
@@ -63,7 +109,20 @@ def steps(model: torch.nn.Module, optimizer: torch.optim.Optimizer, first: int, 
 
 
 def apex_like(model: torch.nn.Module) -> torch.optim.Optimizer:
-    return ApexLike(parameter_groups(model), lr=1e-2, betas=(0.9, 0.999), weight_decay=0.1, adam_w_mode=True)
+    return capturable(ApexLike, parameter_groups(model), Optim(weight_decay=0.1))
+
+
+def real_apex(model: torch.nn.Module) -> torch.optim.Optimizer:
+    """apex's own class, with its kernel's arithmetic done on the CPU; skipped where apex is not built."""
+    fused = optim.apex_fused_adam()
+    if fused is None:
+        pytest.skip("apex with CUDA kernels is not installed")
+    tensor = torch.tensor
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "tensor", lambda *words, **options: tensor(*words, **{**options, "device": None}))
+        optimizer = capturable(fused, parameter_groups(model), Optim(weight_decay=0.1))
+    optimizer.multi_tensor_adam_capturable = lambda *words: torch.no_grad()(fused_adam)(*words)  # type: ignore[attr-defined]
+    return optimizer
 
 
 def torch_adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -88,7 +147,7 @@ def test_set_values_decays_only_what_is_decayed() -> None:
     assert [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [(0.5, 0.3), (0.5, 0.0)]
 
 
-@pytest.mark.parametrize("make", [torch_adamw, apex_like])
+@pytest.mark.parametrize("make", [torch_adamw, apex_like, real_apex])
 def test_a_broken_gradient_changes_neither_parameters_nor_moments(make: Any) -> None:
     model = net()
     optimizer = make(model)
@@ -104,6 +163,29 @@ def test_a_broken_gradient_changes_neither_parameters_nor_moments(make: Any) -> 
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert all(torch.equal(a, b["exp_avg"]) for a, b in zip(moments, state.values(), strict=True))
     assert counts == [float(entry["step"]) for entry in state.values()]
+
+
+@pytest.mark.parametrize("make", [apex_like, real_apex])
+@pytest.mark.parametrize("broken", [{0}, {2}, {0, 1}, {2, 3, 5}])
+def test_skipped_steps_are_not_counted_by_apex(make: Any, broken: set[int]) -> None:
+    one, other = net(), net()
+    plain, apex = torch_adamw(one), make(other)
+    for number in range(6):
+        for model, optimizer in ((one, plain), (other, apex)):
+            set_values(optimizer, lr=1e-2, weight_decay=0.1)
+            optimizer.zero_grad()
+            x = torch.randn(8, 6, generator=torch.Generator().manual_seed(number))
+            model(x * (torch.nan if number in broken else 1)).square().mean().backward()
+            step_unless(optimizer, torch.tensor(number in broken))
+        # A run that ends after any of the steps, a skipped one too, resumes with the count it had.
+        saved = state_for_checkpoint(apex)
+        assert {float(entry["step"]) for entry in saved["state"].values()} <= {
+            float(number + 1 - len(broken & set(range(number + 1))))
+        }
+        apex = make(other)
+        load_state(apex, saved)
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -135,6 +217,7 @@ def test_asking_for_apex_where_it_is_not_says_how_to_get_it() -> None:
 
 def test_auto_takes_apex_on_a_gpu_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optim, "apex_fused_adam", lambda: ApexLike)
+    monkeypatch.setattr(optim, "capturable", lambda fused, groups, config: fused)
     assert build_optimizer(net(), Optim(), torch.device("cuda"))[1] == "apex FusedAdam"
     assert build_optimizer(net(), Optim(), CPU)[1] == "torch fused AdamW"
     assert build_optimizer(net(), Optim(kernels="torch"), torch.device("cuda"))[1] == "torch fused AdamW"
