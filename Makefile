@@ -1,14 +1,30 @@
-# `make demo`, `make downstream` and `make test` do all of their own set-up in .venv; PYTHON picks the interpreter (3.11 or newer).
+# `make demo`, `make downstream` and `make test` do all of their own set-up in .venv; PYTHON picks the interpreter (3.11 or newer),
+# CUDA the extra that brings DALI: cuda12 where nvidia-smi tells of a driver before 580, else cuda13.
 PYTHON ?= python3
+DRIVER := $(shell nvidia-smi --query-gpu=driver_version --format=csv,noheader 2> /dev/null | head -n 1 | cut -d . -f 1)
+CUDA ?= $(if $(filter $(shell seq 1 579),$(DRIVER)),cuda12,cuda13)
 VENV := .venv
 BIN := $(VENV)/bin
+LOWEST := .venv-lowest
 
-.PHONY: demo downstream test lint types clean
+.PHONY: demo downstream test test-lowest lint types clean
 
+# PyPI's torch is built for CUDA 13. uv finds the builds for other versions.
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+ifeq ($(CUDA),cuda12)
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --torch-backend cu126 torch torchvision
+endif
+	$(BIN)/python -m pip install --quiet --editable '.[dev,$(CUDA)]'
+	touch $@
+
+# The oldest version of every package that pyproject.toml allows.
+$(LOWEST)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet uv
+	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct --editable '.[dev,$(CUDA)]'
 	touch $@
 
 demo: $(VENV)/.installed
@@ -21,6 +37,13 @@ downstream: $(VENV)/.installed
 test: lint types
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
+# Models, training, pipelines and packing with the oldest packages, then every check of the checklist, in the small and
+# compiled. Shapes are not checked at run time: torch 2.11 cannot compile what jaxtyping does for that.
+test-lowest: $(LOWEST)/.installed
+	$(LOWEST)/bin/python -m pytest --numprocesses 2 --dist loadfile -o addopts="-ra --strict-markers -m 'not long'" \
+	    tests/models tests/training tests/dali_pipelines tests/test_actions.py tests/test_masking.py tests/test_without_dali.py
+	$(LOWEST)/bin/python benchmarks/checklist.py $(LOWEST)/checklist --tiny
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -29,4 +52,4 @@ types: $(VENV)/.installed
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) runs/demo data/demo
+	rm -rf $(VENV) $(LOWEST) runs/demo data/demo

@@ -22,8 +22,9 @@ from nvidia.dali import pipeline_def
 from turns import spread
 
 from dali_pipelines.augmentation import NO_COLOUR, Photometric, Views
+from dali_pipelines.decoder import GpuDecoder
 from dali_pipelines.photometric import Backend, DataNode
-from dali_pipelines.reader import GpuDecoder, Source, decode_box, draw_crop, open_source, read, resize_box
+from dali_pipelines.reader import Source, decode_box, draw_crop, open_source, read, resize_box
 from dali_pipelines.views import two_views
 
 TURNS = 7

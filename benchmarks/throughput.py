@@ -9,7 +9,7 @@ torchrun --nproc_per_node N benchmarks/throughput.py scaling [--recipe R] [--ima
 
 from __future__ import annotations
 
-import dali_pipelines  # noqa: F401  # isort: skip  # before torch: it says how torch's threads wait, as in training
+import dali_pipelines.command  # noqa: F401  # isort: skip  # first: it sets how torch's threads wait
 
 import json
 import sys

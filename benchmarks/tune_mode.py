@@ -22,8 +22,8 @@ from rich.table import Table
 from simplejpeg import decode_jpeg_header
 
 from dali_pipelines.augmentation import Views
+from dali_pipelines.decoder import GpuDecoder
 from dali_pipelines.loader import ViewLoader
-from dali_pipelines.reader import GpuDecoder
 from iwm.recipes import RECIPES, with_scenario
 from iwm.training.tuned import SETTINGS, Tuned, this_machine, write_tuned
 from shards.manifest import load_manifest

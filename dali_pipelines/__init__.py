@@ -7,5 +7,8 @@ threads and from other processes (measured in docs/lab-notebook.md).
 
 import os
 
+DALI_PACKAGES = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
+"""Distributions that bring DALI; one of them is installed."""
+
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 
-from nvidia.dali import fn, pipeline_def, types
-from nvidia.dali import math as dali_math
-
+from dali_pipelines.dali import dali_math, fn, pipeline_def, types
+from dali_pipelines.decoder import GpuDecoder
 from dali_pipelines.photometric import Backend, DataNode
-from dali_pipelines.reader import GpuDecoder, Source, decode, read
+from dali_pipelines.reader import Source, decode, read
 
 
 @pipeline_def(exec_dynamic=True)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from nvidia.dali import Pipeline, pipeline_def
-
 from dali_pipelines import photometric, rand_augment
 from dali_pipelines.augmentation import NO_COLOUR, AugmentationError, ColourDefinition, Photometric
+from dali_pipelines.dali import Pipeline, pipeline_def
+from dali_pipelines.decoder import GpuDecoder
 from dali_pipelines.photometric import Backend, DataNode
 from dali_pipelines.rand_augment import RandAugment
-from dali_pipelines.reader import GpuDecoder, Interpolation, Source, decode_box, draw_crop, read, resize_box
+from dali_pipelines.reader import Interpolation, Source, decode_box, draw_crop, read, resize_box
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -13,8 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dali_pipelines.dali import dali_version
+from dali_pipelines.decoder import GPU_DECODER, GpuDecoder
 from dali_pipelines.outputs import backend_of, build, run
-from dali_pipelines.reader import GPU_DECODER, GpuDecoder, open_source
+from dali_pipelines.reader import open_source
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -90,7 +91,7 @@ class EndlessLoader(ABC, Generic[SettingsT, BatchT]):
             "label": label,
             "shuffle_buffer": shuffle_buffer,
             "device": backend,
-            "dali": version("nvidia-dali-cuda130"),
+            "dali": dali_version,
         }
         self._pipeline = self.pipeline(
             source,

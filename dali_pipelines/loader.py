@@ -13,9 +13,10 @@ from torch import Tensor
 from dali_pipelines.augmentation import Views
 from dali_pipelines.classification import centre_crops
 from dali_pipelines.crops import Crops, labelled_crops
+from dali_pipelines.decoder import GPU_DECODER, GpuDecoder
 from dali_pipelines.endless import EndlessLoader
 from dali_pipelines.outputs import SampleKeys, backend_of, parse_labels, run
-from dali_pipelines.reader import GPU_DECODER, GpuDecoder, open_source
+from dali_pipelines.reader import open_source
 from dali_pipelines.segmentation import MaskCrops, masked_crops, whole_images
 from dali_pipelines.views import two_views
 

@@ -86,14 +86,23 @@ def _told(folder: Path) -> Iterator[None]:
     """DALI's errors, which are a page long, as one line with a remedy."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if _MEMORY.search(str(error)) or isinstance(error, MemoryError):
+            raise ShardError(
+                f"{folder}: DALI is out of memory: {_reason(error)}. Lower the batch size that a process has at once "
+                "(--data.micro-batch, --micro-batch), --data.prefetch, or --data.decoder-width-hint and -height-hint"
+            ) from error
         raise ShardError(
             f"{folder}: DALI could not make a batch: {_reason(error)}. If it is a bad sample, "
             f"'python tools/make_shards.py verify {folder}' names it"
         ) from error
 
 
-def _reason(error: RuntimeError) -> str:
+_MEMORY = re.compile(r"out of memory|bad_alloc|cudaErrorMemoryAllocation|OUT_OF_MEMORY|ALLOCATOR_FAILURE")
+"""Words of DALI, CUDA and the C++ library where memory could not be had."""
+
+
+def _reason(error: Exception) -> str:
     """What went wrong and in which operator, out of a page of DALI's traceback."""
     text = str(error)
     operator = re.search(r"operator `(.*?)`", text)

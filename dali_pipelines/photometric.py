@@ -10,8 +10,6 @@ import math
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from nvidia.dali import fn, types
-from nvidia.dali import math as dali_math
 
 from dali_pipelines.augmentation import (
     IDENTITY,
@@ -21,6 +19,7 @@ from dali_pipelines.augmentation import (
     ColourDefinition,
     Photometric,
 )
+from dali_pipelines.dali import dali_math, fn, types
 
 DataNode = Any
 """A node of a DALI graph: one value per sample. DALI ships no types."""

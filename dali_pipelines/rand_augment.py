@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from nvidia.dali import fn, types
-from nvidia.dali import math as dali_math
 
 from dali_pipelines.augmentation import MEAN_COLOUR, AugmentationError
+from dali_pipelines.dali import dali_math, fn, types
 from dali_pipelines.photometric import TRUNCATE, Backend, DataNode, argument, grey, mean_grey, operand, to_uint8
 from dali_pipelines.reader import Interpolation
 

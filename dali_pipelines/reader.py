@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from nvidia.dali import fn, types
-from nvidia.dali import math as dali_math
-
+from dali_pipelines.dali import dali_math, fn, types
 from dali_pipelines.photometric import Backend, DataNode
 from shards.manifest import Column, Manifest, ShardError, load_manifest
 from shards.verify import check_quick
@@ -17,21 +15,6 @@ from shards.verify import check_quick
 READER = "reader"
 """Name of the reader in every pipeline, for its metadata."""
 
-
-@dataclass(frozen=True)
-class GpuDecoder:
-    """How JPEGs are decoded on a GPU; without effect on a CPU, and on what the pixels are."""
-
-    hw_load: float = 0.65
-    """Share of the images, 0 to 1, that go to the GPU's JPEG engine where it has one (A100, H100); the rest to nvJPEG's
-    kernels. DALI's default."""
-    width_hint: int = 2048
-    """Pixels that the engine gets memory for in advance; larger images cost a reallocation, once."""
-    height_hint: int = 2048
-
-
-GPU_DECODER = GpuDecoder()
-"""DALI's own division of the work, and room for images of up to 2048×2048."""
 
 MASK = "mask.png"
 """Tar component of segmentation masks."""

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from nvidia.dali import Pipeline, fn, pipeline_def, types
-from nvidia.dali import math as dali_math
 
 from dali_pipelines import photometric
 from dali_pipelines.augmentation import MEAN_COLOUR, AugmentationError, ColourDefinition, Photometric
+from dali_pipelines.dali import Pipeline, dali_math, fn, pipeline_def, types
+from dali_pipelines.decoder import GpuDecoder
 from dali_pipelines.photometric import Backend, DataNode
-from dali_pipelines.reader import GpuDecoder, Source, decode, read
+from dali_pipelines.reader import Source, decode, read
 
 DISTORTION = Photometric(0.5, 32 / 255, 0.5, 0.5, 18 / 360, 0.0, 0.0, (0.1, 2.0), 0.0)
 """The strengths of MMSegmentation's PhotoMetricDistortion, in this project's order and maths. There each of the four

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from nvidia.dali import fn, pipeline_def, types
-
 from dali_pipelines import photometric
 from dali_pipelines.augmentation import PHOTOMETRIC_FIELDS, Views
+from dali_pipelines.dali import fn, pipeline_def, types
+from dali_pipelines.decoder import GpuDecoder
 from dali_pipelines.photometric import Backend, DataNode, Drawn
-from dali_pipelines.reader import Crop, GpuDecoder, Source, decode_box, draw_crop, read, resize_box
+from dali_pipelines.reader import Crop, Source, decode_box, draw_crop, read, resize_box
 
 
 @pipeline_def(enable_conditionals=True, exec_dynamic=True, enable_checkpointing=True)

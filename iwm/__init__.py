@@ -10,7 +10,9 @@ if TYPE_CHECKING:
 
     from iwm.trained import TrainedModel
 
-__all__ = ["load"]
+__all__ = ["__version__", "load"]
+
+__version__ = "0.1.0"
 
 
 def load(

@@ -9,6 +9,8 @@ cut; when all is finished it prints the tables. What stands behind `--` goes to 
 
 from __future__ import annotations
 
+import dali_pipelines.command  # noqa: F401  # isort: skip  # first: it ends the command where DALI is missing
+
 import json
 import sys
 from collections.abc import Sequence

@@ -15,6 +15,7 @@ from cattrs import ClassValidationError, transform_error
 from cattrs.preconf.pyyaml import make_converter
 
 from dali_pipelines.augmentation import Views
+from dali_pipelines.decoder import GPU_DECODER
 
 
 class ConfigError(ValueError):
@@ -36,14 +37,15 @@ class Data:
     micro_batch: int | None = None
     """Most images per process in one pass; the rest is accumulated. None: the whole share of a process in one pass."""
     threads: int = 0
-    """CPU threads of each process's pipeline; 0: the cores that may be used, shared by the machine's processes."""
+    """CPU threads of each process's pipeline; 0: the cores that may be used, shared by the machine's processes, less
+    two for torch's operators where the model is on a GPU."""
     prefetch: int = 2
     """Batches prepared ahead."""
-    hw_decoder_load: float = 0.65
+    hw_decoder_load: float = GPU_DECODER.hw_load
     """On a GPU: share of the images, 0 to 1, that its JPEG engine decodes; the rest goes to nvJPEG's kernels."""
-    decoder_width_hint: int = 2048
+    decoder_width_hint: int = GPU_DECODER.width_hint
     """On a GPU: width in pixels that the JPEG engine gets memory for in advance; wider images cost a reallocation."""
-    decoder_height_hint: int = 2048
+    decoder_height_hint: int = GPU_DECODER.height_hint
     """The same of the height. `benchmarks/throughput.py tune` measures these five and writes a file for --tuned."""
 
 
@@ -150,8 +152,9 @@ class Train:
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = 0
-    """On a CPU: threads of torch's operators in each process; 0: its share of the machine's cores. Small models are
-    faster with 1, for their operators are too short to divide, and the pipeline has the other cores to itself."""
+    """Threads of torch's CPU operators in each process; 0: its share of the machine's cores, with a GPU 2. On a CPU
+    small models are faster with 1, for their operators are too short to divide, and the pipeline has the other
+    cores."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """`bf16`: autocast; parameters, optimiser and EMA stay float32."""
     compile: bool = True
@@ -164,6 +167,8 @@ class Train:
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """How several processes share a model. `ddp`: each has all of it. `fsdp`: parameters, gradients and moments are
     divided (FSDP2), for encoders that do not fit otherwise."""
+    priority_stream: bool = False
+    """On a GPU: run the step on a CUDA stream of higher priority than the pipeline's."""
     nonfinite_limit: int = 10
     """Steps in a row with a non-finite gradient before the run stops; each such step is skipped and counted."""
     deterministic: bool = False

@@ -7,6 +7,8 @@ prints the paper's tables with the results of these, as python iwm/evaluate.py t
 
 from __future__ import annotations
 
+import dali_pipelines.command  # noqa: F401  # isort: skip  # first: it ends the command where DALI is missing
+
 import json
 import sys
 import time

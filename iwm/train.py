@@ -5,6 +5,8 @@ The same command, given again, goes on from the newest checkpoint in its run's f
 
 from __future__ import annotations
 
+import dali_pipelines.command  # noqa: F401  # isort: skip  # first: it ends the command where DALI is missing
+
 import argparse
 import sys
 from contextlib import nullcontext

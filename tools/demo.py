@@ -8,6 +8,8 @@ are finished and goes on in the middle of the one that was cut off. Paths are re
 
 from __future__ import annotations
 
+import dali_pipelines.command  # noqa: F401  # isort: skip  # first: it ends the command where DALI is missing
+
 import json
 import os
 import shutil

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dali_pipelines.command  # noqa: F401  # isort: skip  # first: it ends the command where DALI is missing
+
 import sys
 from dataclasses import dataclass
 from pathlib import Path

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from dali_pipelines import DALI_PACKAGES
 from iwm.config import Config, from_dict, to_dict
 from iwm.models.world_model import WorldModel
 from iwm.training.whole_file import CheckpointError as CheckpointError
@@ -47,11 +48,12 @@ class Checkpoint:
 def versions() -> dict[str, str]:
     """Versions of what computes a run."""
     found = {"python": platform.python_version()}
-    for package in ("iwm", "torch", "timm", "nvidia-dali-cuda130", "numpy"):
+    for package in ("iwm", "torch", "timm", *DALI_PACKAGES, "numpy"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "not installed as a package"
+            if package not in DALI_PACKAGES:
+                found[package] = "not installed as a package"
     return found
 
 

@@ -6,7 +6,7 @@ import os
 import platform
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,10 @@ from torch import Tensor
 from iwm.config import ConfigError, Train
 from iwm.training.memory import keep_freed_memory
 from shards.pool import available_cores
+
+HOST_THREADS = 2
+"""Threads of torch's operators beside a GPU: they draw and pack masks while the pipeline decodes on the other cores.
+torch's default, a thread a core, would compete with the pipeline's threads."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +69,13 @@ def world(train: Train, options: str = "train.") -> Iterator[World]:
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     device = _device(train.device, local_rank, options)
+    stream: AbstractContextManager[object] = nullcontext()
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
+        torch.set_num_threads(train.threads or HOST_THREADS)
+        if train.priority_stream:
+            stream = torch.cuda.stream(torch.cuda.Stream(device, priority=-1))
     else:
         keep_freed_memory()
         if train.threads or local_size > 1:
@@ -77,7 +85,8 @@ def world(train: Train, options: str = "train.") -> Iterator[World]:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
     try:
-        yield World(rank, size, local_rank, local_size, device)
+        with stream:
+            yield World(rank, size, local_rank, local_size, device)
     finally:
         if size > 1:
             dist.destroy_process_group()
@@ -102,6 +111,12 @@ def _device(wanted: str, local_rank: int, options: str) -> torch.device:
 def device_name(device: torch.device) -> str:
     """What is computed on, for the record."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
+
+
+def loader_threads(device: torch.device, processes: int) -> int:
+    """Pipeline threads for each of a machine's processes: its cores, less HOST_THREADS where the model is on a GPU."""
+    cores = cores_each(processes)
+    return cores if device.type == "cpu" else max(1, cores - HOST_THREADS)
 
 
 def cores_each(processes: int) -> int:

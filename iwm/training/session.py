@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from dali_pipelines.decoder import GpuDecoder
 from dali_pipelines.endless import StateError
 from dali_pipelines.loader import ViewLoader
-from dali_pipelines.reader import GpuDecoder
 from iwm.config import Config, ConfigError
 from iwm.models.world_model import WorldModel
 from iwm.training import checkpoint as checkpoints
 from iwm.training.checkpoint import Checkpoint
-from iwm.training.distributed import World, cores_each
+from iwm.training.distributed import World, loader_threads
 from iwm.training.optim import build_optimizer, load_state, state_for_checkpoint
 from iwm.training.parallel import whole, wrap
 from iwm.training.resume import resume_point
@@ -62,6 +62,7 @@ def open_session(config: Config, run: Path, here: World) -> Session:
     model = WorldModel(config).prepare(here.device, compiled=config.train.compile)
     if start is not None:
         model.load_state_dict(start.model, strict=True)
+    attention = ", ".join(f"{part} {kernel}" for part, kernel in model.attention_kernels().items())
     wrapped = wrap(model, here, accumulation)
     optimizer, kernels = build_optimizer(model, config.optim, here.device)
     if start is not None:
@@ -74,6 +75,7 @@ def open_session(config: Config, run: Path, here: World) -> Session:
         f"processes, images at once, passes) on {here.device.type}, {config.train.precision}, {kernels}",
         f"{loader.samples_per_epoch:,} images in {config.data.shards} '{config.data.train}'; context encoder "
         f"{encoder:.2f} M parameters, predictor {predictor:.2f} M, {config.action.conditioning} conditioning",
+        f"attention: {attention} (torch {torch.__version__})",
         *(f"changed since the last checkpoint: {change}" for change in changes),
         *restart,
         *([f"going on from step {start.step:,} ({start.samples:,} images seen)"] if start is not None else []),
@@ -137,7 +139,7 @@ def _open_loader(
             device=here.device,
             rank=here.rank,
             world_size=here.size,
-            threads=config.data.threads or cores_each(here.local_size),
+            threads=config.data.threads or loader_threads(here.device, here.local_size),
             prefetch=config.data.prefetch,
             decoder=GpuDecoder(
                 config.data.hw_decoder_load, config.data.decoder_width_hint, config.data.decoder_height_hint

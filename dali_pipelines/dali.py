@@ -1,0 +1,21 @@
+"""NVIDIA DALI, or one line that says how to install it.
+
+Raises ModuleNotFoundError where DALI is missing. Augmentation settings, replay and everything that uses a trained model
+do without it.
+"""
+
+from __future__ import annotations
+
+try:
+    from nvidia.dali import Pipeline, fn, pipeline_def, types
+    from nvidia.dali import __version__ as dali_version
+    from nvidia.dali import math as dali_math
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "NVIDIA DALI is not installed, and every data pipeline needs it. On Linux: pip install 'iwm[cuda13]' (GPU "
+        "driver 580 or newer, or no GPU) or 'iwm[cuda12]' (driver 525 or newer); in a checkout: pip install -e "
+        "'.[cuda13]' or '.[cuda12]'",
+        name=error.name,
+    ) from error
+
+__all__ = ["Pipeline", "dali_math", "dali_version", "fn", "pipeline_def", "types"]
