@@ -102,4 +102,4 @@ def draw_images(folder: Path, count: int) -> Path:
     return folder
 
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(5400)]

@@ -31,7 +31,6 @@ CASES: list[tuple[str, dict[str, Any], int]] = [
 BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)]
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("name", "options", "graphs"), CASES, ids=[name for name, _, _ in CASES])
 def test_each_kind_of_part_is_compiled_once_and_losses_are_the_uncompiled_ones(

@@ -127,7 +127,7 @@ def test_what_does_not_go_with_the_data_is_told(told: Told, run: Path, words: st
 
 def test_the_command_itself_ends_with_one_line_and_status_1(tmp_path: Path) -> None:
     process = start([sys.executable, "iwm/evaluate.py", "linear", "--checkpoint", str(tmp_path / "nothing")])
-    output = process.communicate(timeout=120)[0]
+    output = process.communicate(timeout=600)[0]
     assert process.returncode == 1
     assert output.splitlines()[-1].startswith(f"iwm/evaluate.py: {tmp_path}/nothing does not exist; --checkpoint takes")
     assert "Traceback" not in output

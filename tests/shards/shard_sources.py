@@ -133,4 +133,4 @@ def run_tool(*arguments: object, **options: object) -> subprocess.CompletedProce
     """The command as a user runs it."""
     command = [sys.executable, str(ROOT / "tools" / "make_shards.py"), *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, **options)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, **options)

@@ -50,7 +50,6 @@ def _scores(value: float) -> dict[str, dict[str, dict[str, float]]]:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(600)
 def test_the_whole_demo_small_and_again(tmp_path: Path) -> None:
     run, control = tmp_path / "demo", tmp_path / "demo-no-jitter"
     command = [sys.executable, str(SCRIPT), "--out", str(run), "--data", str(tmp_path / "data"), *TINY]

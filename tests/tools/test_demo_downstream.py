@@ -51,7 +51,6 @@ def _result(protocol: str, reached: float) -> dict[str, Any]:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
 def test_the_whole_downstream_demo_small_and_again(tmp_path: Path) -> None:
     run, data = tmp_path / "demo", tmp_path / "data"
     tiny = ["--out", str(run), "--data", str(data), "--steps", "12", "--tiles", "256", "128", "--until-trained"]

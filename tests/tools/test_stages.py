@@ -67,5 +67,5 @@ time.sleep(60)
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=30) != 0
+    assert process.wait(timeout=600) != 0
     assert saved.exists()

@@ -67,7 +67,7 @@ def start(line: list[str]) -> subprocess.Popen[str]:
 
 def finish(line: list[str], expect: int = 0) -> str:
     process = start(line)
-    output = process.communicate(timeout=240)[0]
+    output = process.communicate(timeout=600)[0]
     assert process.returncode == expect, output
     return output
 

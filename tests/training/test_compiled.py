@@ -26,7 +26,6 @@ class StopAfter(StopWish):
         return self.left <= 0
 
 
-@pytest.mark.timeout(600)
 def test_nothing_is_recompiled_in_500_steps_and_losses_are_the_eager_ones(tiny_shards: Path, tmp_path: Path) -> None:
     eager, compiled = tmp_path / "eager", tmp_path / "compiled"
     settings = ("--train.precision", "fp32", "--log.every", "4", "--log.health-every", "250")

@@ -221,3 +221,31 @@ def test_auto_takes_apex_on_a_gpu_where_it_is_installed(monkeypatch: pytest.Monk
     assert build_optimizer(net(), Optim(), torch.device("cuda"))[1] == "apex FusedAdam"
     assert build_optimizer(net(), Optim(), CPU)[1] == "torch fused AdamW"
     assert build_optimizer(net(), Optim(kernels="torch"), torch.device("cuda"))[1] == "torch fused AdamW"
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or optim.apex_fused_adam() is None, reason="needs a GPU and apex with CUDA kernels"
+)
+def test_apex_on_a_gpu_takes_torchs_steps_and_waits_for_no_flag() -> None:
+    device, broken = torch.device("cuda"), {0, 3}
+    models = [torch.nn.Conv2d(3, 8, 4).to(device, memory_format=torch.channels_last) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [
+        build_optimizer(model, Optim(kernels=kernels), device)[0]
+        for model, kernels in zip(models, ("torch", "apex"), strict=True)
+    ]
+    for number in range(6):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.zero_grad()
+            x = torch.full((2, 3, 8, 8), torch.nan if number in broken else 0.1 * (number + 1), device=device)
+            model(x).square().mean().backward()
+            flag = torch.tensor(number in broken, device=device)
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                set_values(optimizer, lr=1e-2, weight_decay=0.1)
+                step_unless(optimizer, flag)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+    assert {float(entry["step"]) for entry in state_for_checkpoint(optimizers[1])["state"].values()} == {4.0}
