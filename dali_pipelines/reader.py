@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from dali_pipelines.dali import dali_math, fn, types
+from dali_pipelines.decoder import GpuDecoder
 from dali_pipelines.photometric import Backend, DataNode
 from shards.manifest import Column, Manifest, ShardError, load_manifest
 from shards.verify import check_quick

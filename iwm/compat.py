@@ -14,9 +14,9 @@ SYNC_BUFFERS = next(
 )
 """DDP's option to broadcast buffers before each forward pass; renamed in 2.13."""
 
-REPLANS_CUDNN_VARLEN = (2, 14) <= torch.__version__ < (2, 15)
+REPLANS_CUDNN_VARLEN = torch.__version__ >= "2.14" and torch.__version__ < "2.15"
 """True on 2.14, whose `varlen_attn` plans cuDNN's graph anew in each call, 42 ms (pytorch#191576). Releases before it
-have flash alone, later ones keep the plan."""
+have flash alone, later ones keep the plan. (torch.__version__ compares as a version.)"""
 
 
 def allow_graphs(limit: int) -> None:
