@@ -1,33 +1,50 @@
 """Everything to look at on a new machine, most valuable first.
 
-python benchmarks/checklist.py OUT [--tiny] [--only NAME ...]
+python benchmarks/checklist.py OUT [--tiny] [--only NAME|GROUP ...] [--minutes M] [--total-minutes M] [--fresh]
 
-Each check is a command of its own, whose output goes to OUT/NAME.log and whose figures go to OUT/NAME.json where it has
-any. A check that fails or runs out of time does not stop the others. A table of what passed comes last.
+Each check is a command; its output goes to OUT/NAME.log, its figures to OUT/NAME.json where it has any. A check that
+fails or is cut off does not stop the others. OUT/checklist.json is renewed after each. Given again with the same OUT,
+the checklist goes on: checks that passed are not repeated; those that failed or were cut off start afresh. Compiled
+kernels are kept in the system's temporary folder.
+
+--only takes names and groups; what a check needs (data, train) is made before it. Groups 1 to 4, in this order, are
+meant for one call of nine minutes each on a machine with one GPU; 5 and 6 are what is left and take several:
+  1  data, train, parity, no-waiting: does it run, is it right
+  2  step, all: how fast
+  3  resume, mrr, linear, segmentation: exact resume, and what builds on a trained model
+  4  pipeline, step-vit-l, tune
+  5  colour, step-12x384, step-vit-l-recomputing, evaluation
+  6  attentive, finetune-encoder, finetune-predictor, finetune-end-to-end, multitask, downstream
+
+Exit code: 0 all passed; 1 a check failed or was cut off; 3 --total-minutes were over before all were made; 128 + N
+ended by signal N.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
+import fcntl
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import tyro
-from generated import GENERATED, labelled_shards
+from attempt import PASSED, attempt, clear, clear_since, environment, kernels
+from checks import Check, all_needed, asked, checks, in_order
+from clocks import Clocks, clocks
 from machine import machine
+from mistakes import BenchmarkError, make_room_for
+from outcomes import RUNNING, Outcomes
 from rich.console import Console
 from rich.table import Table
 
-from iwm.evaluate import TRAINED
+from iwm.training.signals import StopWish, stop_on_signal
 
-ROOT = Path(__file__).parents[1]
-RECIPES = ("iwm_b16_equi_18x384", "iwm_b16_inv_12x384", "iwm_l16_equi_36x512")
+NOT_ALL = 3
+"""Exit code where time was over before all checks were made."""
 
 
 @dataclass(frozen=True)
@@ -35,103 +52,136 @@ class Options:
     out: Annotated[Path, tyro.conf.Positional]
     """Folder for logs and figures."""
     only: tuple[str, ...] = ()
-    """Checks to make; none named: all."""
+    """Checks and groups to make; none named: all."""
     tiny: bool = False
     """Models, batches and durations so small that a CPU gets through: to try the commands, not the machine."""
-    minutes: float = 10.0
+    minutes: float = 9.0
     """Most time for one check."""
+    total_minutes: float | None = None
+    """Most time for all of them: no check starts, and the running one is stopped, when it is over."""
+    fresh: bool = False
+    """Repeat checks that passed, too, and those that need them."""
 
 
-def checks(out: Path, tiny: bool) -> dict[str, list[str]]:
-    """Of each check, by name and in order, the words after `python`."""
-    # Segmentation reads four layers.
-    small = "--encoder.width 32 --encoder.depth 4 --encoder.heads 2 --predictor.width 32 --predictor.depth 4"
-    small += " --predictor.heads 2 --views.size 64 --encoder.patch 16"
-    model = small.split() if tiny else []
-    batch, steps, recipe = ("8", 20, "demo") if tiny else ("256", 200, RECIPES[0])
-    seconds = ["--seconds", "1", "--repeats", "1"] if tiny else ["--seconds", "20"]
-    shards, device = str(GENERATED / "shards"), "cuda" if torch.cuda.is_available() else "cpu"
-    training = [recipe, "--data.shards", shards, "--data.batch", batch, "--data.val", "None", *model]
-    training += ["--schedule.steps", str(steps), "--log.every", "5", "--log.checkpoint-every", str(steps // 2)]
-    resumed = [*training, "--train.deterministic", "--log.no-tensorboard"]
+def run(options: Options, all_checks: dict[str, Check], console: Console) -> int:
+    """Make the chosen checks that have not passed; the exit code.
 
-    def throughput(name: str, mode: str, *words: str) -> list[str]:
-        return ["benchmarks/throughput.py", mode, *words, "--json", str(out / f"{name}.json")]
-
-    def model_mode(name: str, recipe: str, *words: str) -> list[str]:
-        return throughput(name, "model", *seconds, "--recipe", recipe, "--data.batch", batch, *model, *words)
-
-    def tests(*which: str) -> list[str]:
-        return ["-m", "pytest", "-q", "-p", "no:cacheprovider", *which]
-
-    # A sweep makes dozens of measurements, of which each is short by itself.
-    sweep = ["--recipe", recipe, "--shards", shards, *(["--seconds", "0.2", "--repeats", "1"] if tiny else [])]
-    bank = ["--bank.images", "2", "--bank.size", "8"] if tiny else ["--bank.images", "16"]
-    labelled = GENERATED / "labelled"
-    leverage = ["--checkpoint", str(out / "run"), "--data.shards", str(labelled), "--data.split", "val"]
-    # One look at the held-out images, at the end.
-    leverage += f"--steps {2 if tiny else 36} --warmup-epochs 0 --validate-every 1000 --log-every 2".split()
-    own = {name: ["--batch", "8" if tiny else "128"] for name in TRAINED}
-    own["multitask"] += ["--tasks", "label", f"{labelled}:label"]
-    own["segmentation"] = f"--batch {8 if tiny else 16} --channels {8 if tiny else 512} --lrs 1e-5 --classes 2".split()
-    own["segmentation"] += ["--parts", "encoder", "predictor"]
-    downstream = {name: ["iwm/evaluate.py", name, *leverage, *words] for name, words in own.items()}
-    pictures = ["--plot", str(out / "all.png"), "--profile", str(out / "profile")]
-    return {
-        "train": ["iwm/train.py", *training, "--run-dir", str(out / "run")],
-        "parity": ["benchmarks/parity.py", "--images", "32" if tiny else "256", "--json", str(out / "parity.json")],
-        "no-waiting": tests("tests/training/test_no_waiting.py"),
-        "step": model_mode("step", recipe, "--baselines"),
-        "tune": throughput("tune", "tune", *sweep, "--out", str(out / "tuned.yaml")),
-        "all": throughput("all", "all", *seconds, "--recipe", recipe, "--data.batch", batch, *model, *pictures),
-        "step-12x384": model_mode("step-12x384", RECIPES[1]),
-        "step-vit-l": model_mode("step-vit-l", RECIPES[2]),
-        "step-vit-l-recomputing": model_mode("step-vit-l-recomputing", RECIPES[2], "--train.activation-checkpointing"),
-        "colour": throughput("colour", "data", *seconds, "--device", device, "--colour", "torchvision"),
-        "resume": ["benchmarks/kill_and_compare.py", str(out / "resume"), *resumed],
-        "pipeline": tests("tests/dali_pipelines"),
-        "evaluation": tests("tests/evaluation"),
-        "downstream": tests("tests/downstream" if not tiny else "tests/downstream/test_downstream_no_waiting.py"),
-        "mrr": ["iwm/evaluate.py", "mrr", "--checkpoint", str(out / "run"), "--data.split", "train", *bank],
-        **downstream,
-    }
+    Raises BenchmarkError for an option that makes no sense, and where another process uses OUT.
+    """
+    began, out = time.monotonic(), options.out.resolve()
+    wanted = asked(options.only, all_checks)
+    names = in_order(wanted, all_checks)
+    make_room_for("OUT", out / "checklist.json")
+    with only_one(out), stop_on_signal() as wish, clocks(out / "gpu.csv") as (watch, no_clocks):
+        here = machine()
+        outcomes = Outcomes(out / "checklist.json", options.tiny, here)
+        outcomes.resume(options.fresh)
+        if options.fresh:
+            outcomes.forget(name for name in all_checks if {name, *all_needed(name, all_checks)} & set(wanted))
+        if here["commit"] == "unknown" or here["commit"].endswith("+"):
+            say(console, f"commit {here['commit']}: changes of the code since the last call are not noticed")
+        if no_clocks:
+            say(console, f"no clocks and power are recorded: {no_clocks}")
+        call, over = Call(out, all_checks, outcomes, watch, wish, console), False
+        for name in names:
+            left = float("inf") if options.total_minutes is None else 60 * options.total_minutes
+            left -= time.monotonic() - began
+            over = over or left <= 0
+            if wish or over:
+                break
+            over = call.make(name, 60 * options.minutes, left)
+        show(outcomes, all_checks, out, console)
+        endings = [outcomes.checks.get(name, {}).get("ended") for name in names]
+    if wish.signal is not None:
+        return 128 + wish.signal
+    if all(ended == PASSED for ended in endings):
+        return 0
+    return NOT_ALL if over else 1
 
 
-def make(words: list[str], log: Path, minutes: float) -> str:
-    """Run one check; how it ended."""
-    with open(log, "w") as file:
-        print("python", *words, file=file, flush=True)
+@dataclass(frozen=True)
+class Call:
+    """One call of the checklist: its checks, and what each of them is made with."""
+
+    out: Path
+    checks: dict[str, Check]
+    outcomes: Outcomes
+    watch: Clocks
+    wish: StopWish
+    console: Console
+
+    def make(self, name: str, limit: float, left: float) -> bool:
+        """Make one check unless it has passed, and record it; whether the time for all checks ended it.
+
+        limit, left: seconds for this check and for all.
+        """
+        check, before, log = self.checks[name], self.outcomes.checks.get(name), self.out / f"{name}.log"
+        if before is not None and before["ended"] == PASSED and all(path.exists() for path in check.makes):
+            say(self.console, f"{name}: passed before, in {before['seconds']:.0f} s; not repeated")
+            return False
+        if check.needs is not None and self.outcomes.checks[check.needs]["ended"] != PASSED:
+            ended = f"not made: it needs {check.needs}, which has not passed"
+            self.outcomes.record(name, {"ended": ended, "seconds": 0.0})
+            say(self.console, f"{name}: {ended}")
+            return False
+        if before is not None and before["ended"] == RUNNING:
+            say(self.console, f"{name}: was cut off before; it starts afresh")
+            clear_since(kernels(self.out), before["began"])
+        clear(check.makes)
+        clock, start = time.time(), time.monotonic()
+        self.outcomes.record(name, {"ended": RUNNING, "began": clock})
+        self.watch.begin(name)
+        with self.console.status(name):
+            ended = attempt(check.words, log, min(limit, left), self.wish, environment(self.out))
+        seconds = round(time.monotonic() - start, 1)
+        over = ended.startswith("stopped") and not self.wish and left <= limit
+        if ended.startswith("stopped"):
+            clear_since(kernels(self.out), clock)
+            ended += ": --total-minutes were over" if over else ""
+        outcome: dict[str, Any] = {"ended": ended, "seconds": seconds, "began": clock, "gpu": self.watch.summary()}
+        if name == "train":
+            outcome["attention"] = attention(log)
+        self.outcomes.record(name, outcome)
+        say(self.console, f"{name}: {ended} in {seconds:.0f} s" + ("" if ended == PASSED else f"; see {log}"))
+        return over
+
+
+@contextmanager
+def only_one(out: Path) -> Iterator[None]:
+    """Hold the folder. Raises BenchmarkError where another checklist holds it."""
+    with open(out / ".lock", "w") as file:
         try:
-            ended = subprocess.run(
-                [sys.executable, *words], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=60 * minutes,
-                env={**os.environ, "PYTHONPATH": str(ROOT)},
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            return f"stopped after {minutes:g} minutes"
-    return "passed" if ended.returncode == 0 else f"FAILED with code {ended.returncode}"
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BenchmarkError(f"{out} is in use by another checklist; wait for it or name another OUT") from error
+        yield
+
+
+def attention(log: Path) -> str | None:
+    """The line of a training's opening that names the attention kernel; None where there is none."""
+    _, *lines = log.read_text(errors="replace").splitlines()
+    return next((line.strip() for line in lines if "attention" in line), None)
+
+
+def show(outcomes: Outcomes, all_checks: dict[str, Check], out: Path, console: Console) -> None:
+    table = Table("check", "ended", "seconds", "log", title=str(out))
+    for name in [name for name in all_checks if name in outcomes.checks]:
+        outcome = outcomes.checks[name]
+        table.add_row(name, outcome["ended"], f"{outcome.get('seconds', 0):.0f}", f"{name}.log")
+    console.print(table)
+
+
+def say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def main() -> int:
-    options, console = tyro.cli(Options, description=__doc__, prog="benchmarks/checklist.py"), Console()
-    chosen = checks(options.out.resolve(), options.tiny)
-    if unknown := set(options.only) - set(chosen):
-        print(f"benchmarks/checklist.py: --only {', '.join(unknown)}: there are {', '.join(chosen)}", file=sys.stderr)
+    options = tyro.cli(Options, description=__doc__, prog="benchmarks/checklist.py")
+    try:
+        return run(options, checks(options.out.resolve(), options.tiny), Console())
+    except BenchmarkError as error:
+        print(f"benchmarks/checklist.py: {error}", file=sys.stderr)
         return 1
-    options.out.mkdir(parents=True, exist_ok=True)
-    labelled_shards(console, ROOT / GENERATED)
-    report: dict[str, Any] = {"machine": machine(), "checks": {}}
-    table = Table("check", "ended", "seconds", "log")
-    for name in options.only or chosen:
-        log, began = options.out / f"{name}.log", time.monotonic()
-        with console.status(name):
-            ended = make(chosen[name], log, options.minutes)
-        seconds = round(time.monotonic() - began, 1)
-        report["checks"][name] = {"ended": ended, "seconds": seconds}
-        # After each, so that a machine that goes away takes nothing along.
-        (options.out / "checklist.json").write_text(json.dumps(report, indent=1) + "\n")
-        table.add_row(name, ended, f"{seconds:.0f}", str(log))
-    console.print(table)
-    return 0 if all(check["ended"] == "passed" for check in report["checks"].values()) else 1
 
 
 if __name__ == "__main__":

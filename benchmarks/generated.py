@@ -1,4 +1,4 @@
-"""Shards to measure on where the user names none."""
+"""Shards to measure on where the user names none: python benchmarks/generated.py makes them in data/benchmark."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def labelled_shards(console: Console, folder: Path = GENERATED) -> Path:
         return shards
     generated_shards(console, folder)
     console.print(f"making shards with labels and masks in {shards}")
-    masks = folder / "masks"
-    for made in (shards, masks):
+    masks, unfinished = folder / "masks", folder / "labelled.partial"
+    for made in (shards, masks, unfinished):
         shutil.rmtree(made, ignore_errors=True)
     masks.mkdir()
     tiles = iter(sorted((folder / "tiles").rglob("*.jpg")))
@@ -60,7 +60,9 @@ def labelled_shards(console: Console, folder: Path = GENERATED) -> Path:
             rows.append(f"{tile.relative_to(folder)},class {number % 10},{mask.relative_to(folder)}")
         listing = folder / f"labelled_{split}.csv"
         listing.write_text("\n".join(rows) + "\n")
-        _run("make_shards.py", listing, shards, "--split", split)
+        _run("make_shards.py", listing, unfinished, "--split", split)
+    # The manifest is there after the first split: only the whole folder has the name that is looked for.
+    unfinished.rename(shards)
     return shards
 
 
@@ -68,3 +70,16 @@ def _run(tool: object, *arguments: object) -> None:
     command = [sys.executable, str(TOOLS / str(tool)), *map(str, arguments)]
     if (code := subprocess.run(command, check=False).returncode) != 0:
         raise BenchmarkError(f"{' '.join(command)} ended with code {code}; its message stands above")
+
+
+def main() -> int:
+    try:
+        labelled_shards(Console())
+    except BenchmarkError as error:
+        print(f"benchmarks/generated.py: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,8 +1,8 @@
 """Does a killed run go on exactly? python benchmarks/kill_and_compare.py OUT RECIPE [options of iwm/train.py]
 
 Trains into OUT/whole undisturbed, and into OUT/cut with a kill -9 soon after the first checkpoint; then compares the
-last checkpoints. Fails, and says by how much, where they are not bit for bit the same. A run in deterministic mode
-(--train.deterministic) should be; without it a GPU's sums come in any order.
+last checkpoints. Fails, and says by how much, where they are not bit for bit the same, or where nothing was killed. A
+run in deterministic mode (--train.deterministic) should be; without it a GPU's sums come in any order.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,17 +25,25 @@ def command(run: Path, words: list[str]) -> list[str]:
     return [sys.executable, str(TRAIN), *words, "--run-dir", str(run)]
 
 
-def kill_once(run: Path, words: list[str]) -> str:
-    """Start a run and kill it up to five seconds after its first checkpoint; what there was to kill."""
-    process = subprocess.Popen(command(run, words))
-    while not checkpoints.all_checkpoints(run) and process.poll() is None:
-        time.sleep(0.05)
-    time.sleep(random.uniform(0, 5))
-    if process.poll() is not None:
-        return "it was over before it could be killed: give it more steps after its first checkpoint"
+def kill_once(run: Path, words: list[str]) -> str | None:
+    """Start a run and kill it soon after its first checkpoint: its newest checkpoint's name, or None if it was over.
+
+    It is killed after at most the time from its first line of metrics to its first checkpoint.
+    """
+    process, metrics = subprocess.Popen(command(run, words)), run / "metrics.jsonl"
+    _wait(process, metrics.exists)
+    logged = time.monotonic()
+    _wait(process, lambda: bool(checkpoints.all_checkpoints(run)))
+    time.sleep(random.uniform(0, time.monotonic() - logged))
+    over = process.poll() is not None
     process.kill()
     process.wait()
-    return f"killed with {checkpoints.all_checkpoints(run)[-1].name} as its newest checkpoint"
+    return None if over else checkpoints.all_checkpoints(run)[-1].name
+
+
+def _wait(process: subprocess.Popen[bytes], until: Callable[[], bool]) -> None:
+    while not until() and process.poll() is None:
+        time.sleep(0.01)
 
 
 def main() -> int:
@@ -46,7 +55,12 @@ def main() -> int:
         print(f"benchmarks/kill_and_compare.py: {out} is there already; name a new folder", file=sys.stderr)
         return 2
     subprocess.run(command(out / "whole", words), check=True)
-    print(kill_once(out / "cut", words))
+    newest = kill_once(out / "cut", words)
+    if newest is None:
+        print(f"benchmarks/kill_and_compare.py: {out / 'cut'} was over before it could be killed; give it more steps "
+              "after its first checkpoint (--schedule.steps, --log.checkpoint-every)", file=sys.stderr)  # fmt: skip
+        return 1
+    print(f"killed with {newest} as its newest checkpoint")
     subprocess.run(command(out / "cut", words), check=True)
     whole, cut = (checkpoints.newest(out / name) for name in ("whole", "cut"))
     assert whole is not None

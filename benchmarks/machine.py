@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from clocks import query
 
 from iwm.training.tuned import processor
 
-PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda130", "numpy", "pillow", "timm")
+PACKAGES = ("torch", "torchvision", "numpy", "pillow", "timm")
+DALI = ("nvidia-dali-cuda120", "nvidia-dali-cuda130")
+"""Names of DALI's package, by the CUDA version that it is built for."""
 
 
 def machine() -> dict[str, Any]:
@@ -25,17 +29,39 @@ def machine() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in PACKAGES},
+        "cuda": torch.version.cuda,
+        "driver": driver(),
+        "packages": packages(),
         "commit": _commit(),
     }
 
 
+def packages() -> dict[str, str | None]:
+    """Versions of what is installed, None for what is not. DALI without a package is called `nvidia-dali`."""
+    dali = [name for name in DALI if _version(name) is not None] or ["nvidia-dali"]
+    return {name: _version(name) for name in (*PACKAGES, *dali)}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def driver() -> str | None:
+    """Version of the GPU's driver; None where nvidia-smi does not tell it."""
+    values, _ = query(["driver_version"])
+    return values[0] if values else None
+
+
 def _commit() -> str:
-    """The commit, with a plus sign where the tree has changes on top; `unknown` outside a repository."""
-    here = Path(__file__).parent
+    """The commit, with a plus sign where the tree has changes on top; `unknown` without git or a repository."""
+    if shutil.which("git") is None:
+        return "unknown"
     described = subprocess.run(
         ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"],
-        cwd=here,
+        cwd=Path(__file__).parent,
         capture_output=True,
         text=True,
         check=False,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,7 +16,7 @@ from scaling_mode import Scaling, Ways, run, summarised
 from iwm.models.world_model import WorldModel
 from iwm.recipes import demo
 from tests.benchmarks.tile_shards import tile_shards
-from tests.training.runs import ROOT
+from tests.training.runs import ENVIRONMENT, ROOT
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +32,7 @@ def test_two_processes_measure_themselves_against_one(shards: Path, tmp_path: Pa
     mode = ["benchmarks/throughput.py", "scaling", "--shards", str(shards), "--json", str(file)]
     done = subprocess.run(
         [sys.executable, *launcher, *mode, *small, *quick],
-        cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=ROOT, capture_output=True, text=True, check=False, env=ENVIRONMENT,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("2 that train one model") == 1, "only the first process prints"

@@ -20,7 +20,8 @@ from iwm.training.session import open_session
 from iwm.training.signals import StopWish
 
 ROOT = Path(__file__).parents[2]
-
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
+"""The caller's variables, with the project first in PYTHONPATH."""
 
 TINY = {
     "data.batch": 8,
@@ -61,7 +62,7 @@ def command(shards: Path, run: Path, steps: int, *more: str, processes: int = 0)
 def start(line: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
         line, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**ENVIRONMENT, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
 

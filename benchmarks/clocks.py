@@ -1,0 +1,163 @@
+"""Clocks, power and temperature of the GPU while checks run, read from nvidia-smi."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from threading import Event, Lock, Thread
+from typing import Any
+
+COLUMNS = {
+    "timestamp": "timestamp",
+    "sm_clock_mhz": "clocks.sm",
+    "memory_clock_mhz": "clocks.mem",
+    "power_w": "power.draw",
+    "temperature_c": "temperature.gpu",
+    "used_percent": "utilization.gpu",
+    "memory_mib": "memory.used",
+}
+"""Columns of gpu.csv after the check's name, and the field of nvidia-smi that each has."""
+
+THROTTLED = "throttled"
+"""Last column, where nvidia-smi knows a field for it."""
+
+THROTTLE_FIELDS = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")
+"""Names of that field in newer and older drivers."""
+
+SUMMARISED = ("sm_clock_mhz", "power_w", "temperature_c", "used_percent", "memory_mib")
+
+REASONS = {
+    0x1: "idle",
+    0x2: "application clocks",
+    0x4: "power cap",
+    0x8: "hardware slowdown",
+    0x10: "sync boost",
+    0x20: "thermal, by software",
+    0x40: "thermal, by hardware",
+    0x80: "power brake",
+    0x100: "display clocks",
+}
+"""Bits of the throttle reasons (nvmlClocksThrottleReasons)."""
+
+EVERY = 3.0
+"""Seconds between two samples."""
+
+Sample = dict[str, str]
+
+
+def query(fields: Sequence[str]) -> tuple[list[str] | None, str]:
+    """Ask nvidia-smi for fields of the first GPU that may be used: their values, or None and the reason."""
+    if shutil.which("nvidia-smi") is None:
+        return None, "no nvidia-smi"
+    gpu = (os.environ.get("CUDA_VISIBLE_DEVICES") or "0").partition(",")[0]
+    command = ["nvidia-smi", f"--id={gpu}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+    except subprocess.TimeoutExpired:
+        return None, "nvidia-smi gave no answer in 20 s"
+    values = [value.strip() for value in done.stdout.strip().split(",")]
+    if done.returncode != 0 or len(values) != len(fields):
+        return None, f"nvidia-smi: {(done.stdout + done.stderr).strip() or f'code {done.returncode}'}"
+    return values, ""
+
+
+class Clocks:
+    """A thread that samples the GPU into a CSV file, for as long as checks run."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._columns = dict(COLUMNS)
+        self._lock, self._over = Lock(), Event()
+        self._check = ""
+        self._samples: list[Sample] = []
+
+    def start(self) -> str:
+        """Take the first sample; the reason where nvidia-smi gives none, else an empty text."""
+        for field in THROTTLE_FIELDS:
+            if query([field])[0] is not None:
+                self._columns[THROTTLED] = field
+                break
+        return self.sample()
+
+    def begin(self, check: str) -> None:
+        """Count the samples from now on to this check."""
+        with self._lock:
+            self._check, self._samples = check, []
+
+    def summary(self) -> dict[str, Any] | None:
+        """Summarise the samples since `begin`; None where there are none."""
+        with self._lock:
+            return summarised(self._samples)
+
+    def sample(self) -> str:
+        """Take one sample and write its line; the reason where there is none, else an empty text."""
+        values, reason = query(list(self._columns.values()))
+        if values is None:
+            return reason
+        with self._lock:
+            self._samples.append(dict(zip(self._columns, values, strict=True)))
+            line = ",".join([self._check, *values])
+        with open(self._file, "a") as file:
+            if file.tell() == 0:
+                print("check", *self._columns, sep=",", file=file)
+            print(line, file=file)
+        return ""
+
+    def run(self) -> None:
+        """Sample until told to stop. A sample that fails leaves a gap in the file."""
+        while not self._over.wait(EVERY):
+            self.sample()
+
+    def stop(self) -> None:
+        self._over.set()
+
+
+@contextmanager
+def clocks(file: Path) -> Iterator[tuple[Clocks, str]]:
+    """Sample the GPU meanwhile; with it, the reason why not, empty where samples are taken."""
+    watch = Clocks(file)
+    reason = watch.start()
+    thread = Thread(target=watch.run, daemon=True)
+    if not reason:
+        thread.start()
+    try:
+        yield watch, reason
+    finally:
+        watch.stop()
+        if not reason:
+            thread.join()
+
+
+def summarised(samples: Sequence[Sample]) -> dict[str, Any] | None:
+    """Least, median and largest value of each column, and the samples that each throttle reason was seen in."""
+    if not samples:
+        return None
+    found: dict[str, Any] = {"samples": len(samples)}
+    for column in SUMMARISED:
+        values = [number for sample in samples if (number := _number(sample[column])) is not None]
+        found[column] = {"min": min(values), "median": median(values), "max": max(values)} if values else None
+    seen = Counter(reason for sample in samples for reason in _reasons(sample.get(THROTTLED, "")))
+    return found | {THROTTLED: dict(seen)}
+
+
+def _number(text: str) -> float | None:
+    """None for what nvidia-smi does not know, as '[N/A]'."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _reasons(text: str) -> list[str]:
+    """The reasons of a mask as '0x0000000000000004'; none for what nvidia-smi does not know."""
+    try:
+        mask = int(text, 16)
+    except ValueError:
+        return []
+    return [name for bit, name in REASONS.items() if mask & bit]
