@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -27,14 +27,18 @@ from dali_pipelines.photometric import Backend, DataNode
 from dali_pipelines.reader import Source, decode_box, draw_crop, open_source, read, resize_box
 from dali_pipelines.views import two_views
 
-TURNS = 7
-"""Measurements of each cut, in turns."""
+TURNS = {"cpu": 5, "cuda": 3}
+"""Measurements of each cut, in turns; a pipeline is built for each, which takes a second or more on a GPU."""
 
 AHEAD = 2
 """Batches that each cut prepares ahead."""
 
 ENCODED = 256
 """Encoded images that each cut's reader holds to draw from."""
+
+
+Build = Callable[[], Any]
+"""Builds a DALI pipeline."""
 
 
 def stage_times(
@@ -49,9 +53,10 @@ def stage_times(
 ) -> dict[str, dict[str, float]]:
     """Milliseconds per image that each stage adds, as median, p10 and p90 over turns; their sum is the pipeline's.
 
-    On a CPU of CPU time, on a GPU by the clock. In a process of its own, pinned to as many cores as `threads`; takes
-    `seconds` and about as many again to begin with. Stages that cannot happen in these views are left out. What both
-    views share (planes, mean grey) counts with the first colour op. Raises ShardError.
+    On a CPU of CPU time, on a GPU by the clock. In a process apart, pinned to as many cores as `threads`. There is one
+    pipeline at a time: each is built for its turn and freed after it, for on a GPU each holds gigabytes. That takes
+    time, beside `seconds`. Stages that cannot happen in these views are left out. What both views share (planes, mean
+    grey) counts with the first colour op. Raises ShardError.
     """
     cores = sorted(os.sched_getaffinity(0))[:threads]
     work = partial(_stage_times, folder, split, views, device, cores, batch, seconds)
@@ -72,30 +77,29 @@ def _stage_times(
         "seed": 0,
         "prefetch_queue_depth": AHEAD,
     }
-    pipelines = dict(cuts(source, views, "gpu" if on_gpu else "cpu", settings))
-    # Once to build, once more to know how long a window may be.
+    builds = dict(cuts(source, views, "gpu" if on_gpu else "cpu", settings))
+    # Once for what only the first pipelines of a process do, once more to know how long a window may be.
     for _ in range(2):
-        start = time.perf_counter()
-        for pipeline in pipelines.values():
-            _seconds(pipeline, 1, on_gpu)
-    round_of_all = time.perf_counter() - start
-    batches = max(1, round(seconds / TURNS / round_of_all))
-    times: dict[str, list[float]] = {name: [] for name in pipelines}
-    for _ in range(TURNS):
+        round_of_all = sum(_seconds(build, 1, on_gpu) for build in builds.values())
+    turns = TURNS[device]
+    batches = max(1, round(seconds / turns / round_of_all))
+    times: dict[str, list[float]] = {name: [] for name in builds}
+    for _ in range(turns):
         before = 0.0
-        for name, pipeline in pipelines.items():
-            until_here = 1000 * _seconds(pipeline, batches, on_gpu) / (batches * batch)
+        for name, build in builds.items():
+            until_here = 1000 * _seconds(build, batches, on_gpu) / (batches * batch)
             times[name].append(until_here - before)
             before = until_here
     return {name: spread(turns) for name, turns in times.items()}
 
 
-def cuts(source: Source, views: Views, backend: Backend, settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The pipelines, each one stage longer than the last and named for that stage."""
+def cuts(source: Source, views: Views, backend: Backend, settings: dict[str, Any]) -> Iterator[tuple[str, Build]]:
+    """What builds the pipelines, each one stage longer than the last and named for that stage."""
     for stage in ("read", "decode", "crop and resize"):
-        yield stage, geometry(source, views, stage, backend, **settings)
+        yield stage, partial(geometry, source, views, stage, backend, **settings)
     for stage, until_here in colour_cuts(views):
-        whole = two_views(
+        whole = partial(
+            two_views,
             source,
             until_here,
             backend=backend,
@@ -145,11 +149,15 @@ def _prefixes(whole: Photometric) -> Iterator[tuple[str, Photometric]]:
             yield op, spec
 
 
-def _seconds(pipeline: Any, batches: int, on_gpu: bool) -> float:
-    """For so many batches: of CPU time, or on a GPU by the clock."""
+def _seconds(build: Build, batches: int, on_gpu: bool) -> float:
+    """For so many batches of a newly built pipeline, once it has made one: of CPU time, or on a GPU by the clock.
+
+    The pipeline is freed on return.
+    """
+    pipeline = build()
+    for _ in range(AHEAD + 1 if on_gpu else 1):
+        pipeline.run()
     if on_gpu:
-        for _ in range(AHEAD + 1):
-            pipeline.run()
         torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(batches):

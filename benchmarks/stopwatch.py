@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -72,6 +73,14 @@ def forget_peak(device: torch.device) -> None:
     else:
         # 5: "reset the peak resident set size to the current one" (proc(5)).
         Path("/proc/self/clear_refs").write_text("5")
+
+
+def free_memory(device: torch.device) -> None:
+    """Free what nothing refers to any more: compiled models are cycles, and torch's allocator keeps freed memory."""
+    torch.compiler.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def peak_gib(device: torch.device) -> float:

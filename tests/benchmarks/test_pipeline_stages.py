@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import weakref
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import pipeline_stages
 import pytest
-from pipeline_stages import colour_cuts, stage_times
+from pipeline_stages import _seconds, _stage_times, colour_cuts
 
 from dali_pipelines.augmentation import SCENARIOS, Photometric, Views
 
@@ -37,9 +41,28 @@ def probabilities(spec: Photometric) -> list[float]:
     return [spec.jitter_probability, spec.grayscale_probability, spec.blur_probability, spec.solarize_probability]
 
 
-def test_every_stage_is_measured_in_a_process_of_its_own(tiny_shards: Path) -> None:
-    views = replace(SCENARIOS["jitter"], size=48)
-    times = stage_times(tiny_shards, "train", views, device="cpu", threads=1, batch=16, seconds=0.2)
+def test_every_stage_is_measured_in_every_turn(tiny_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(pipeline_stages.TURNS, "cpu", 2)
+    seen: list[Sequence[float]] = []
+    monkeypatch.setattr(pipeline_stages, "spread", lambda turns: seen.append(turns) or {"median": turns[0]})
+    views, cores = replace(SCENARIOS["jitter"], size=48), sorted(os.sched_getaffinity(0))
+    times = _stage_times(tiny_shards, "train", views, "cpu", cores, batch=16, seconds=0.2)
     assert list(times) == ["read", "decode", "crop and resize", "parameters", *JITTER]
-    assert all(time["p10"] <= time["median"] <= time["p90"] for time in times.values())
-    assert times["decode"]["median"] > 0
+    assert [len(turns) for turns in seen] == [2] * len(times)
+
+
+def test_a_pipeline_is_freed_once_it_is_measured() -> None:
+    built: list[weakref.ref[Counted]] = []
+    runs: list[int] = []
+
+    class Counted:
+        def __init__(self) -> None:
+            built.append(weakref.ref(self))
+
+        def run(self) -> None:
+            runs.append(len(built))
+
+    for _ in range(2):
+        _seconds(Counted, 3, on_gpu=False)
+    assert runs == [1] * 4 + [2] * 4, "one batch before it is measured"
+    assert [pipeline() for pipeline in built] == [None, None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import tune_candidates
 import tune_mode
 from mistakes import BenchmarkError
 from rich.console import Console
-from tune_mode import Tune, choose, largest_sides, run, sweeps_for
+from tune_candidates import usual_sides
+from tune_choice import choose, choose_share
+from tune_mode import Sweep, Tune, Work, chosen_work, decoder_share, measured, run, sweeps_for
 
+from dali_pipelines.augmentation import Views
+from dali_pipelines.loader import ViewLoader
 from iwm import train
 from iwm.training.tuned import read_tuned
 from tests.dali_pipelines.pipeline_shards import jpeg, photographs_and_noise, write_split
@@ -40,8 +46,9 @@ def test_the_first_that_keeps_up_is_chosen_turn_by_turn() -> None:
 
 def test_a_gpu_has_its_decoder_swept_and_a_cpu_does_not() -> None:
     assert [sweep.setting for sweep in sweeps_for(torch.device("cpu"), 6)] == ["threads", "prefetch"]
-    threads, decoder, prefetch = sweeps_for(torch.device("cuda"), 6)
+    decoder, threads, prefetch = sweeps_for(torch.device("cuda"), 6)
     assert threads.candidates == [1, 2, 4, 6]
+    assert decoder.candidates[0] == 1.0
     assert set(decoder.candidates) == {0.0, 0.5, 0.65, 0.8, 1.0}
     assert prefetch.paced
 
@@ -57,11 +64,56 @@ def test_the_file_is_what_training_reads(shards: Path, tmp_path: Path, monkeypat
     assert train.parse(["demo", "--tuned", str(out)]).config.data.prefetch == result["data"]["prefetch"]
 
 
-def test_memory_is_asked_for_by_the_largest_sides_of_the_data(tmp_path: Path) -> None:
-    images = [jpeg(np.zeros((*sides, 3), np.uint8)) for sides in ((30, 20), (10, 64), (50, 8))]
-    write_split(tmp_path, "train", images, per_shard=(2, 1))
-    assert largest_sides(tmp_path, "train") == (64, 50)
-    assert largest_sides(tmp_path, "train", images=1) == (20, 30)
+def test_the_largest_share_that_leaves_the_model_room_is_chosen_not_the_fastest_alone() -> None:
+    rates: dict[int | float, list[float]] = {1.0: [100, 101], 0.8: [135, 134], 0.65: [180, 181], 0.0: [140, 141]}
+    value, why = choose_share(rates, 100)
+    assert value == 0.8
+    assert why == "0.8 is the largest share with 1.3 times the model's 100 images/s (1.34)"
+    assert choose_share(rates, 70)[0] == 1.0
+    value, why = choose_share(rates, 200)
+    assert value == 0.65
+    assert why.startswith("none reaches 1.3 times the model's 200 images/s; 0.65 is the fastest")
+
+
+def test_other_shares_are_measured_only_where_the_first_is_too_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int | float, ...]] = []
+
+    def rates(work: Work, sweep: Sweep, *rest: object) -> dict[int | float, list[float]]:
+        seen.append(tuple(sweep.candidates))
+        return {value: [100.0, 100.0] for value in sweep.candidates}
+
+    monkeypatch.setattr(tune_mode, "measured", rates)
+    decoder = sweeps_for(torch.device("cuda"), 2)[0]
+    work = Work(Path("unused"), "train", Views(), 4, torch.device("cpu"), 1)
+    assert decoder_share(work, decoder, {}, 50.0, Tune(), QUIET)[1] == 1.0
+    assert decoder_share(work, decoder, {}, 99.0, Tune(), QUIET)[1] == 1.0
+    assert seen == [(1.0,), (1.0,), (1.0, 0.8, 0.65, 0.5, 0.0)]
+
+
+def test_never_two_pipelines_are_there_at_once(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[weakref.ref[ViewLoader]] = []
+    threads: list[int] = []
+
+    class Counted(ViewLoader):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            assert [loader() for loader in built if loader() is not None] == []
+            super().__init__(*arguments, **options)
+            built.append(weakref.ref(self))
+            threads.append(options["threads"])
+
+    monkeypatch.setattr(tune_candidates, "ViewLoader", Counted)
+    options = Tune("demo", shards=shards, device="cpu", batch=4, seconds=0.01, repeats=2)
+    rates = measured(chosen_work(options, QUIET), Sweep("threads", (1, 2)), {}, options, QUIET)
+    assert threads == [1, 2, 1, 2], "candidates take turns"
+    assert {value: len(turns) for value, turns in rates.items()} == {1: 2, 2: 2}
+    assert [loader() for loader in built if loader() is not None] == []
+
+
+def test_memory_is_asked_for_by_sides_that_all_but_a_hundredth_have(tmp_path: Path) -> None:
+    sides = [(30, 20), (10, 64), *[(16, 16)] * 196, (400, 8), (8, 400)]
+    write_split(tmp_path, "train", [jpeg(np.zeros((*side, 3), np.uint8)) for side in sides], per_shard=(100, 100))
+    assert usual_sides(tmp_path, "train") == (20, 16)
+    assert usual_sides(tmp_path, "train", images=1) == (20, 30)
 
 
 @pytest.mark.parametrize(
