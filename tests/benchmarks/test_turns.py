@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mmap import mmap
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from stopwatch import Window, compiled_graphs, forget_peak, peak_gib
 from turns import Measured, interleave, ratio
 from verdict import limit, ratios
 
+from iwm.training.distributed import World
 from tests.training.runs import alone
 
 
@@ -38,6 +40,21 @@ def test_turns_are_taken_in_rounds_and_measurements_last_as_long_as_asked() -> N
     assert rounds == [6, 10]
     assert [turn.images_per_second for turn in turns["quick"]] == pytest.approx([400, 400])
     assert [turn.images_per_cpu_second for turn in turns["quick"]] == pytest.approx([200, 200])
+
+
+def test_a_rate_is_that_of_all_processes_together() -> None:
+    class Two(World):
+        """A process beside one that is twice as fast."""
+
+        def gather(self, value: Any) -> list[Any]:
+            return [value, 2 * value]
+
+    here = Two(rank=0, size=2, local_rank=0, local_size=2, device=torch.device("cpu"))
+    way = Measured(lambda steps: Window([0.01] * steps, cpu_seconds=0.01 * steps), images=4)
+    turns = interleave(
+        {"way": way}, here, seconds=1.0, repeats=1, settling=1, between=lambda: None, say=lambda text: None
+    )
+    assert turns["way"][0].images_per_second == pytest.approx(400 + 800)
 
 
 def test_memory_is_counted_from_where_it_was_forgotten() -> None:
