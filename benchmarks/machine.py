@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from clocks import query
 
+from dali_pipelines import DALI_PACKAGES
 from iwm.training.tuned import processor
 
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "timm")
-DALI = ("nvidia-dali-cuda120", "nvidia-dali-cuda130")
-"""Names of DALI's package, by the CUDA version that it is built for."""
 
 
 def machine() -> dict[str, Any]:
@@ -38,7 +37,7 @@ def machine() -> dict[str, Any]:
 
 def packages() -> dict[str, str | None]:
     """Versions of what is installed, None for what is not. DALI without a package is called `nvidia-dali`."""
-    dali = [name for name in DALI if _version(name) is not None] or ["nvidia-dali"]
+    dali = [name for name in DALI_PACKAGES if _version(name) is not None] or ["nvidia-dali"]
     return {name: _version(name) for name in (*PACKAGES, *dali)}
 
 

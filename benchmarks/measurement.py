@@ -29,7 +29,7 @@ from turns import Measured, Turn, interleave, ratio, spread
 
 from iwm.config import to_dict
 from iwm.flops import measured_peak, training_flops
-from iwm.training.distributed import World, cores_each
+from iwm.training.distributed import World, loader_threads
 
 UPDATES = 10
 """Times that optimiser and EMA are measured by themselves in each turn."""
@@ -89,7 +89,7 @@ def measure(
         "config": to_dict(config),
         "device": device.type,
         "processes": here.size,
-        "pipeline_threads": config.data.threads or cores_each(here.local_size),
+        "pipeline_threads": config.data.threads or loader_threads(device, here.local_size),
         "torch_threads": torch.get_num_threads(),
         "optimiser": f"{type(session.optimizer).__module__}.{type(session.optimizer).__name__}",
         "warm_up": {"first_step_seconds": first.seconds, "seconds": first.seconds + others.seconds},

@@ -14,8 +14,8 @@ from baselines.stored import places
 from simplejpeg import decode_jpeg_header
 
 from dali_pipelines.augmentation import Views
-from dali_pipelines.loader import ViewLoader
 from dali_pipelines.decoder import GpuDecoder
+from dali_pipelines.loader import ViewLoader
 
 
 class Work(NamedTuple):

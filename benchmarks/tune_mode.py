@@ -23,9 +23,9 @@ from tune_candidates import Settings, Work, rate, usual_sides
 from tune_choice import Rates, choose, choose_share, enough
 
 from iwm.recipes import RECIPES, with_scenario
+from iwm.training.distributed import loader_threads
 from iwm.training.tuned import SETTINGS, Tuned, this_machine, write_tuned
 from shards.manifest import load_manifest
-from shards.pool import available_cores
 
 PAPER = "iwm_b16_equi_18x384"
 """Recipe where the user names none."""
@@ -126,7 +126,7 @@ def chosen_work(options: Tune, console: Console) -> Work:
     samples = load_manifest(folder, options.split).samples
     if samples < batch:
         raise BenchmarkError(f"--batch {batch}: {folder} has only {samples} images in '{options.split}'")
-    return Work(folder, options.split, config.views, batch, device, max(1, available_cores() // options.processes))
+    return Work(folder, options.split, config.views, batch, device, loader_threads(device, options.processes))
 
 
 def sweeps_for(device: torch.device, cores: int) -> list[Sweep]:
