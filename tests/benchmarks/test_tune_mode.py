@@ -54,7 +54,7 @@ def test_a_gpu_has_its_decoder_swept_and_a_cpu_does_not() -> None:
 
 
 def test_the_file_is_what_training_reads(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tune_mode, "available_cores", lambda: 2)
+    monkeypatch.setattr(tune_mode, "loader_threads", lambda device, processes: 2)
     out = tmp_path / "new folder" / "tuned.yaml"
     result = run(Tune("demo", shards=shards, device="cpu", batch=4, seconds=0.05, repeats=2, out=out), QUIET)
     assert json.loads(json.dumps(result))["data"] == read_tuned(out).data == result["data"]
