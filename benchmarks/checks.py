@@ -21,7 +21,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "2": ("step", "all"),
     "3": ("resume", "mrr", "linear", "segmentation"),
     "4": ("pipeline", "step-vit-l", "tune"),
-    "5": ("colour", "step-12x384", "step-vit-l-recomputing", "evaluation"),
+    "5": ("step-torch-adamw", "priority-stream", "colour", "step-12x384", "step-vit-l-recomputing", "evaluation"),
     "6": ("attentive", "finetune-encoder", "finetune-predictor", "finetune-end-to-end", "multitask", "downstream"),
 }
 """Checks that one call of nine minutes is meant for, most valuable first."""
@@ -112,6 +112,10 @@ def checks(out: Path, tiny: bool) -> dict[str, Check]:
         "pipeline": tests("tests/dali_pipelines" if not tiny else "tests/dali_pipelines/test_view_loader.py"),
         "step-vit-l": model_mode("step-vit-l", RECIPES[2]),
         "tune": throughput("tune", "tune", *sweep, "--out", str(tuned), more=(tuned,)),
+        # Beside `step` and `all` of the same machine: apex's optimiser, where it is installed, and the default stream.
+        "step-torch-adamw": model_mode("step-torch-adamw", recipe, "--optim.kernels", "torch"),
+        "priority-stream": throughput("priority-stream", "end-to-end", *seconds, "--recipe", recipe,
+                                      "--data.batch", batch, *model, "--train.priority-stream"),
         "colour": throughput("colour", "data", *colour),
         "step-12x384": model_mode("step-12x384", RECIPES[1]),
         "step-vit-l-recomputing": model_mode("step-vit-l-recomputing", RECIPES[2], "--train.activation-checkpointing"),
