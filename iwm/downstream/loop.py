@@ -6,10 +6,12 @@ import gc
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
@@ -38,7 +40,7 @@ def train(plan: Plan, here: World, wish: StopWish, last: dict[str, Any] | None) 
     progress = Progress(skipped=[0] * arms)
     if last is not None:
         progress = _restore(plan, last)
-    wrapped = _wrap(study, here)
+    wrapped = _wrapped(study, here)
     every = max(1, round(plan.validate_every * plan.steps_per_epoch))
     agreement, window = StopAgreement(here), Window(arms)
     if here.main:
@@ -93,27 +95,49 @@ def train(plan: Plan, here: World, wish: StopWish, last: dict[str, Any] | None) 
     return progress
 
 
-def _wrap(study: Study, here: World) -> nn.Module:
+def _wrapped(study: Study, here: World) -> list[nn.Module]:
+    """Return what is called of each arm: the arm itself, or DDP around it.
+
+    Each arm has a reducer of its own, so that its gradients are averaged in its own backward pass.
+    """
     if here.size == 1:
-        return study
-    normed = any(isinstance(part, _BatchNorm) for part in study.modules())
-    # Buffers are constants, but for the running means of batch norm.
-    return replicate(study, here, sync_buffers=normed)
+        return list(study.arms)
+
+    def wrapped(arm: nn.Module) -> nn.Module:
+        if not any(parameter.requires_grad for parameter in arm.parameters()):
+            return arm  # DDP refuses a module without gradients
+        # Buffers are constants, but for the running means of batch norm.
+        return replicate(arm, here, sync_buffers=any(isinstance(part, _BatchNorm) for part in arm.modules()))
+
+    return [wrapped(arm) for arm in study.arms]
 
 
-def _pass(plan: Plan, wrapped: nn.Module, number: int, here: World, window: Window) -> Tensor:
-    """Add a pass's gradients; each arm's loss, as a share of the step's."""
+def _pass(plan: Plan, wrapped: Sequence[nn.Module], number: int, here: World, window: Window) -> Float[Tensor, " a"]:
+    """Add a pass's gradients, arm by arm; return each arm's loss, as a share of the step's.
+
+    An arm's graph is freed before the next arm's is made, so the peak is the largest arm's and not their sum.
+    """
     waiting = time.perf_counter()
     batches = [task.batch(number) for task in plan.tasks]
     window.waited += time.perf_counter() - waiting
     inputs = [inputs for inputs, _ in batches]
     together = inputs[0] if len(inputs) == 1 else _joined(inputs)
+    targets = [targets for _, targets in batches]
     more = (number + 1) % plan.accumulation != 0
-    with wrapped.no_sync() if more and isinstance(wrapped, DistributedDataParallel) else nullcontext():
-        with torch.autocast(here.device.type, torch.bfloat16, enabled=plan.bf16):
-            losses = wrapped(together, [targets for _, targets in batches], number, here.rank) / plan.accumulation
-        losses.sum().backward()
-    return losses.detach()
+    autocast = partial(torch.autocast, here.device.type, torch.bfloat16, enabled=plan.bf16)
+    with autocast():
+        shared = plan.study.share(together)
+    losses = []
+    for arm, module in enumerate(wrapped):
+        plan.study.seed(arm, number, here.rank)
+        with module.no_sync() if more and isinstance(module, DistributedDataParallel) else nullcontext():
+            # One context for each arm: leaving it drops the casts of this arm's weights.
+            with autocast():
+                loss = module(shared, targets).float() / plan.accumulation
+            if loss.requires_grad:
+                loss.backward()
+        losses.append(loss.detach())
+    return torch.stack(losses)
 
 
 def _joined(inputs: Sequence[Any]) -> Any:

@@ -1,8 +1,9 @@
-"""What is trained: several arms at once, on what they share.
+"""Arms that are trained at once, and the frozen encoders they share.
 
 The frozen encoders run once for all arms of a batch: linear probes of several learning rates, a pretrained and a random
 predictor, several seeds. No arm touches another, and what an arm draws is its own, so each is trained as if it were
-alone; a test holds them to that, bit for bit.
+alone; a test holds them to that, bit for bit. As arms share no graph, each has its forward and backward pass before the
+next begins: a step needs the memory of the largest arm, however many there are.
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ class Arm(nn.Module):
     def losses(self, shared: Shared, targets: Sequence[Tensor]) -> Float[Tensor, ""]:
         """Its loss; images of several tasks lie one task after the other, with each task's targets."""
 
+    def forward(self, shared: Shared, targets: Sequence[Tensor]) -> Float[Tensor, ""]:
+        """Return `losses`: what training calls, DDP around it or not."""
+        return self.losses(shared, targets)
+
     @abstractmethod
     def logits(self, shared: Shared, task: int) -> Float[Tensor, "..."]:
         """What it says of images of one task: [b, classes], or [b, classes, h, w]."""
@@ -63,7 +68,7 @@ class FrozenEncoders(nn.Module):
 
 
 class Study(nn.Module):
-    """Arms and what they share. Its forward is what training calls, DDP around it or not."""
+    """Arms and what they share."""
 
     def __init__(self, arms: Mapping[str, Arm], encoders: FrozenEncoders, seeds: Sequence[int]) -> None:
         """seeds: of what each arm draws in training (drop path, actions)."""
@@ -84,20 +89,14 @@ class Study(nn.Module):
                 part.prepare(device, compiled=compiled, attention=attention)
         return self
 
-    def forward(
-        self, inputs: Tensor | Shared, targets: Sequence[Tensor], number: int, rank: int
-    ) -> Float[Tensor, " a"]:
-        """Every arm's loss. inputs: pixels, or features where they were computed before.
+    def seed(self, arm: int, number: int, rank: int) -> None:
+        """Seed torch's own generators for an arm's forward pass.
 
-        number, rank: of the pass and the process. With the arm's seed they decide all that it draws, from torch's own
-        generators: arms of one seed draw the same, and a training that goes on draws what it would have drawn.
+        number, rank: of the pass and the process. With the arm's seed they decide all that it draws: arms of one seed
+        draw the same, and a training that goes on draws what it would have drawn.
         """
-        shared, losses = self.share(inputs), []
-        for arm, seed in enumerate(self.seeds):
-            drawn_from = np.random.SeedSequence((seed, number, rank)).generate_state(1, np.uint64)
-            torch.manual_seed(int(drawn_from[0] >> 1))
-            losses.append(self.arm(arm).losses(shared, targets).float())
-        return torch.stack(losses)
+        drawn_from = np.random.SeedSequence((self.seeds[arm], number, rank)).generate_state(1, np.uint64)
+        torch.manual_seed(int(drawn_from[0] >> 1))
 
     @torch.no_grad()
     def predict(self, inputs: Tensor | Shared, task: int, arms: Sequence[int]) -> list[Tensor]:

@@ -55,7 +55,7 @@ def steps_of(
             set_rate(optimizer, 0.5)
             optimizer.zero_grad(set_to_none=True)
         means = loop._running_means(study)
-        loop._pass(plan, study, next(taken), here, Window(len(study.names)))
+        loop._pass(plan, list(study.arms), next(taken), here, Window(len(study.names)))
         loop._step(plan, means)
 
     return step
