@@ -35,7 +35,7 @@ class Bench:
     output: Path
     """RUN/eval/NAME.json; the training lies in the folder beside it."""
     micro_batch: int
-    """Images of a pass of this process, of each task."""
+    """Images of a pass of this process, of each task. Before micro_batch.fit: as asked for, or the whole share."""
     accumulation: int
     last: dict[str, Any] | None
     """The training to go on with."""

@@ -10,7 +10,9 @@ from rich.table import Table
 
 from iwm.downstream.arms import FinetunedEncoder
 from iwm.downstream.bench import Bench, column_of, open_task
-from iwm.downstream.finetuning import Finetuning, example_of
+from iwm.downstream.classification import classes_of
+from iwm.downstream.example import labelled
+from iwm.downstream.finetuning import Finetuning
 from iwm.downstream.optim import adamw
 from iwm.downstream.protocol import Made, run
 from iwm.downstream.results import arms_table
@@ -42,19 +44,28 @@ def evaluate(bench: Bench, settings: Settings, wish: StopWish) -> dict[str, Any]
     """Train and judge; None where `wish` ended it early. Raises ConfigError and ShardError."""
     pretrained, device = bench.pretrained, bench.here.device
     encoder = pretrained.encoder(settings.features)
-    task = open_task(bench, column_of(bench), crops_of(settings.crops, pretrained), settings.mixing, None)
-    classes = len(task.classes.names)
+    column, crops = column_of(bench), crops_of(settings.crops, pretrained)
+    names = classes_of(column, bench.here).names
     made = {}
     for seed in settings.seeds:
         torch.manual_seed(seed)
-        head = LinearHead(encoder.width, classes, std=FINETUNING_STD)
-        arm = FinetunedEncoder(encoder.trained(drop_path=settings.drop_path), head).to(device)
+        head = LinearHead(encoder.width, len(names), std=FINETUNING_STD)
+        backbone = encoder.trained(drop_path=settings.drop_path, checkpointing=settings.activation_checkpointing)
+        arm = FinetunedEncoder(backbone, head).to(device)
         scales = layer_scales(arm, settings.layer_decay)
         optimizer = adamw(arm, settings.lr, settings.weight_decay, scales.__getitem__)
         facts = {"lr": settings.lr, "seed": seed, "features": settings.features, "predictor": None}
         made[f"seed {seed}"] = Made(arm, optimizer, facts)
-    example = example_of(pretrained, classes, device)
-    return run(bench, [task], made, FrozenEncoders({}), wish, example=example, to_keep={"classes": task.classes.names})
+    return run(
+        bench,
+        lambda fitted: [open_task(fitted, column, crops, settings.mixing, None)],
+        made,
+        FrozenEncoders({}),
+        wish,
+        example=labelled(pretrained, [len(names)], device),
+        timed=True,
+        to_keep={"classes": names},
+    )
 
 
 def table(result: dict[str, Any]) -> Table:

@@ -10,7 +10,9 @@ from rich.table import Table
 
 from iwm.downstream.arms import FinetunedWorldModel
 from iwm.downstream.bench import Bench, column_of, open_task
-from iwm.downstream.finetuning import Finetuning, Kind, attentive_head, example_of, predictor_of
+from iwm.downstream.classification import classes_of
+from iwm.downstream.example import labelled
+from iwm.downstream.finetuning import Finetuning, Kind, attentive_head, predictor_of
 from iwm.downstream.optim import adamw
 from iwm.downstream.protocol import Made, run
 from iwm.downstream.results import arms_table
@@ -53,13 +55,14 @@ def evaluate(bench: Bench, settings: Settings, wish: StopWish) -> dict[str, Any]
     pretrained, device = bench.pretrained, bench.here.device
     encoder = pretrained.encoder(settings.features)
     kinds = settings.predictors or (("pretrained",) if pretrained.predictor is not None else ("random",))
-    task = open_task(bench, column_of(bench), crops_of(settings.crops, pretrained), settings.mixing, None)
-    classes = len(task.classes.names)
+    column, crops = column_of(bench), crops_of(settings.crops, pretrained)
+    names, checkpointing = classes_of(column, bench.here).names, settings.activation_checkpointing
     made = {}
     for kind, seed in product(kinds, settings.seeds):
-        reader = Reader(predictor_of(pretrained, kind, seed, settings.fresh), drop_path=settings.drop_path)
-        head = attentive_head(reader, pretrained, classes, seed)
-        arm = FinetunedWorldModel(encoder.trained(), reader, head).to(device)
+        predictor = predictor_of(pretrained, kind, seed, settings.fresh)
+        reader = Reader(predictor, drop_path=settings.drop_path, checkpointing=checkpointing)
+        head = attentive_head(reader, pretrained, len(names), seed)
+        arm = FinetunedWorldModel(encoder.trained(checkpointing=checkpointing), reader, head).to(device)
         shares = {"backbone": settings.encoder_share, "head": 1.0}
         shares["reader"] = settings.predictor_share if kind == "pretrained" else 1.0
         scales = {
@@ -70,8 +73,16 @@ def evaluate(bench: Bench, settings: Settings, wish: StopWish) -> dict[str, Any]
         made[f"{kind}, seed {seed}"] = Made(
             arm, adamw(arm, settings.lr, settings.weight_decay, scales.__getitem__), facts
         )
-    example = example_of(pretrained, classes, device)
-    return run(bench, [task], made, FrozenEncoders({}), wish, example=example, to_keep={"classes": task.classes.names})
+    return run(
+        bench,
+        lambda fitted: [open_task(fitted, column, crops, settings.mixing, None)],
+        made,
+        FrozenEncoders({}),
+        wish,
+        example=labelled(pretrained, [len(names)], device),
+        timed=True,
+        to_keep={"classes": names},
+    )
 
 
 def table(result: dict[str, Any]) -> Table:

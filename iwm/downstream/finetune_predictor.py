@@ -16,7 +16,9 @@ from rich.table import Table
 from iwm.config import ConfigError
 from iwm.downstream.arms import FinetunedPredictor
 from iwm.downstream.bench import Bench, column_of, open_task
-from iwm.downstream.finetuning import Kind, PredictorFinetuning, attentive_head, example_of, predictor_of
+from iwm.downstream.classification import classes_of
+from iwm.downstream.example import labelled
+from iwm.downstream.finetuning import Kind, PredictorFinetuning, attentive_head, predictor_of
 from iwm.downstream.protocol import Made, run
 from iwm.downstream.results import arms_table
 from iwm.downstream.settings import crops_of, need_each_once
@@ -56,20 +58,22 @@ def evaluate(bench: Bench, settings: Settings, wish: StopWish) -> dict[str, Any]
     kinds = settings.predictors or (("pretrained", "random") if pretrained.predictor is not None else ("random",))
     shared = FrozenEncoders({which: pretrained.encoder(which) for which in settings.features})
     kept = shared if settings.keep_features else None
-    task = open_task(bench, column_of(bench), crops_of(settings.crops, pretrained), settings.mixing, kept)
-    classes = len(task.classes.names)
+    column, crops = column_of(bench), crops_of(settings.crops, pretrained)
+    names = classes_of(column, bench.here).names
     made = {}
     for kind, which, latents, query, seed in product(
         kinds, settings.features, settings.latents, settings.queries, settings.seeds
     ):
         predictor = predictor_of(pretrained, kind, seed, settings.fresh)
-        reader = Reader(predictor, query=query, drop_path=settings.drop_path)
+        reader = Reader(
+            predictor, query=query, drop_path=settings.drop_path, checkpointing=settings.activation_checkpointing
+        )
         drawn_by = None
         if latents == "random":
             if not reader.conditioned or pretrained.config is None or pretrained.spec is None:
                 raise ConfigError("--latents random: this predictor is told no action; say --latents null")
             drawn_by = (pretrained.config.views, pretrained.spec)
-        head = attentive_head(reader, pretrained, classes, seed)
+        head = attentive_head(reader, pretrained, len(names), seed)
         arm = FinetunedPredictor(reader, head, which, pretrained.teacher.prefix, drawn_by).to(device)
         optimizer = settings.optimizer_of(arm, kind)
         facts = {
@@ -90,8 +94,17 @@ def evaluate(bench: Bench, settings: Settings, wish: StopWish) -> dict[str, Any]
             if len(among) > 1
         ]
         made[", ".join((kind, *varied, f"seed {seed}"))] = Made(arm, optimizer, facts)
-    example = example_of(pretrained, classes, device)
-    return run(bench, [task], made, shared, wish, example=example, to_keep={"classes": task.classes.names})
+    return run(
+        bench,
+        lambda fitted: [open_task(fitted, column, crops, settings.mixing, kept)],
+        made,
+        shared,
+        wish,
+        example=labelled(pretrained, [len(names)], device),
+        timed=True,
+        kept=[column] if kept else [],
+        to_keep={"classes": names},
+    )
 
 
 def table(result: dict[str, Any]) -> Table:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dali_pipelines.crops import Crops
 from iwm.config import ConfigError
@@ -41,6 +40,8 @@ class Finetuning(Training):
     seeds: tuple[int, ...] = (0,)
     """Of what is not pretrained (heads, random predictors): each is trained, all from the same batches."""
     drop_path: float = 0.2
+    activation_checkpointing: bool = False
+    """Keep only what enters each block that is trained, and run it again in the backward pass."""
     lr: float = 1e-3
     epochs: float = 100.0
     warmup_epochs: float = 5.0
@@ -103,15 +104,3 @@ def attentive_head(reader: Reader, pretrained: Pretrained, classes: int, seed: i
     torch.manual_seed(seed)
     heads = pretrained.teacher.heads if reader.width == pretrained.teacher.width else reader.heads
     return AttentiveHead(reader.width, heads, classes, std=FINETUNING_STD)
-
-
-def example_of(
-    pretrained: Pretrained, classes: int, device: torch.device
-) -> Callable[[int], tuple[Tensor, list[Tensor]]]:
-    """So many images and targets in the form that training has: what speeds are measured with."""
-
-    def made(count: int) -> tuple[Tensor, list[Tensor]]:
-        pixels = torch.randint(0, 256, (count, pretrained.size, pretrained.size, 3), device=device).float()
-        return pixels, [torch.full((count, classes), 1 / classes, device=device)]
-
-    return made

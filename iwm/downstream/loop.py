@@ -234,6 +234,7 @@ def _save(plan: Plan, progress: Progress, monitor: Monitor, here: World, must: b
         return
     content = {
         "identity": plan.identity,
+        "split": plan.split,
         "progress": vars(progress),
         "arms": plan.study.trained(),
         "optimizers": [optimizer.state_dict() for optimizer in plan.optimizers],

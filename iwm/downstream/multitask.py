@@ -7,6 +7,8 @@ same number of steps. All share the frozen encoder's forward pass.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -18,8 +20,10 @@ from rich.table import Table
 from iwm.config import ConfigError
 from iwm.downstream.arms import FinetunedPredictor, MultitaskPredictor
 from iwm.downstream.bench import Bench, column_of, open_task
-from iwm.downstream.classification import Column
+from iwm.downstream.classification import Classification, Column, classes_of
+from iwm.downstream.example import labelled
 from iwm.downstream.finetuning import Kind, PredictorFinetuning, attentive_head, predictor_of
+from iwm.downstream.kept import KeptFeatures
 from iwm.downstream.protocol import Made, run
 from iwm.downstream.results import percent
 from iwm.downstream.settings import crops_of, need_each_once
@@ -57,14 +61,20 @@ def evaluate(bench: Bench, settings: Settings, wish: StopWish) -> dict[str, Any]
     shared = FrozenEncoders({settings.features: pretrained.encoder(settings.features)})
     kept = shared if settings.keep_features else None
     crops = crops_of(settings.crops, pretrained)
-    tasks = []
-    for number, column in enumerate(columns):
-        try:
-            tasks.append(open_task(bench, column, crops, settings.mixing, kept, number=number))
-        except ConfigError as error:
-            raise ConfigError(f"--tasks {column.name}: {error}") from error
-    classes = [len(task.classes.names) for task in tasks]
-    prefix, everything = pretrained.teacher.prefix, tuple(range(len(tasks)))
+    names = {}
+    for column in columns:
+        with _naming(column):
+            names[column.name] = classes_of(column, bench.here).names
+    classes = [len(each) for each in names.values()]
+
+    def opened(fitted: Bench) -> list[Classification | KeptFeatures]:
+        tasks = []
+        for number, column in enumerate(columns):
+            with _naming(column):
+                tasks.append(open_task(fitted, column, crops, settings.mixing, kept, number=number))
+        return tasks
+
+    prefix, everything = pretrained.teacher.prefix, tuple(range(len(columns)))
     made = {}
     for kind, seed in product(settings.predictors, settings.seeds):
         facts = {"lr": settings.lr, "seed": seed, "features": settings.features, "predictor": kind}
@@ -75,9 +85,15 @@ def evaluate(bench: Bench, settings: Settings, wish: StopWish) -> dict[str, Any]
 
         def reader_of(tokens: int, kind: Kind = kind, seed: int = seed) -> Reader:
             predictor = predictor_of(pretrained, kind, seed, settings.fresh)
-            return Reader(predictor, tasks=tokens, drop_path=settings.drop_path, seed=seed)
+            return Reader(
+                predictor,
+                tasks=tokens,
+                drop_path=settings.drop_path,
+                checkpointing=settings.activation_checkpointing,
+                seed=seed,
+            )
 
-        reader = reader_of(len(tasks))
+        reader = reader_of(len(columns))
         heads = [attentive_head(reader, pretrained, count, seed) for count in classes]
         arm = MultitaskPredictor(reader, heads, settings.features, prefix).to(device)
         optimizer = settings.optimizer_of(arm, kind)
@@ -88,8 +104,25 @@ def evaluate(bench: Bench, settings: Settings, wish: StopWish) -> dict[str, Any]
             alone = FinetunedPredictor(reader, head, settings.features, prefix, task=number).to(device)
             optimizer = settings.optimizer_of(alone, kind)
             made[f"single-{columns[number].name}{behind}"] = Made(alone, optimizer, facts, (number,))
-    names = {task.name: task.classes.names for task in tasks}
-    return run(bench, tasks, made, shared, wish, to_keep={"classes": names})
+    return run(
+        bench,
+        opened,
+        made,
+        shared,
+        wish,
+        example=labelled(pretrained, classes, device),
+        kept=columns if kept else [],
+        to_keep={"classes": names},
+    )
+
+
+@contextmanager
+def _naming(column: Column) -> Iterator[None]:
+    """Say in a ConfigError which of --tasks it is about."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"--tasks {column.name}: {error}") from error
 
 
 def _columns(bench: Bench, settings: Settings) -> list[Column]:

@@ -45,6 +45,8 @@ class Plan:
     checkpoint_every: int
     log_every: int
     tensorboard: bool
+    split: dict[str, Any] = field(default_factory=dict)
+    """Micro-batch, processes and device, as last.pt has them (micro_batch.split_of)."""
     opening: list[str] = field(default_factory=list)
     """What is said before the first step."""
     to_keep: dict[str, Any] = field(default_factory=dict)

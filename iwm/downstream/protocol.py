@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 
 from iwm.config import ConfigError
 from iwm.downstream.bench import Bench
-from iwm.downstream.classification import Task
+from iwm.downstream.classification import Column, Task
 from iwm.downstream.cost import parameters, training_rate
+from iwm.downstream.example import Example
 from iwm.downstream.loop import train
+from iwm.downstream.micro_batch import fit, split_of, too_large
 from iwm.downstream.plan import Plan, Progress
 from iwm.downstream.schedules import Shape, share_of_rate
 from iwm.downstream.study import Arm, FrozenEncoders, Study
@@ -38,21 +39,50 @@ class Made:
 
 def run(
     bench: Bench,
-    tasks: Sequence[Task],
+    opened: Callable[[Bench], Sequence[Task]],
     made: Mapping[str, Made],
     encoders: FrozenEncoders,
     wish: StopWish,
     *,
+    example: Example,
     shape: Shape = "cosine",
-    example: Callable[[int], tuple[Tensor, list[Tensor]]] | None = None,
+    timed: bool = False,
+    kept: Sequence[Column] = (),
     to_keep: Mapping[str, Any] | None = None,
 ) -> dict[str, Any] | None:
     """Train the arms and judge them. None where `wish` ended the training early.
 
-    example: so many images and targets, in training's form, by which speeds are measured; None: they are not.
-    to_keep: what best.pt says of how to build the arm. Returns what every protocol's result has: arms, their scores,
-    the chosen one, tasks' facts, length.
+    opened: opens the tasks, once the micro-batch is known. example: images and targets in training's form, by which
+    memory is measured, and speed if `timed`. kept: columns whose frozen features stay on the device. to_keep: what
+    best.pt says of how to build the arm. Returns what every protocol's result has: arms, their scores, the chosen one,
+    tasks' facts, length. Raises ConfigError where the device has too little memory.
     """
+    study = Study(
+        {name: each.arm for name, each in made.items()}, encoders, [each.facts["seed"] for each in made.values()]
+    )
+    study.prepare(bench.here.device, compiled=bench.compiled, attention=bench.pretrained.attention)
+    try:
+        bench, chosen = fit(bench, study, example, kept)
+        plan = _plan(bench, opened, made, study, shape, chosen, to_keep or {})
+        progress = train(plan, bench.here, wish, bench.last)
+        if progress is None:
+            return None
+        rates = _rates(bench, study, example if timed else None)
+    except torch.OutOfMemoryError as error:
+        raise too_large(bench) from error
+    return _result(bench, plan, progress, made, rates)
+
+
+def _plan(
+    bench: Bench,
+    opened: Callable[[Bench], Sequence[Task]],
+    made: Mapping[str, Made],
+    study: Study,
+    shape: Shape,
+    chosen: str,
+    to_keep: Mapping[str, Any],
+) -> Plan:
+    """Open the tasks and plan the training. chosen: a line about the micro-batch."""
     s, here = bench.settings, bench.here
     parts = (part for each in made.values() for part in each.arm.modules())
     alone = any(isinstance(part, _BatchNorm) and not isinstance(part, SyncBatchNorm) for part in parts)
@@ -60,15 +90,12 @@ def run(
         raise ConfigError(
             "--batch, --micro-batch: a process has one image at once, and batch norm needs at least two to norm by"
         )
-    study = Study(
-        {name: each.arm for name, each in made.items()}, encoders, [each.facts["seed"] for each in made.values()]
-    )
-    study.prepare(here.device, compiled=bench.compiled, attention=bench.pretrained.attention)
+    tasks = opened(bench)
     # By images seen: a training is as long on any number of processes and passes.
     per_epoch = tasks[0].images / s.batch
     steps = s.steps or max(1, round(s.epochs * per_epoch))
     warmup = round(steps * s.warmup_epochs / s.epochs)
-    plan = Plan(
+    return Plan(
         title=f"{bench.name} · {bench.folder}",
         folder=bench.folder,
         identity=bench.identity,
@@ -86,27 +113,22 @@ def run(
         checkpoint_every=s.checkpoint_every,
         log_every=s.log_every,
         tensorboard=s.tensorboard,
+        split=split_of(bench),
         opening=[
             f"{bench.name}: {len(made)} arms, {steps:,} steps of {s.batch * len(tasks):,} images, "
-            f"{here.size} processes on {here.device.type}"
+            f"{here.size} processes on {here.device.type}",
+            chosen,
         ],
         to_keep={
             "protocol": bench.name,
             "settings": bench.identity,
             "facts": {name: each.facts for name, each in made.items()},
-            **(to_keep or {}),
+            **to_keep,
         },
     )
-    progress = train(plan, here, wish, bench.last)
-    if progress is None:
-        return None
-    rates = _rates(bench, study, example)
-    return _result(bench, plan, progress, made, rates)
 
 
-def _rates(
-    bench: Bench, study: Study, example: Callable[[int], tuple[Tensor, list[Tensor]]] | None
-) -> list[float | None]:
+def _rates(bench: Bench, study: Study, example: Example | None) -> list[float | None]:
     arms = len(study.names)
     if example is None or not bench.here.main:
         return [None] * arms
@@ -146,6 +168,7 @@ def _result(
         "epochs": round(plan.steps / plan.steps_per_epoch, 3),
         "steps": plan.steps,
         "batch": plan.batch,
+        "micro_batch": bench.micro_batch,
         "arms": arms,
         "chosen": list(made)[max(plan.whole, key=means.__getitem__)],
         "training": bench.folder.name,

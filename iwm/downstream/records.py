@@ -32,7 +32,7 @@ PROTOCOLS = (
 FOREIGN = {"mae": "MAE", "ijepa": "I-JEPA", "moco_v3": "MoCo v3", "dino": "DINO", "ibot": "iBOT", "timm": "timm's ViT"}
 """Encoders of other projects as the paper writes them."""
 
-_NO_MATTER = {"seed", "seeds", "checkpoint", "output", "device", "threads"}
+_NO_MATTER = {"seed", "seeds", "checkpoint", "output", "device", "threads", "activation_checkpointing"}
 """Settings that may differ between seeds of one thing; the checkpoint's name is compared on its own."""
 
 _FIGURES = {"seed", "skipped_steps", "parameters", "images_per_second"}

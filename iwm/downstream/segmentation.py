@@ -18,6 +18,7 @@ from torch import nn
 from dali_pipelines.segmentation import MaskCrops
 from iwm.config import Predictor as Shape
 from iwm.downstream.bench import Bench, loading_of, where_left
+from iwm.downstream.example import masked
 from iwm.downstream.finetuning import Kind, predictor_of
 from iwm.downstream.masks import Segmentation
 from iwm.downstream.optim import adamw
@@ -61,6 +62,8 @@ class Settings(Training):
     """Of what is not pretrained (heads, random predictors): each is trained, all from the same batches."""
     drop_path: float = 0.0
     """In what is trained below the head."""
+    activation_checkpointing: bool = False
+    """Keep only what enters each block that is trained, and run it again in the backward pass."""
     channels: int = 512
     """Inside of UPerNet."""
     crops: MaskCrops = field(default_factory=MaskCrops)
@@ -96,34 +99,39 @@ def evaluate(bench: Bench, settings: Settings, wish: StopWish) -> dict[str, Any]
     encoder = pretrained.encoder(settings.features)
     crops = replace(crops_of(settings.crops, pretrained), void=0 if settings.void_zero else 255)
 
-    def opened(seed: int, state: dict[str, Any] | None) -> Segmentation:
-        return Segmentation(
-            pretrained.shards,
-            pretrained.train,
-            pretrained.val,
-            crops,
-            classes=settings.classes,
-            void_zero=settings.void_zero,
-            patch=encoder.patch,
-            batch_size=bench.micro_batch,
-            seed=seed,
-            here=here,
-            loading=loading_of(bench),
-            state=state,
-        )
+    def opened(fitted: Bench) -> list[Segmentation]:
+        def of_seed(seed: int, state: dict[str, Any] | None) -> Segmentation:
+            return Segmentation(
+                pretrained.shards,
+                pretrained.train,
+                pretrained.val,
+                crops,
+                classes=settings.classes,
+                void_zero=settings.void_zero,
+                patch=encoder.patch,
+                batch_size=fitted.micro_batch,
+                seed=seed,
+                here=here,
+                loading=loading_of(fitted),
+                state=state,
+            )
 
-    task = where_left(bench, 0, opened)
+        return [where_left(fitted, 0, of_seed)]
+
     default: Kind = "pretrained" if pretrained.predictor is not None else "random"
     kinds: tuple[Kind, ...] = settings.predictors or (default,)
+    checkpointing = settings.activation_checkpointing
     made = {}
     for part, lr, seed in product(settings.parts, settings.lrs, settings.seeds):
         for kind in (None,) if part == "encoder" else kinds:
             torch.manual_seed(seed)
-            backbone = None if part == "predictor" else encoder.trained(drop_path=settings.drop_path)
+            backbone = None
+            if part != "predictor":
+                backbone = encoder.trained(drop_path=settings.drop_path, checkpointing=checkpointing)
             reader = None
             if kind is not None:
                 predictor = predictor_of(pretrained, kind, seed, settings.fresh)
-                reader = Reader(predictor, drop_path=settings.drop_path, only_layers=True)
+                reader = Reader(predictor, drop_path=settings.drop_path, checkpointing=checkpointing, only_layers=True)
             width = encoder.width if reader is None else reader.inner_width
             torch.manual_seed(seed)
             head = UPerNet(width, settings.classes, channels=settings.channels)
@@ -139,7 +147,16 @@ def evaluate(bench: Bench, settings: Settings, wish: StopWish) -> dict[str, Any]
             words += [f"seed {seed}"] if len(settings.seeds) > 1 else []
             made[", ".join(words)] = Made(arm, adamw(arm, lr, settings.weight_decay), facts)
     frozen = FrozenEncoders({settings.features: encoder} if "predictor" in settings.parts else {})
-    return run(bench, [task], made, frozen, wish, shape="linear", to_keep={"classes": settings.classes})
+    return run(
+        bench,
+        opened,
+        made,
+        frozen,
+        wish,
+        example=masked(pretrained, here.device),
+        shape="linear",
+        to_keep={"classes": settings.classes},
+    )
 
 
 def table(result: dict[str, Any]) -> Table:

@@ -61,7 +61,8 @@ class Training(Common):
     batch: int = 1024
     """Images per optimiser step, over all processes; learning rates are those of this batch and are not scaled."""
     micro_batch: int | None = None
-    """Most images per process in one pass; the rest is accumulated. None: the whole share of a process in one pass."""
+    """Most images per process in one pass; the rest is accumulated. None: on a GPU as many as its free memory holds,
+    measured before training; on a CPU the whole share of a process."""
     weight_decay: float = 0.0
     threads: int = 0
     """On a CPU: threads of torch's operators in each process; 0: as the run was trained."""

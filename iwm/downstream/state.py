@@ -19,6 +19,7 @@ MAY_CHANGE = (
     "threads",
     "compile",
     "micro_batch",
+    "activation_checkpointing",
     "checkpoint_every",
     "log_every",
     "tensorboard",

@@ -53,13 +53,14 @@ def replicate(module: nn.Module, here: World, *, sync_buffers: bool, static_grap
     Raises RuntimeError where no parameter of the module is trained.
     """
     known = inspect.signature(DistributedDataParallel).parameters
-    option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    option: dict[str, Any] = {name: sync_buffers}
     return DistributedDataParallel(
         module,
         device_ids=[here.device.index] if here.device.type == "cuda" else None,
         gradient_as_bucket_view=True,
         static_graph=static_graph,
-        **{option: sync_buffers},
+        **option,
     )
 
 

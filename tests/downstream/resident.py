@@ -68,7 +68,8 @@ class Resident:
 
 def trajectory(folder: Path, here: World, accumulation: int) -> dict[str, Any]:
     """After STEPS steps: the parameters of a linear probe, a finetuned encoder and a finetuned predictor, and how far
-    apart processes are in what these say, and an attentive probe, whose batch norm sees a process's images alone."""
+    apart processes are in what these say, an attentive probe, whose batch norm sees a process's images alone, and a
+    probe of which nothing is trained."""
     config: Config = replace(
         demo(),
         encoder=Encoder(width=32, depth=2, heads=2, patch=8, init="xavier"),
@@ -81,12 +82,13 @@ def trajectory(folder: Path, here: World, accumulation: int) -> dict[str, Any]:
     encoder = FinetunedEncoder(student.trained(), LinearHead(32, CLASSES))
     predictor = FinetunedPredictor(Reader(kept(model.predictor)), LinearHead(32, CLASSES), "teacher", 0)
     normed = Probe(AttentiveHead(32, 2, CLASSES), "teacher", 0)
-    arms = {"probe": probe, "encoder": encoder, "predictor": predictor, "normed": normed}
+    still = Probe(LinearHead(32, CLASSES), "teacher", 0).requires_grad_(False)
+    arms = {"probe": probe, "encoder": encoder, "predictor": predictor, "normed": normed, "still": still}
     plan = Plan(
         title="resident",
         folder=folder,
         identity={},
-        study=Study(arms, FrozenEncoders({"teacher": teacher}), seeds=[0] * 4),
+        study=Study(arms, FrozenEncoders({"teacher": teacher}), seeds=[0] * len(arms)),
         tasks=[Resident(here, accumulation)],
         solves=[(0,)] * len(arms),
         optimizers=[
@@ -94,6 +96,7 @@ def trajectory(folder: Path, here: World, accumulation: int) -> dict[str, Any]:
             adamw(encoder, 1e-2, 0.1),
             adamw(predictor, 1e-2, 0.1),
             adamw(normed, 1e-2, 0.1),
+            torch.optim.AdamW([{"params": list(still.parameters()), "peak": 0.0}], fused=True),
         ],
         rate=lambda step: 1.0,
         steps=STEPS,

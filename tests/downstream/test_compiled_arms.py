@@ -17,6 +17,7 @@ STEPS, SEEN = 9, 7
 CASES: list[tuple[str, dict[str, Any], int]] = [
     # In training and to be judged each: embedding, a block without and one with drop path, whatever its rate.
     ("finetune-encoder", {}, 2 * 3),
+    ("finetune-encoder", {"activation_checkpointing": True}, 2 * 3),
     # Embedding pixels as mixed and as decoded, the frozen block; in training and to be judged each, for either query:
     # asking, a block without and one with drop path.
     ("finetune-predictor", {"latents": ["null", "random"], "queries": ["image", "token"]}, 3 + 2 * 2 * 3),

@@ -23,6 +23,7 @@ PROTOCOLS: list[tuple[str, dict[str, Any]]] = [
     ("linear", {"keep_features": True}),
     ("attentive", {}),
     ("finetune-encoder", {}),
+    ("finetune-encoder", {"activation_checkpointing": True}),
     ("finetune-predictor", {"latents": ("null", "random"), "queries": ("image", "token")}),
     ("finetune-predictor", {"keep_features": True}),
     ("finetune-end-to-end", {}),
@@ -33,7 +34,8 @@ PROTOCOLS: list[tuple[str, dict[str, Any]]] = [
     ),
 ]
 STEPS = 5
-NAMES = [f"{name}, kept" if "keep_features" in options else name for name, options in PROTOCOLS]
+KINDS = {"keep_features": ", kept", "activation_checkpointing": ", checkpointing"}
+NAMES = [name + "".join(word for option, word in KINDS.items() if option in options) for name, options in PROTOCOLS]
 
 
 def steps_of(

@@ -49,10 +49,10 @@ def trained(leverage: Leverage, monkeypatch: pytest.MonkeyPatch) -> Callable[...
         caller = TRAINED[name] if hasattr(TRAINED[name], "run") else probing
         run = caller.run
 
-        def keeping(bench: Any, tasks: Any, made: Any, encoders: Any, wish: Any, **more: Any) -> Any:
+        def keeping(bench: Any, opened: Any, made: Any, encoders: Any, wish: Any, **more: Any) -> Any:
             kept.update(made=made, encoders=encoders)
             # Measuring speeds would go on with the running means of norms.
-            return run(bench, tasks, made, encoders, wish, **{**more, "example": None})
+            return run(bench, opened, made, encoders, wish, **{**more, "timed": False})
 
         monkeypatch.setattr(caller, "run", keeping)
         result = leverage(name, validate_every=100.0, **options)

@@ -17,6 +17,7 @@ import torch
 from iwm import evaluate
 from iwm.config import Action, Config, Data
 from iwm.downstream import loop
+from iwm.downstream.arms import FinetunedEncoder
 from tests.disks import small_disk
 from tests.downstream.conftest import untrained
 from tests.training.runs import start
@@ -207,6 +208,25 @@ def test_a_folder_in_use_is_left_alone(told: Told, run: Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         line = told("linear", "--checkpoint", run, *SHORT)
     assert f"{folder} is in use by another training process; wait for it or choose another --output" in line
+
+
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        ("", "lower it, or say --activation-checkpointing"),
+        ("--activation-checkpointing", "lower it, or train fewer arms at once, or use a GPU"),
+    ],
+)
+def test_a_device_that_runs_out_of_memory_is_told_with_what_helps(
+    monkeypatch: pytest.MonkeyPatch, told: Told, run: Path, words: str, remedy: str
+) -> None:
+    def full(*given: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20.00 MiB")
+
+    monkeypatch.setattr(FinetunedEncoder, "losses", full)
+    line = told("finetune-encoder", "--checkpoint", run, *SHORT, *words.split())
+    assert "--micro-batch 20: a pass of so many images is more than the device can hold" in line
+    assert remedy in line
 
 
 def test_a_batch_that_processes_cannot_share_is_told(monkeypatch: pytest.MonkeyPatch, told: Told, run: Path) -> None:

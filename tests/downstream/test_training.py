@@ -218,7 +218,7 @@ def test_two_passes_and_two_processes_take_the_steps_of_one(tmp_path: Path) -> N
     output = finish([*launcher, "tests/downstream/resident.py", str(tmp_path), "2"])
     assert "Warning" not in output
     two = load(tmp_path / "ended.pt")
-    assert two["apart"] == [0.0] * 4, "processes judge with other parameters or means"
+    assert two["apart"] == [0.0] * 5, "processes judge with other parameters or means"
     for shared in (two, trajectory(tmp_path / "passes", alone(), 2)):
         assert shared["state"].keys() == expected.keys()
         for name, value in expected.items():
