@@ -17,7 +17,7 @@ from iwm.downstream.mixing import Mixing
 from iwm.downstream.pretrained import Pretrained
 from iwm.downstream.settings import Training
 from iwm.downstream.study import FrozenEncoders
-from iwm.training.distributed import World, cores_each
+from iwm.training.distributed import World, loader_threads
 from iwm.training.session import MAY_RESTART, split_batch
 from iwm.training.whole_file import fingerprint
 
@@ -129,7 +129,7 @@ def loading_of(bench: Bench) -> dict[str, Any]:
         "device": here.device,
         "rank": here.rank,
         "world_size": here.size,
-        "threads": data.threads or cores_each(here.local_size),
+        "threads": data.threads or loader_threads(here.device, here.local_size),
         "prefetch": data.prefetch,
     }
 

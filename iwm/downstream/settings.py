@@ -42,7 +42,8 @@ class Images(HeldOut):
     label: str = LABEL
     """Label column of the shards."""
     threads: int = 0
-    """CPU threads of each process's pipeline; 0: the cores that may be used, shared by the machine's processes."""
+    """CPU threads of each process's pipeline; 0: the cores that may be used, shared by the machine's processes, less
+    two for torch's operators where the model is on a GPU."""
     prefetch: int = 2
     """Batches prepared ahead."""
 
@@ -65,7 +66,7 @@ class Training(Common):
     measured before training; on a CPU the whole share of a process."""
     weight_decay: float = 0.0
     threads: int = 0
-    """On a CPU: threads of torch's operators in each process; 0: as the run was trained."""
+    """Threads of torch's CPU operators in each process; 0: as the run was trained, with a GPU 2."""
     compile: Literal["auto", "yes", "no"] = "auto"
     """torch.compile of each block; `auto`: on a GPU."""
     validate_every: float = 5.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -35,7 +34,11 @@ def wrap(model: WorldModel, here: World, accumulation: int) -> nn.Module:
 def replicate(
     module: nn.Module, here: World, *, sync_buffers: bool, static_graph: bool = False
 ) -> DistributedDataParallel:
-    """Wrap a module in DDP. sync_buffers: each forward pass begins with the first process's buffers."""
+    """Wrap a module in DDP; its gradients are views of the buckets that processes average.
+
+    sync_buffers: each forward pass begins with the first process's buffers. Raises RuntimeError where no parameter of
+    the module is trained.
+    """
     options: dict[str, Any] = {SYNC_BUFFERS: sync_buffers}
     return DistributedDataParallel(
         module,
@@ -43,24 +46,6 @@ def replicate(
         gradient_as_bucket_view=True,
         static_graph=static_graph,
         **options,
-    )
-
-
-def replicate(module: nn.Module, here: World, *, sync_buffers: bool, static_graph: bool = False) -> nn.Module:
-    """Wrap a module in DDP; its gradients are views of the buckets that processes average.
-
-    sync_buffers: the first process's buffers are broadcast before a forward pass. torch 2.13 renamed this option.
-    Raises RuntimeError where no parameter of the module is trained.
-    """
-    known = inspect.signature(DistributedDataParallel).parameters
-    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    option: dict[str, Any] = {name: sync_buffers}
-    return DistributedDataParallel(
-        module,
-        device_ids=[here.device.index] if here.device.type == "cuda" else None,
-        gradient_as_bucket_view=True,
-        static_graph=static_graph,
-        **option,
     )
 
 
