@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from nvidia.dali import pipeline_def
 from turns import spread
 
 from dali_pipelines.augmentation import NO_COLOUR, Photometric, Views
+from dali_pipelines.dali import pipeline_def
 from dali_pipelines.decoder import GpuDecoder
 from dali_pipelines.photometric import Backend, DataNode
 from dali_pipelines.reader import Source, decode_box, draw_crop, open_source, read, resize_box
