@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,9 +16,9 @@ from generated import GENERATED
 from mistakes import BenchmarkError
 from pinned import Stream
 from rich.console import Console
+from tune_candidates import LoaderSetup, batches
 
 from dali_pipelines.augmentation import Views
-from dali_pipelines.loader import ViewLoader
 from shards.manifest import MANIFEST
 
 Device = Literal["cpu", "cuda"]
@@ -47,7 +47,8 @@ class Entrant(NamedTuple):
 
 def entrants(work: Work, device: str, baselines: tuple[Baseline, ...], console: Console) -> dict[str, Entrant]:
     """Contenders by name, `dali` first. Raises BenchmarkError where a baseline is not installed."""
-    chosen = {"dali": Entrant(partial(dali_batches, work, device), True)}
+    setup = LoaderSetup(work.folder, work.split, work.views, work.batch, torch.device(device), work.cores)
+    chosen = {"dali": Entrant(partial(batches, setup, {}), True)}
     for baseline in baselines:
         if not installed(baseline):
             raise BenchmarkError(f"--baseline {baseline}: {how_to_install(baseline)}")
@@ -69,23 +70,6 @@ def installed(baseline: Baseline) -> bool:
 
 def how_to_install(baseline: Baseline) -> str:
     return f"the package {baseline} is not installed here ({INSTALL[baseline]})"
-
-
-def dali_batches(work: Work, device: str) -> Iterator[int]:
-    """Endless: the number of images of each batch, once it is there."""
-    loader = ViewLoader(
-        work.folder,
-        work.split,
-        work.views,
-        batch_size=work.batch,
-        seed=0,
-        device=device,
-        threads=work.cores,
-    )
-    for batch in loader:
-        if device == "cuda":
-            torch.cuda.synchronize()
-        yield len(batch.source)
 
 
 def _torchvision(work: Work, console: Console) -> dict[str, Entrant]:

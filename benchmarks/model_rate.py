@@ -10,12 +10,12 @@ from tempfile import TemporaryDirectory
 
 from mistakes import BenchmarkError
 from rich.console import Console
-from tune_candidates import Work
+from tune_candidates import LoaderSetup
 
 BRIEF = ("--seconds", "5", "--repeats", "1", "--warmup", "10")
 
 
-def model_rate(recipe: str, work: Work, console: Console) -> float:
+def model_rate(recipe: str, work: LoaderSetup, console: Console) -> float:
     """Images/s of one process's training steps on resident batches. Raises BenchmarkError where they fail."""
     with TemporaryDirectory() as folder, console.status("the model's rate"):
         file = Path(folder) / "model.json"

@@ -12,7 +12,7 @@ from mistakes import BenchmarkError
 from shards.atomic import write_atomically
 
 RUNNING = "running"
-"""How a check has ended that was cut off with the checklist itself."""
+"""Ending of a check that was cut off with the checklist itself."""
 
 
 class Outcomes:

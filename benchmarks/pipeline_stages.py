@@ -94,7 +94,7 @@ def _stage_times(
 
 
 def cuts(source: Source, views: Views, backend: Backend, settings: dict[str, Any]) -> Iterator[tuple[str, Build]]:
-    """What builds the pipelines, each one stage longer than the last and named for that stage."""
+    """Yield builders of the pipelines, each one stage longer than the last and named for that stage."""
     for stage in ("read", "decode", "crop and resize"):
         yield stage, partial(geometry, source, views, stage, backend, **settings)
     for stage, until_here in colour_cuts(views):

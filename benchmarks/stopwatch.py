@@ -75,7 +75,7 @@ def forget_peak(device: torch.device) -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def free_memory(device: torch.device) -> None:
+def release_memory(device: torch.device) -> None:
     """Free what nothing refers to any more: compiled models are cycles, and torch's allocator keeps freed memory."""
     torch.compiler.reset()
     gc.collect()

@@ -18,7 +18,7 @@ from pipeline_alone import pipeline_limits, pipeline_stages
 from rich.console import Console
 from step_options import StepOptions
 from step_tables import show_pipeline, show_together, show_training
-from stopwatch import free_memory
+from stopwatch import release_memory
 from verdict import limit, ratios
 
 from iwm.training.distributed import World, world
@@ -96,7 +96,7 @@ def together(result: dict[str, Any], options: All, here: World, console: Console
     config, added = options.config, dict[str, Any]()
     if options.baselines:
         # The model, its optimiser and its pipeline have been measured; what follows needs the memory.
-        free_memory(here.device)
+        release_memory(here.device)
         added["pipeline_limits"] = pipeline_limits(config, here.device, result["pipeline_threads"], console)
         added["pipeline_stages"] = pipeline_stages(config, here.device, result["pipeline_threads"], console)
         show_pipeline(added, console)

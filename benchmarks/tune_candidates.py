@@ -18,8 +18,8 @@ from dali_pipelines.decoder import GpuDecoder
 from dali_pipelines.loader import ViewLoader
 
 
-class Work(NamedTuple):
-    """The work that every candidate does."""
+class LoaderSetup(NamedTuple):
+    """Data, views, batch size and device of a two-view loader that is measured."""
 
     folder: Path
     split: str
@@ -27,14 +27,14 @@ class Work(NamedTuple):
     batch: int
     device: torch.device
     cores: int
-    """Of one process."""
+    """CPU threads where the settings name none."""
 
 
 Settings = Mapping[str, int | float]
 """Values by the names of iwm.training.tuned.SETTINGS."""
 
 
-def batches(work: Work, settings: Settings) -> Generator[int, None, None]:
+def batches(work: LoaderSetup, settings: Settings) -> Generator[int, None, None]:
     """Endless: the number of images of each batch, once it is there. Closing the iterator frees the pipeline."""
     decoder = GpuDecoder(
         hw_load=settings.get("hw_decoder_load", GpuDecoder.hw_load),
@@ -62,7 +62,7 @@ SETTLING = 6
 """Batches before each measurement: those of a pipeline that is still filling its queues do not count."""
 
 
-def rate(work: Work, settings: Settings, seconds: float, pause: float) -> float:
+def rate(work: LoaderSetup, settings: Settings, seconds: float, pause: float) -> float:
     """Images/s by the clock of a newly built pipeline, with `pause` seconds between batches."""
     with closing(batches(work, settings)) as stream:
         for _ in range(SETTLING):

@@ -19,7 +19,7 @@ from mistakes import BenchmarkError, make_room_for, named
 from model_rate import model_rate
 from rich.console import Console
 from rich.table import Table
-from tune_candidates import Settings, Work, rate, usual_sides
+from tune_candidates import LoaderSetup, Settings, rate, usual_sides
 from tune_choice import Rates, choose, choose_share, enough
 
 from iwm.recipes import RECIPES, with_scenario
@@ -110,7 +110,7 @@ def run(options: Tune, console: Console) -> dict[str, Any]:
     }
 
 
-def chosen_work(options: Tune, console: Console) -> Work:
+def chosen_work(options: Tune, console: Console) -> LoaderSetup:
     """Raises BenchmarkError for options that contradict each other or the machine."""
     available = torch.cuda.is_available()
     if options.device == "cuda" and not available:
@@ -126,7 +126,7 @@ def chosen_work(options: Tune, console: Console) -> Work:
     samples = load_manifest(folder, options.split).samples
     if samples < batch:
         raise BenchmarkError(f"--batch {batch}: {folder} has only {samples} images in '{options.split}'")
-    return Work(folder, options.split, config.views, batch, device, loader_threads(device, options.processes))
+    return LoaderSetup(folder, options.split, config.views, batch, device, loader_threads(device, options.processes))
 
 
 def sweeps_for(device: torch.device, cores: int) -> list[Sweep]:
@@ -137,7 +137,7 @@ def sweeps_for(device: torch.device, cores: int) -> list[Sweep]:
 
 
 def measured(
-    work: Work, sweep: Sweep, chosen: Settings, options: Tune, console: Console
+    work: LoaderSetup, sweep: Sweep, chosen: Settings, options: Tune, console: Console
 ) -> dict[int | float, list[float]]:
     """Images/s of each candidate, a value per turn; all turns with the settings `chosen` so far."""
     rates: dict[int | float, list[float]] = {value: [] for value in sweep.candidates}
@@ -152,7 +152,7 @@ def measured(
 
 
 def decoder_share(
-    work: Work, sweep: Sweep, chosen: Settings, model: float, options: Tune, console: Console
+    work: LoaderSetup, sweep: Sweep, chosen: Settings, model: float, options: Tune, console: Console
 ) -> tuple[Rates, int | float, str]:
     """Rates, the share that is kept, and why. The first candidate is tried alone; the others only if it is too slow."""
     rates = measured(work, sweep._replace(candidates=sweep.candidates[:1]), chosen, options, console)

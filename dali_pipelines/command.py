@@ -8,6 +8,6 @@ from __future__ import annotations
 import sys
 
 try:
-    import dali_pipelines.dali  # noqa: F401
+    import dali_pipelines.dali  # noqa: F401  # imported to see that it can be
 except ModuleNotFoundError as error:
     sys.exit(f"{sys.argv[0]}: {error}")

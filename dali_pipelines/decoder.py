@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class GpuDecoder:
-    """How JPEGs are decoded on a GPU; without effect on a CPU, and on what the pixels are."""
+    """JPEG decoding on a GPU; without effect on a CPU, and on what the pixels are."""
 
     hw_load: float = 0.65
     """Share of the images, 0 to 1, that go to the GPU's JPEG engine where it has one (A100, H100); the rest to nvJPEG's

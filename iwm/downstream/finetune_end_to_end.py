@@ -9,12 +9,11 @@ from typing import Any
 from rich.table import Table
 
 from iwm.downstream.arms import FinetunedWorldModel
-from iwm.downstream.bench import Bench, column_of, open_task
+from iwm.downstream.bench import Bench, column_of
 from iwm.downstream.classification import classes_of
-from iwm.downstream.example import labelled
 from iwm.downstream.finetuning import Finetuning, Kind, attentive_head, predictor_of
 from iwm.downstream.optim import adamw
-from iwm.downstream.protocol import Made, run
+from iwm.downstream.protocol import Made, run_labelled
 from iwm.downstream.results import arms_table
 from iwm.downstream.settings import crops_of, need_each_once, need_layer_decay, need_share
 from iwm.downstream.study import FrozenEncoders
@@ -73,16 +72,7 @@ def evaluate(bench: Bench, settings: Settings, wish: StopWish) -> dict[str, Any]
         made[f"{kind}, seed {seed}"] = Made(
             arm, adamw(arm, settings.lr, settings.weight_decay, scales.__getitem__), facts
         )
-    return run(
-        bench,
-        lambda fitted: [open_task(fitted, column, crops, settings.mixing, None)],
-        made,
-        FrozenEncoders({}),
-        wish,
-        example=labelled(pretrained, [len(names)], device),
-        timed=True,
-        to_keep={"classes": names},
-    )
+    return run_labelled(bench, column, crops, settings.mixing, names, made, FrozenEncoders({}), wish, timed=True)
 
 
 def table(result: dict[str, Any]) -> Table:

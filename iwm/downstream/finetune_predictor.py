@@ -15,11 +15,10 @@ from rich.table import Table
 
 from iwm.config import ConfigError
 from iwm.downstream.arms import FinetunedPredictor
-from iwm.downstream.bench import Bench, column_of, open_task
+from iwm.downstream.bench import Bench, column_of
 from iwm.downstream.classification import classes_of
-from iwm.downstream.example import labelled
 from iwm.downstream.finetuning import Kind, PredictorFinetuning, attentive_head, predictor_of
-from iwm.downstream.protocol import Made, run
+from iwm.downstream.protocol import Made, run_labelled
 from iwm.downstream.results import arms_table
 from iwm.downstream.settings import crops_of, need_each_once
 from iwm.downstream.study import FrozenEncoders
@@ -57,7 +56,6 @@ def evaluate(bench: Bench, settings: Settings, wish: StopWish) -> dict[str, Any]
     pretrained, device = bench.pretrained, bench.here.device
     kinds = settings.predictors or (("pretrained", "random") if pretrained.predictor is not None else ("random",))
     shared = FrozenEncoders({which: pretrained.encoder(which) for which in settings.features})
-    kept = shared if settings.keep_features else None
     column, crops = column_of(bench), crops_of(settings.crops, pretrained)
     names = classes_of(column, bench.here).names
     made = {}
@@ -94,16 +92,8 @@ def evaluate(bench: Bench, settings: Settings, wish: StopWish) -> dict[str, Any]
             if len(among) > 1
         ]
         made[", ".join((kind, *varied, f"seed {seed}"))] = Made(arm, optimizer, facts)
-    return run(
-        bench,
-        lambda fitted: [open_task(fitted, column, crops, settings.mixing, kept)],
-        made,
-        shared,
-        wish,
-        example=labelled(pretrained, [len(names)], device),
-        timed=True,
-        kept=[column] if kept else [],
-        to_keep={"classes": names},
+    return run_labelled(
+        bench, column, crops, settings.mixing, names, made, shared, wish, cached=settings.keep_features, timed=True
     )
 
 

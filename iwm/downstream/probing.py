@@ -11,11 +11,10 @@ from torch import nn
 
 from dali_pipelines.crops import Crops
 from iwm.downstream.arms import Probe
-from iwm.downstream.bench import Bench, column_of, open_task
+from iwm.downstream.bench import Bench, column_of
 from iwm.downstream.classification import classes_of
-from iwm.downstream.example import labelled
 from iwm.downstream.mixing import Mixing
-from iwm.downstream.protocol import Made, run
+from iwm.downstream.protocol import Made, run_labelled
 from iwm.downstream.settings import Training, crops_of, need_each_once, need_rates
 from iwm.downstream.study import FrozenEncoders
 from iwm.evaluation.bank import Context
@@ -58,7 +57,6 @@ def probe(
     """
     pretrained = bench.pretrained
     shared = FrozenEncoders({which: pretrained.encoder(which) for which in settings.features}, pooled=pooled)
-    kept = shared if settings.keep_features else None
     column, crops = column_of(bench), crops_of(settings.crops, pretrained)
     names = classes_of(column, bench.here).names
     prefix = 0 if pooled else pretrained.teacher.prefix
@@ -69,13 +67,4 @@ def probe(
             arm = Probe(head_of(len(names)), which, prefix).to(bench.here.device)
             facts = {"lr": lr, "seed": settings.seed, "features": which}
             made[f"{which}, lr {lr:g}"] = Made(arm, optimizer_of(arm, lr), facts)
-    return run(
-        bench,
-        lambda fitted: [open_task(fitted, column, crops, Mixing.none(), kept)],
-        made,
-        shared,
-        wish,
-        example=labelled(pretrained, [len(names)], bench.here.device),
-        kept=[column] if kept else [],
-        to_keep={"classes": names},
-    )
+    return run_labelled(bench, column, crops, Mixing.none(), names, made, shared, wish, cached=settings.keep_features)

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 
+from dali_pipelines.crops import Crops
 from iwm.config import ConfigError
-from iwm.downstream.bench import Bench
+from iwm.downstream.bench import Bench, open_task
 from iwm.downstream.classification import Column, Task
 from iwm.downstream.cost import parameters, training_rate
-from iwm.downstream.example import Example
+from iwm.downstream.example import Example, labelled
 from iwm.downstream.loop import train
 from iwm.downstream.micro_batch import fit, split_of, too_large
+from iwm.downstream.mixing import Mixing
 from iwm.downstream.plan import Plan, Progress
 from iwm.downstream.schedules import Shape, share_of_rate
 from iwm.downstream.study import Arm, FrozenEncoders, Study
@@ -71,6 +73,36 @@ def run(
     except torch.OutOfMemoryError as error:
         raise too_large(bench) from error
     return _result(bench, plan, progress, made, rates)
+
+
+def run_labelled(
+    bench: Bench,
+    column: Column,
+    crops: Crops,
+    mixing: Mixing,
+    names: Sequence[str],
+    made: Mapping[str, Made],
+    encoders: FrozenEncoders,
+    wish: StopWish,
+    *,
+    cached: bool = False,
+    timed: bool = False,
+) -> dict[str, Any] | None:
+    """Train arms that classify one column, and judge them, as `run` does.
+
+    names: the column's classes. cached: features of centre crops are computed once, by `encoders`.
+    """
+    return run(
+        bench,
+        lambda fitted: [open_task(fitted, column, crops, mixing, encoders if cached else None)],
+        made,
+        encoders,
+        wish,
+        example=labelled(bench.pretrained, [len(names)], bench.here.device),
+        timed=timed,
+        kept=[column] if cached else [],
+        to_keep={"classes": names},
+    )
 
 
 def _plan(

@@ -97,8 +97,8 @@ def step_unless(optimizer: torch.optim.Optimizer, broken: Bool[Tensor, ""]) -> N
         optimizer.step()
     else:
         # apex counts the step by the flag of the step before, unless this step's is there already.
-        optimizer._dummy_overflow_buf.copy_(broken)  # type: ignore[attr-defined]
-        optimizer.step(grad_scaler=_SkipFlag(broken))  # type: ignore[call-overload]
+        optimizer._dummy_overflow_buf.copy_(broken)  # type: ignore[attr-defined]  # apex has no types
+        optimizer.step(grad_scaler=_SkipFlag(broken))  # type: ignore[call-overload]  # nor has its step
 
 
 def state_for_checkpoint(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

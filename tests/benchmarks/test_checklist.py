@@ -32,7 +32,7 @@ def compiled_kernels_stay_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def make(out: Path, all_checks: dict[str, Check], said: Console | None = None, **options: object) -> int:
-    return run(Options(out, **options), all_checks, said or Console(quiet=True))  # type: ignore[arg-type]
+    return run(Options(out, **options), all_checks, said or Console(quiet=True))
 
 
 def endings(out: Path) -> dict[str, str]:

@@ -17,7 +17,7 @@ from mistakes import BenchmarkError
 from rich.console import Console
 from tune_candidates import usual_sides
 from tune_choice import choose, choose_share
-from tune_mode import Sweep, Tune, Work, chosen_work, decoder_share, measured, run, sweeps_for
+from tune_mode import LoaderSetup, Sweep, Tune, chosen_work, decoder_share, measured, run, sweeps_for
 
 from dali_pipelines.augmentation import Views
 from dali_pipelines.loader import ViewLoader
@@ -78,13 +78,13 @@ def test_the_largest_share_that_leaves_the_model_room_is_chosen_not_the_fastest_
 def test_other_shares_are_measured_only_where_the_first_is_too_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int | float, ...]] = []
 
-    def rates(work: Work, sweep: Sweep, *rest: object) -> dict[int | float, list[float]]:
+    def rates(work: LoaderSetup, sweep: Sweep, *rest: object) -> dict[int | float, list[float]]:
         seen.append(tuple(sweep.candidates))
         return {value: [100.0, 100.0] for value in sweep.candidates}
 
     monkeypatch.setattr(tune_mode, "measured", rates)
     decoder = sweeps_for(torch.device("cuda"), 2)[0]
-    work = Work(Path("unused"), "train", Views(), 4, torch.device("cpu"), 1)
+    work = LoaderSetup(Path("unused"), "train", Views(), 4, torch.device("cpu"), 1)
     assert decoder_share(work, decoder, {}, 50.0, Tune(), QUIET)[1] == 1.0
     assert decoder_share(work, decoder, {}, 99.0, Tune(), QUIET)[1] == 1.0
     assert seen == [(1.0,), (1.0,), (1.0, 0.8, 0.65, 0.5, 0.0)]

@@ -29,8 +29,8 @@ if __name__ == "__main__":
     def counting() -> Iterator[StopWish]:
         yield count
 
-    evaluate.stop_on_signal = counting  # type: ignore[assignment]  # another generator, used the same way
-    torch.compile = partial(torch.compile, backend=backend)  # type: ignore[assignment]  # Module.compile's too
+    evaluate.stop_on_signal = counting  # another generator, used the same way
+    torch.compile = partial(torch.compile, backend=backend)  # Module.compile's too
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(given).items()}
     settings = settings_for(name, Path(run), **options, output=Path(output), compile="yes")
     evaluate.train_and_evaluate(name, settings)

@@ -116,7 +116,7 @@ def _model(config: Config) -> WorldModel:
 
 
 def plan_of(config: Config, arms: int, images: int, kind: str = "predictor", checkpointing: bool = False) -> Plan:
-    """What finetunes so many predictors on a frozen encoder, or (kind `encoder`) so many encoders."""
+    """Plan to finetune so many predictors on a frozen encoder, or (kind `encoder`) so many encoders."""
     model = _model(config)
     torch.manual_seed(0)
     teacher, width = backbone_of(model.target_encoder), config.encoder.width
@@ -187,5 +187,5 @@ if __name__ == "__main__":
     ):
         cells = []
         for arms in (1, 2, 4, 8):
-            cells.append(f"{saved(plan_of(config, arms, IMAGES, **options), way) / IMAGES / 2**20:,.1f}")  # type: ignore[arg-type]
+            cells.append(f"{saved(plan_of(config, arms, IMAGES, **options), way) / IMAGES / 2**20:,.1f}")
         print(f"| {title} | {' | '.join(cells)} |", flush=True)

@@ -76,7 +76,7 @@ def test_checkpointing_from_the_command_line_changes_no_bit(
 
 
 def example_of(plan: Plan) -> Any:
-    """Of the plan's images, as many as asked for."""
+    """Return as many of the plan's images as asked for."""
     images, _ = plan.tasks[0].batch(0)
     return lambda count: (images[:1].repeat(count, 1, 1, 1), [torch.full((count, CLASSES), 1 / CLASSES)])
 

@@ -68,11 +68,11 @@ class ApexLike(torch.optim.Optimizer):
             group["lr"] = group["lr"].clone()
         self._dummy_overflow_buf = torch.zeros(1, dtype=torch.int)
 
-    def zero_grad(self) -> None:  # type: ignore[override]  # apex's has no argument
+    def zero_grad(self) -> None:  # apex's has no argument
         super().zero_grad()
 
     @torch.no_grad()
-    def step(self, closure: Any = None, *, grad_scaler: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None, *, grad_scaler: Any = None) -> None:
         for group in self.param_groups:
             if "step" in group:
                 group["step"] += (self._dummy_overflow_buf != 1).to(torch.int)
@@ -121,7 +121,7 @@ def real_apex(model: torch.nn.Module) -> torch.optim.Optimizer:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "tensor", lambda *words, **options: tensor(*words, **{**options, "device": None}))
         optimizer = capturable(fused, parameter_groups(model), Optim(weight_decay=0.1))
-    optimizer.multi_tensor_adam_capturable = lambda *words: torch.no_grad()(fused_adam)(*words)  # type: ignore[attr-defined]
+    optimizer.multi_tensor_adam_capturable = lambda *words: torch.no_grad()(fused_adam)(*words)
     return optimizer
 
 
