@@ -21,7 +21,7 @@ from torch import Tensor
 
 import iwm
 from iwm.config import Config, ConfigError, Data, Predictor
-from iwm.downstream import probing
+from iwm.downstream import protocol
 from iwm.downstream.settings import Foreign, Images
 from iwm.downstream.study import Study
 from iwm.evaluate import TRAINED
@@ -45,8 +45,8 @@ def trained(leverage: Leverage, monkeypatch: pytest.MonkeyPatch) -> Callable[...
 
     def made(name: str, **options: Any) -> Asked:
         kept: dict[str, Any] = {}
-        # Both probes call `run` by way of one module.
-        caller = TRAINED[name] if hasattr(TRAINED[name], "run") else probing
+        # Those with one label column call `run` by way of run_labelled.
+        caller = TRAINED[name] if hasattr(TRAINED[name], "run") else protocol
         run = caller.run
 
         def keeping(bench: Any, opened: Any, made: Any, encoders: Any, wish: Any, **more: Any) -> Any:
