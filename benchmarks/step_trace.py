@@ -28,7 +28,7 @@ def traced(steps: Callable[[int], object], folder: Path, here: World) -> list[di
     # Kineto would print its stages and, where there is no GPU, an error that means nothing.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with profile(activities=activities) as profiler:
+    with profile(activities=activities, acc_events=True) as profiler:
         steps(STEPS)
     folder.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(folder / f"trace-{here.rank}.json.gz"))

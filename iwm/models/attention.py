@@ -78,7 +78,7 @@ def attention_kernel(module: nn.Module, tokens: Float[Tensor, "b t d"], packing:
     `plain` is matmul, softmax, matmul.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler says that it starts and stops
-    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiled:
         module(tokens, attn_mask=packing)
     operators = {event.key for event in profiled.key_averages()}
     for kernel in ("cudnn", "flash", "efficient"):

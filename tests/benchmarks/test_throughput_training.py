@@ -105,7 +105,7 @@ def test_a_mode_measures_what_it_is_named_for(
 ) -> None:
     file = tmp_path / "result.json"
     more = ("--baselines",) if mode == "model" else ()
-    line = (mode, "--shards", tiny_shards, *MODEL, *BRIEF, "--repeats", 1, "--json", file, *more)
+    line = (mode, "--recipe", "demo", "--shards", tiny_shards, *MODEL, *BRIEF, "--repeats", 1, "--json", file, *more)
     assert run(monkeypatch, *line) == 0
     modes = read(file)["modes"]
     printed = capsys.readouterr().out
@@ -120,7 +120,7 @@ def test_a_mode_measures_what_it_is_named_for(
 @pytest.mark.long
 def test_under_torchrun_the_first_process_reports_the_images_of_all(tiny_shards: Path, tmp_path: Path) -> None:
     file = tmp_path / "two.json"
-    options = ["end-to-end", "--shards", tiny_shards, *MODEL, *BRIEF, "--json", file]
+    options = ["end-to-end", "--recipe", "demo", "--shards", tiny_shards, *MODEL, *BRIEF, "--json", file]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*torchrun, ROOT / "benchmarks" / "throughput.py", *options], capture_output=True, text=True, check=False
@@ -137,7 +137,7 @@ def test_all_sets_the_pipeline_beside_its_limit_its_rivals_and_its_own_parts(
     tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = ("--json", tmp_path / "all.json", "--plot", tmp_path / "all.png")
-    assert run(monkeypatch, "all", "--shards", tiny_shards, *MODEL, *BRIEF, *files) == 0
+    assert run(monkeypatch, "all", "--recipe", "demo", "--shards", tiny_shards, *MODEL, *BRIEF, *files) == 0
     result = read(tmp_path / "all.json")
     limits = result["pipeline_limits"]
     assert set(limits) == {"torchvision pil", "torchvision tensor", "JPEG decode alone"}
@@ -154,7 +154,7 @@ def test_all_sets_the_pipeline_beside_its_limit_its_rivals_and_its_own_parts(
         (("all", "--plot", "picture.bmp"), "--plot picture.bmp: the name must end in .png or .svg"),
         (("model", "--repeats", "0"), "--repeats 0: must be at least 1"),
         (("model", "--seconds", "0"), "--seconds 0.0: must be positive"),
-        (("end-to-end", "--views.size", "33"), "views.size 33 is not a multiple of encoder.patch 8"),
+        (("end-to-end", "--recipe", "demo", "--views.size", "33"), "views.size 33 is not a multiple of .*patch 8"),
         (("model", "--data.batch", "101"), "--data.batch 101: .* has only 100 images in 'train'"),
         (("model", "--json", "/dev/null/result.json"), "--json /dev/null/result.json: its folder cannot be made"),
         (("model", "--tuned", "missing.yaml"), "--tuned missing.yaml: it cannot be read"),

@@ -56,7 +56,7 @@ def trained(leverage: Leverage, monkeypatch: pytest.MonkeyPatch) -> Callable[...
 
         monkeypatch.setattr(caller, "run", keeping)
         result = leverage(name, validate_every=100.0, **options)
-        study = Study({result["chosen"]: kept["made"][result["chosen"]].arm}, kept["encoders"], [0]).eval()
+        study = Study({result["chosen"]: kept["made"][result["chosen"]].arm}, kept["encoders"], [0]).eval().cpu()
         return lambda images, task: study.predict(images, task, [0])[0]
 
     return made

@@ -80,6 +80,7 @@ def test_epochs_are_as_many_steps_however_a_batch_is_split(
     opened = bench.open_bench
     monkeypatch.setattr(evaluate, "open_bench", lambda *given: opened(*given[:-1], replace(given[-1], size=processes)))
     monkeypatch.setattr(World, "sum", lambda self, values: values * self.size)
+    monkeypatch.setattr(World, "gather", lambda self, value: [value] * self.size)
     plan = planned("linear", lrs=(1.0,), epochs=2.5, batch=50, micro_batch=micro_batch)
     assert plan.steps == 6
     assert plan.accumulation * (micro_batch or 50 // processes) * processes == 50

@@ -96,14 +96,15 @@ def test_every_prediction_is_the_one_that_its_action_makes(tmp_path: Path, confi
     image = subject.images(1)[0][0]
     made = explore.lattice(subject.config.views.target, 2)
     states = explore.sources(1.0)
-    answers = explore.answer(subject.model, image, made.params, torch.tensor(list(states.values())), chunk=5)
-    grey = torch.tensor(states["grayscale"])[None]
+    views, of_sources = made.params.to(image.device), torch.tensor(list(states.values()), device=image.device)
+    answers = explore.answer(subject.model, image, views, of_sources, chunk=5)
+    grey = torch.tensor(states["grayscale"], device=image.device)[None]
     model = subject.model
     with torch.no_grad():
         context = model.encode(photometric(image[None], grey, subject.config.views.colour), "teacher")
-        views = [photometric(image[None], row[None], subject.config.views.colour) for row in made.params]
-        bank = torch.stack([model.targets(view)[0].mean(0) for view in views]).double()
-        for i, row in enumerate(made.params):
+        copies = [photometric(image[None], row[None], subject.config.views.colour) for row in views]
+        bank = torch.stack([model.targets(copy)[0].mean(0) for copy in copies]).double()
+        for i, row in enumerate(views):
             action = action_between(grey, row[None], model.action_spec)
             prediction = model.predict(context, action)[0].mean(0).double()
             distances = (bank - prediction).square().sum(1).sqrt()
@@ -135,7 +136,7 @@ def test_files_hold_what_the_page_needs_and_little_more(run: Path) -> None:
             assert atlas.size == (written["columns"] * side, -(-85 // written["columns"]) * side)
             column, row = 81 % written["columns"], 81 // written["columns"]
             clean = np.asarray(atlas.convert("RGB"), float)[row * side :, column * side :][:side, :side]
-        image = images[keys.index(photograph["key"])].numpy()
+        image = images[keys.index(photograph["key"])].cpu().numpy()
         assert abs(clean - image).mean() < 8
 
 

@@ -24,6 +24,8 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROO
 """The caller's variables, with the project first in PYTHONPATH."""
 
 TINY = {
+    # On any machine: what a GPU does otherwise has tests of its own, and several processes would need several.
+    "train.device": "cpu",
     "data.batch": 8,
     "data.threads": 1,
     "encoder.width": 32,
