@@ -87,11 +87,16 @@ def test_a_random_predictor_has_the_pretrained_ones_shape_and_other_parameters(l
     assert pretrained_apart < 1e-3 < random_apart
 
 
-def test_several_tasks_are_learnt_by_one_predictor_beside_one_for_each(leverage: Leverage, boxes: Path) -> None:
+def test_several_tasks_are_learnt_by_one_predictor_beside_one_for_each(
+    leverage: Leverage, boxes: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     other = f"{boxes}:label"
+    monkeypatch.setenv("COLUMNS", "500")
     result = leverage("multitask", tasks=("side", other), keep_features=True, steps=60, lr=3e-3, pretrained_share=1.0)
     assert set(result["arms"]) == {"multitask", "single-side", f"single-{other}"}
     assert result["batch"] == 40
+    # Rich would make a picture of ":label:".
+    assert f"{other}: 120 training" in capsys.readouterr().out
     assert set(result["tasks"]) == {"side", other} == set(result["arms"]["multitask"]["scores"])
     assert set(result["arms"]["single-side"]["scores"]) == {"side"}
     for arm in result["arms"].values():

@@ -223,9 +223,12 @@ def test_auto_takes_apex_on_a_gpu_where_it_is_installed(monkeypatch: pytest.Monk
     assert build_optimizer(net(), Optim(kernels="torch"), torch.device("cuda"))[1] == "torch fused AdamW"
 
 
-@pytest.mark.skipif(
+APEX_ON_A_GPU = pytest.mark.skipif(
     not torch.cuda.is_available() or optim.apex_fused_adam() is None, reason="needs a GPU and apex with CUDA kernels"
 )
+
+
+@APEX_ON_A_GPU
 def test_apex_on_a_gpu_takes_torchs_steps_and_waits_for_no_flag() -> None:
     device, broken = torch.device("cuda"), {0, 3}
     models = [torch.nn.Conv2d(3, 8, 4).to(device, memory_format=torch.channels_last) for _ in range(2)]
@@ -249,3 +252,27 @@ def test_apex_on_a_gpu_takes_torchs_steps_and_waits_for_no_flag() -> None:
     for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
     assert {float(entry["step"]) for entry in state_for_checkpoint(optimizers[1])["state"].values()} == {4.0}
+
+
+@APEX_ON_A_GPU
+def test_100_steps_of_apex_on_a_gpu_end_where_torchs_do() -> None:
+    """On every trained parameter of a world model, with new gradients, rate and weight decay at each step."""
+    device = torch.device("cuda")
+    parameters, optimizers = [], []
+    for kernels in ("torch", "apex"):
+        torch.manual_seed(0)
+        model = WorldModel(demo()).prepare(device, compiled=False)
+        parameters.append([p for p in model.parameters() if p.requires_grad])
+        optimizers.append(build_optimizer(model, Optim(kernels=kernels), device)[0])
+    start = [p.detach().clone() for p in parameters[0]]
+    generator = torch.Generator(device).manual_seed(0)
+    for step in range(100):
+        for one, other in zip(*parameters, strict=True):
+            one.grad = torch.empty_like(one).normal_(std=1e-3, generator=generator)
+            other.grad = one.grad.clone()
+        for optimizer in optimizers:
+            set_values(optimizer, lr=1e-3 * min(1.0, step / 20), weight_decay=0.04 + 0.0036 * step)
+            step_unless(optimizer, torch.zeros((), dtype=torch.bool, device=device))
+    for one, other, before in zip(*parameters, start, strict=True):
+        assert (one - before).norm() > 0
+        assert (one - other).norm() <= 1e-5 * (one - before).norm()

@@ -55,7 +55,7 @@ def test_what_is_not_known_is_refused_by_name(
             "train.device cuda: torch sees no GPU",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="no mistake where there is a GPU"),
         ),
-        (["--optim.kernels", "apex"], "optim.kernels apex"),
+        (["--optim.kernels", "apex", "--train.device", "cpu"], "optim.kernels apex"),
         (["--data.val", "test"], "no split 'test'"),
     ],
 )
