@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Int64
 from rich.progress import track
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from dali_pipelines.loader import ValidationLoader
 from iwm.downstream.classification import Classification, Column, accuracies, classes_of, described
-from iwm.downstream.study import FrozenEncoders, Shared, Study
+from iwm.downstream.study import FrozenEncoders, Shared, Study, torch_seed
 from iwm.packing import to_device
 from iwm.training.distributed import World
 
@@ -79,8 +78,7 @@ class KeptFeatures:
 
     def _order(self, epoch: int) -> Int64[Tensor, " n"]:
         """On the device."""
-        seed = np.random.SeedSequence((self._seed, self._here.rank, epoch)).generate_state(1, np.uint64)
-        generator = torch.Generator().manual_seed(int(seed[0] >> 1))
+        generator = torch.Generator().manual_seed(torch_seed(self._seed, self._here.rank, epoch))
         return to_device(torch.randperm(len(self._labels), generator=generator), self._labels.device)
 
     def state(self) -> dict[str, Any]:

@@ -29,6 +29,12 @@ the tokens of each frozen encoder by its name, [b, s, d] after the last norm, pr
 mean of its patches, [b, 1, d]."""
 
 
+def torch_seed(*parts: int) -> int:
+    """Return a seed of torch's generators, 0 to 2⁶³ − 1, that all of these numbers decide."""
+    # Shifted as a Python integer: numpy 1 shifts no uint64 by one of those.
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]) >> 1
+
+
 class Arm(nn.Module):
     """One thing that is trained."""
 
@@ -95,8 +101,7 @@ class Study(nn.Module):
         number, rank: of the pass and the process. With the arm's seed they decide all that it draws: arms of one seed
         draw the same, and a training that goes on draws what it would have drawn.
         """
-        drawn_from = np.random.SeedSequence((self.seeds[arm], number, rank)).generate_state(1, np.uint64)
-        torch.manual_seed(int(drawn_from[0] >> 1))
+        torch.manual_seed(torch_seed(self.seeds[arm], number, rank))
 
     @torch.no_grad()
     def predict(self, inputs: Tensor | Shared, task: int, arms: Sequence[int]) -> list[Tensor]:
