@@ -37,12 +37,10 @@ downstream: $(VENV)/.installed
 test: lint types
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-# Models, training, pipelines, packing and kept features with the oldest packages, then every check of the checklist, in the small and
-# compiled. Shapes are not checked at run time: torch 2.11 cannot compile what jaxtyping does for that.
+# The suite with the oldest packages, then every check of the checklist, in the small and compiled. Shapes are not checked at
+# run time: torch 2.11 cannot compile what jaxtyping does for that.
 test-lowest: $(LOWEST)/.installed
-	$(LOWEST)/bin/python -m pytest --numprocesses 2 --dist loadfile -o addopts="-ra --strict-markers -m 'not long'" \
-	    tests/models tests/training tests/dali_pipelines tests/downstream/test_kept.py \
-	    tests/test_actions.py tests/test_masking.py tests/test_without_dali.py
+	$(LOWEST)/bin/python -m pytest --numprocesses 2 --dist loadfile -o addopts="-ra --strict-markers -m 'not long'"
 	$(LOWEST)/bin/python benchmarks/checklist.py $(LOWEST)/checklist --tiny
 
 lint: $(VENV)/.installed

@@ -7,7 +7,8 @@ parameter by parameter; the loss is read at each step. Schedules are left out: t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -70,11 +71,19 @@ def pick(tokens: Float[Tensor, "b n d"], places: Int64[Tensor, "b w"]) -> Float[
 
 
 def attend(
-    blocks: Iterable[nn.Module], tokens: Float[Tensor, "b t d"], present: Bool[Tensor, "b t"] | None = None
+    blocks: nn.ModuleList | nn.Sequential,
+    tokens: Float[Tensor, "b t d"],
+    present: Bool[Tensor, "b t"] | None = None,
 ) -> Float[Tensor, "b t d"]:
     """Through timm's blocks, with no attention to what is not present."""
+    mask = None if present is None else present[:, None, None]
+    if mask is not None and not cast(Any, blocks[0]).attn.fused_attn:
+        # Timm before 1.0.31 adds what its plain attention is given, a boolean mask too.
+        device = tokens.device.type
+        computed = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tokens.dtype
+        mask = torch.zeros_like(mask, dtype=computed).masked_fill(~mask, -torch.inf)
     for block in blocks:
-        tokens = block(tokens, attn_mask=None if present is None else present[:, None, None])
+        tokens = block(tokens, attn_mask=mask)
     return tokens
 
 
