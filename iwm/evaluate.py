@@ -141,7 +141,7 @@ def _publish(
             f"{figures['checkpoint']}: the model's features are not finite; evaluate an earlier checkpoint"
         ) from error
     write_atomically(output, (content + "\n").encode())
-    console = Console(emoji=False)  # a column is named as FOLDER:label: is no emoji
+    console = _console()
     console.print(protocol.table(result))
     console.print(f"written: {output}", soft_wrap=True)
     return result
@@ -175,8 +175,13 @@ def train_and_evaluate(name: str, settings: Training) -> dict[str, Any] | None:
         return result
 
 
+def _console() -> Console:
+    """Return the terminal, without emoji: a task may be named FOLDER:label, which Rich would print as a picture."""
+    return Console(emoji=False)
+
+
 def _renew_page(run: Path) -> None:
-    Console(emoji=False).print(f"page: {write_report(run)}", soft_wrap=True)
+    _console().print(f"page: {write_report(run)}", soft_wrap=True)
 
 
 @dataclass(frozen=True)
@@ -230,10 +235,10 @@ def show_tables(settings: Tables) -> None:
         raise ReportError("--runs: name at least one run's folder, as --runs runs/demo")
     made = paper_tables(settings.runs)
     for grid in made:
-        Console(emoji=False).print(grid.for_terminal())
+        _console().print(grid.for_terminal())
     if settings.markdown is not None:
         write_atomically(settings.markdown, markdown(made).encode())
-        Console(emoji=False).print(f"written: {settings.markdown}", soft_wrap=True)
+        _console().print(f"written: {settings.markdown}", soft_wrap=True)
 
 
 def parse(arguments: Sequence[str] | None = None) -> tuple[str, Any]:

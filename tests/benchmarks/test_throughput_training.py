@@ -154,7 +154,10 @@ def test_all_sets_the_pipeline_beside_its_limit_its_rivals_and_its_own_parts(
         (("all", "--plot", "picture.bmp"), "--plot picture.bmp: the name must end in .png or .svg"),
         (("model", "--repeats", "0"), "--repeats 0: must be at least 1"),
         (("model", "--seconds", "0"), "--seconds 0.0: must be positive"),
-        (("end-to-end", "--recipe", "demo", "--views.size", "33"), "views.size 33 is not a multiple of .*patch 8"),
+        (
+            ("end-to-end", "--recipe", "demo", "--views.size", "33"),
+            "views.size 33 is not a multiple of encoder.patch 8",
+        ),
         (("model", "--data.batch", "101"), "--data.batch 101: .* has only 100 images in 'train'"),
         (("model", "--json", "/dev/null/result.json"), "--json /dev/null/result.json: its folder cannot be made"),
         (("model", "--tuned", "missing.yaml"), "--tuned missing.yaml: it cannot be read"),
