@@ -81,4 +81,4 @@ def _graph(
     if layers is not None:
         drawn_layers = rand_augment.draw(layers)
         image = rand_augment.apply(image, drawn_layers, layers.increasing, crops.size, crops.interpolation, backend)
-    return image, encoded.origin, encoded.label
+    return photometric.contiguous(image, backend), encoded.origin, encoded.label

@@ -75,7 +75,7 @@ class Shared(NamedTuple):
 
 def shared(image: DataNode, backend: Backend) -> Shared:
     """Both views' common ground, from the crop, uint8 HWC."""
-    return Shared(image, argument(mean_grey(image), backend), _permuted(image, "CHW"))
+    return Shared(image, argument(mean_grey(image, backend), backend), _permuted(image, "CHW"))
 
 
 def apply(shared: Shared, drawn: Drawn, spec: Photometric, colour: ColourDefinition, backend: Backend) -> DataNode:
@@ -89,7 +89,7 @@ def apply(shared: Shared, drawn: Drawn, spec: Photometric, colour: ColourDefinit
         else:
             image = _jitter_on_pixels(shared, drawn.values, spec)
     if drawn.grayscale is not None and drawn.grayscale:
-        image = grey(image, channels=3)
+        image = grey(image, channels=3, backend=backend)
     if drawn.blur is not None and drawn.blur:
         image = _blur(image, drawn.values["blur_sigma"], widest=spec.blur_sigma[1], backend=backend)
     if drawn.solarize is not None and drawn.solarize:
@@ -164,13 +164,13 @@ def _jitter_torchvision(image: DataNode, values: dict[str, DataNode], spec: Phot
     if spec.brightness:
         image = fn.brightness_contrast(image, brightness=values["brightness"], brightness_shift=TRUNCATE)
     if spec.contrast:
-        centre = argument(mean_grey(image), backend)
+        centre = argument(mean_grey(image, backend), backend)
         image = fn.brightness_contrast(
             image, contrast=values["contrast"], contrast_center=centre, brightness_shift=TRUNCATE
         )
     if spec.saturation:
         saturation = operand(values["saturation"], backend)
-        image = to_uint8(saturation * image + (1.0 - saturation) * grey(image, channels=3))
+        image = to_uint8(saturation * image + (1.0 - saturation) * grey(image, channels=3, backend=backend))
     if spec.hue:
         image = _rotate_hue(image, operand(values["hue"], backend))
     return image
@@ -203,17 +203,30 @@ _FLOAT_TO_UINT8 = 255.999 / 255
 """torchvision turns v in [0, 1] into the uint8 trunc(255.999 v)."""
 
 
-def grey(image: DataNode, channels: Literal[1, 3]) -> DataNode:
-    """Luma 0.299 R + 0.587 G + 0.114 B, rounded, as uint8 HWC of 1 or 3 equal channels."""
+LUMA = (0.299, 0.587, 0.114)
+
+
+def grey(image: DataNode, channels: Literal[1, 3], backend: Backend) -> DataNode:
+    """Luma 0.299 R + 0.587 G + 0.114 B, rounded, as uint8 HWC of 1 or 3 equal channels.
+
+    On a GPU as one product for the whole batch, where color_space_conversion launches a kernel an image.
+    """
+    if backend == "gpu":
+        return fn.coord_transform(image, M=[*LUMA] * channels, dtype=types.UINT8)
     grey = fn.color_space_conversion(image, image_type=types.RGB, output_type=types.GRAY)
     if channels == 1:
         return grey
     return fn.color_space_conversion(grey, image_type=types.GRAY, output_type=types.RGB)
 
 
-def mean_grey(image: DataNode) -> DataNode:
+def mean_grey(image: DataNode, backend: Backend) -> DataNode:
     """Scalar in grey levels. By way of the grey image, which costs half of averaging three channels."""
-    return fn.reductions.mean(grey(image, channels=1))
+    return fn.reductions.mean(grey(image, channels=1, backend=backend))
+
+
+def contiguous(image: DataNode, backend: Backend) -> DataNode:
+    """As an output that torch can take as it lies: on a GPU a merged batch would be copied image by image."""
+    return fn.copy(image) if backend == "gpu" else image
 
 
 def to_uint8(image: DataNode) -> DataNode:

@@ -186,12 +186,12 @@ def _solarize_add(image: DataNode, context: Context) -> DataNode:
 
 def _colour(image: DataNode, context: Context) -> DataNode:
     factor = operand(_enhancing_factor(context), context.backend)
-    return to_uint8(factor * image + (1.0 - factor) * grey(image, channels=3))
+    return to_uint8(factor * image + (1.0 - factor) * grey(image, channels=3, backend=context.backend))
 
 
 def _contrast(image: DataNode, context: Context) -> DataNode:
     """About the mean grey, itself a whole level."""
-    centre = dali_math.floor(argument(mean_grey(image), context.backend) + 0.5)
+    centre = dali_math.floor(argument(mean_grey(image, context.backend), context.backend) + 0.5)
     factor = _enhancing_factor(context)
     return fn.brightness_contrast(image, contrast=factor, contrast_center=centre, brightness_shift=TRUNCATE)
 

@@ -190,7 +190,13 @@ def resize_box(
     if backend == "gpu":
         start, end = fn.stack(0.0, left), fn.stack(1.0, 1.0 - left)
         return fn.resize(
-            box, size=[size, size], roi_start=start, roi_end=end, roi_relative=True, interp_type=interp_type
+            box,
+            size=[size, size],
+            roi_start=start,
+            roi_end=end,
+            roi_relative=True,
+            interp_type=interp_type,
+            minibatch_size=256,  # by default 32 images are a launch
         )
     columns = _columns(crop, size)
     end = fn.stack(1.0, left + (1.0 - 2.0 * left) * columns / float(size))

@@ -36,6 +36,7 @@ def two_views(
     params = _params(crop, drawn_target, drawn_source)
     if backend == "gpu":
         params = params.gpu()
+    source_view, target_view = (photometric.contiguous(view, backend) for view in (source_view, target_view))
     outputs = (source_view, target_view, params, encoded.origin)
     return outputs if encoded.label is None else (*outputs, encoded.label)
 
