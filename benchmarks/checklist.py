@@ -13,7 +13,8 @@ meant for one call of nine minutes each on a machine with one GPU; 5 and 6 are w
   2  step, all: how fast
   3  resume, mrr, linear, segmentation: exact resume, and what builds on a trained model
   4  pipeline, step-vit-l, tune
-  5  step-torch-adamw, priority-stream, colour, step-12x384, step-vit-l-recomputing, evaluation
+  5  step-torch-adamw, default-priority, kernel-by-kernel, colour, step-12x384, step-vit-l-recomputing,
+     evaluation
   6  attentive, finetune-encoder, finetune-predictor, finetune-end-to-end, multitask, downstream
 
 Exit code: 0 all passed; 1 a check failed or was cut off; 3 --total-minutes were over before all were made; 128 + N

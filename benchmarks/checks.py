@@ -21,7 +21,15 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "2": ("step", "all"),
     "3": ("resume", "mrr", "linear", "segmentation"),
     "4": ("pipeline", "step-vit-l", "tune"),
-    "5": ("step-torch-adamw", "priority-stream", "colour", "step-12x384", "step-vit-l-recomputing", "evaluation"),
+    "5": (
+        "step-torch-adamw",
+        "default-priority",
+        "kernel-by-kernel",
+        "colour",
+        "step-12x384",
+        "step-vit-l-recomputing",
+        "evaluation",
+    ),
     "6": ("attentive", "finetune-encoder", "finetune-predictor", "finetune-end-to-end", "multitask", "downstream"),
 }
 """Checks that one call of nine minutes is meant for, most valuable first."""
@@ -112,10 +120,12 @@ def checks(out: Path, tiny: bool) -> dict[str, Check]:
         "pipeline": tests("tests/dali_pipelines" if not tiny else "tests/dali_pipelines/test_view_loader.py"),
         "step-vit-l": model_mode("step-vit-l", RECIPES[2]),
         "tune": throughput("tune", "tune", *sweep, "--out", str(tuned), more=(tuned,)),
-        # Beside `step` and `all` of the same machine: apex's optimiser, where it is installed, and the default stream.
+        # Beside `step` and `all` of the same machine: what its other choices would have been.
         "step-torch-adamw": model_mode("step-torch-adamw", recipe, "--optim.kernels", "torch"),
-        "priority-stream": throughput("priority-stream", "end-to-end", *seconds, "--recipe", recipe,
-                                      "--data.batch", batch, *model, "--train.priority-stream"),
+        "default-priority": throughput("default-priority", "end-to-end", *seconds, "--recipe", recipe,
+                                       "--data.batch", batch, *model, "--train.no-priority-stream"),
+        "kernel-by-kernel": throughput("kernel-by-kernel", "end-to-end", *seconds, "--recipe", recipe,
+                                       "--data.batch", batch, *model, "--train.no-cuda-graph"),
         "colour": throughput("colour", "data", *colour),
         "step-12x384": model_mode("step-12x384", RECIPES[1]),
         "step-vit-l-recomputing": model_mode("step-vit-l-recomputing", RECIPES[2], "--train.activation-checkpointing"),

@@ -26,6 +26,7 @@ from iwm.models.world_model import WorldModel
 from iwm.training.distributed import World, world
 from iwm.training.optim import build_optimizer
 from iwm.training.session import Session
+from iwm.training.step import Gradient
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def by_itself(session: Session) -> Session:
     here = replace(session.here, size=1)
     model = WorldModel(session.config).prepare(here.device, compiled=session.config.train.compile)
     optimizer, _ = build_optimizer(model, session.config.optim, here.device)
-    return replace(session, here=here, model=model, wrapped=model, optimizer=optimizer)
+    return replace(session, here=here, model=model, gradient=Gradient(model, model), optimizer=optimizer)
 
 
 def bucket_sizes(model: WorldModel) -> list[int]:

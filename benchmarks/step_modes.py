@@ -51,7 +51,7 @@ def take_step(session: Session, batches: Sequence[Batch]) -> None:
     """One optimiser step as training takes it, with the masks of that step."""
     s = session
     masks = [masks_for(s.config, s.here, s.step, part, s.micro_batch) for part in range(s.accumulation)]
-    train_step(s.model, s.wrapped, s.optimizer, batches, masks, s.schedules.at(s.step))
+    train_step(s.model, s.gradient, s.optimizer, batches, masks, s.schedules.at(s.step))
     s.step += 1
 
 

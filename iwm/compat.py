@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 
 import torch
@@ -17,6 +18,9 @@ SYNC_BUFFERS = next(
 REPLANS_CUDNN_VARLEN = torch.__version__ >= "2.14" and torch.__version__ < "2.15"
 """True on 2.14, whose `varlen_attn` plans cuDNN's graph anew in each call, 42 ms (pytorch#191576). Releases before it
 have flash alone, later ones keep the plan. (torch.__version__ compares as a version.)"""
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+"""True where Triton came with torch, as it does with torch's builds for CUDA."""
 
 
 def allow_graphs(limit: int) -> None:

@@ -159,15 +159,23 @@ class Train:
     """`bf16`: autocast; parameters, optimiser and EMA stay float32."""
     compile: bool = True
     """torch.compile each block of encoders and predictor."""
-    attention: Literal["auto", "fused", "plain"] = "auto"
-    """`fused`: scaled_dot_product_attention. `plain`: matmul, softmax, matmul; faster on a CPU. `auto`: by device."""
+    attention: Literal["auto", "triton", "fused", "plain"] = "auto"
+    """`triton`: the project's own kernels for bf16 sequences of at most 256 tokens on a GPU, else as `fused`. `fused`:
+    scaled_dot_product_attention. `plain`: matmul, softmax, matmul; faster on a CPU. `auto`: `triton` on a Hopper GPU,
+    which they were measured on, `fused` on another GPU, `plain` on a CPU."""
     activation_checkpointing: bool = False
     """Keep only what enters each block and compute the rest again in the backward pass: much less memory, a third more
     work. For ViT-L and larger batches."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """How several processes share a model. `ddp`: each has all of it. `fsdp`: parameters, gradients and moments are
     divided (FSDP2), for encoders that do not fit otherwise."""
-    priority_stream: bool = False
+    residual: Literal["auto", "bf16", "fp32"] = "auto"
+    """Precision of the residual stream under bf16 autocast. `bf16`: fewer bytes, a faster step. `fp32`: I-JEPA's code.
+    `auto`: bf16 on a GPU, fp32 on a CPU."""
+    cuda_graph: bool = True
+    """On a GPU: capture the forward and backward passes of a compiled step as one CUDA graph and replay it. On several
+    processes the step is taken kernel by kernel."""
+    priority_stream: bool = True
     """On a GPU: run the step on a CUDA stream of higher priority than the pipeline's."""
     nonfinite_limit: int = 10
     """Steps in a row with a non-finite gradient before the run stops; each such step is skipped and counted."""

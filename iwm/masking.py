@@ -87,6 +87,16 @@ class PackedMasks(NamedTuple):
         rows = None if self.rows is None else self.rows.to(device)
         return PackedMasks(visible, queried, self.context.to(device), rows)
 
+    def tensors(self) -> list[Tensor]:
+        """All of its tensors, in order."""
+        return [self.visible, self.queried, *self.context, *(self.rows or ())]
+
+    def clone(self) -> PackedMasks:
+        """A copy with memory of its own."""
+        rows = None if self.rows is None else Packing(*(part.clone() for part in self.rows))
+        context = Packing(*(part.clone() for part in self.context))
+        return PackedMasks(self.visible.clone(), self.queried.clone(), context, rows)
+
 
 def pack_masks(masks: Masks, rooms: Rooms | None, extra: int) -> PackedMasks:
     """Pack masks that were drawn on the host. rooms: static shapes for a compiled step; extra: tokens of the predictor

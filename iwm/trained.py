@@ -17,7 +17,7 @@ from iwm.downstream.head import BACKBONE, Head, build_arm
 from iwm.downstream.segmenters import filled_up
 from iwm.downstream.study import PIXELS, Arm, Shared
 from iwm.exported import Exported, Origin, Which, is_exported, read_exported
-from iwm.models.attention import fuses, use_attention
+from iwm.models.attention import settle
 from iwm.models.backbone import Backbone
 from iwm.models.encoder import Encoder
 from iwm.models.predictor import Predictor
@@ -261,8 +261,7 @@ def build_model(exported: Exported, path: Path, device: torch.device) -> Trained
         finetuned = exported.encoder if head is not None and head.tunes_encoder else {}
         own = {f"{BACKBONE}{name}": tensor for name, tensor in finetuned.items()}
         _fill(model.arm, exported.trained | own, "head", path)
-    model = model.to(device)
-    use_attention(model.to(memory_format=torch.channels_last), fuses(config.train.attention, device))
+    settle(model, device, config.train.attention)
     return model
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 
 from iwm.actions import ActionSpec, action_spec
 from iwm.config import Config, ConfigError
 from iwm.evaluation.bank import Context
-from iwm.models.attention import settle
+from iwm.models.attention import AttentionKind, settle
 from iwm.models.backbone import Backbone, backbone_of
 from iwm.models.foreign import ForeignError, MaeDecoder, NoDecoderError, load_foreign
 from iwm.models.predictor import Predictor
@@ -50,7 +50,7 @@ class Pretrained:
         return self.encoders["teacher"]
 
     @property
-    def attention(self) -> Literal["auto", "fused", "plain"]:
+    def attention(self) -> AttentionKind:
         """How attention is computed: as the run's training did."""
         return self.config.train.attention if self.config else "auto"
 

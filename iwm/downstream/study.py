@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Literal, cast
+from typing import cast
 
 import numpy as np
 import torch
 from jaxtyping import Float, Real
 from torch import Tensor, nn
 
-from iwm.models.attention import settle
+from iwm.models.attention import AttentionKind, settle
 from iwm.models.backbone import Backbone
 from iwm.models.reader import Reader
 
@@ -84,9 +84,7 @@ class Study(nn.Module):
         self.arms = nn.ModuleList(arms.values())
         self.encoders = encoders
 
-    def prepare(
-        self, device: torch.device, *, compiled: bool = False, attention: Literal["auto", "fused", "plain"] = "auto"
-    ) -> Study:
+    def prepare(self, device: torch.device, *, compiled: bool = False, attention: AttentionKind = "auto") -> Study:
         """Move to a device and choose the attention; of the arms, compile encoders and predictors if asked, which the
         frozen encoders are where they come from (bench.open_bench)."""
         settle(self, device, attention)

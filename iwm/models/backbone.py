@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Real
@@ -11,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from iwm.config import ConfigError
-from iwm.models.attention import settle
+from iwm.models.attention import AttentionKind, settle
 from iwm.models.encoder import Encoder
 from iwm.models.foreign import ForeignEncoder
 from iwm.models.layers import compile_parts, run_blocks, set_drop_path
@@ -94,9 +93,7 @@ class Backbone(nn.Module):
         set_drop_path(copied.vit.blocks, drop_path)
         return copied.train()
 
-    def prepare(
-        self, device: torch.device, *, compiled: bool = False, attention: Literal["auto", "fused", "plain"] = "auto"
-    ) -> Backbone:
+    def prepare(self, device: torch.device, *, compiled: bool = False, attention: AttentionKind = "auto") -> Backbone:
         """Move to a device in channels-last, choose the attention, compile block by block if asked (static shapes)."""
         settle(self, device, attention)
         if compiled:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Real
@@ -9,8 +11,17 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from iwm.config import Encoder as EncoderConfig
+from iwm.kernels.gelu import Gelu
+from iwm.kernels.mlp import Mlp
 from iwm.models.attention import Attention
-from iwm.models.layers import initialise, resample_positions, rescale_by_depth, run_blocks, sincos_positions
+from iwm.models.layers import (
+    add_positions,
+    initialise,
+    resample_positions,
+    rescale_by_depth,
+    run_blocks,
+    sincos_positions,
+)
 from iwm.packing import Packing
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -38,9 +49,10 @@ class Encoder(VisionTransformer):
     pixel_shift: Tensor
 
     def __init__(self, config: EncoderConfig, image_size: int, *, checkpointing: bool = False) -> None:
-        super().__init__(**timm_arguments(config, image_size), attn_layer=Attention)
+        super().__init__(**timm_arguments(config, image_size), attn_layer=Attention, mlp_layer=Mlp, act_layer=Gelu)
         self.patch = config.patch
         self.checkpointing = checkpointing
+        self.residual: Literal["auto", "bf16", "fp32"] = "auto"
         grid = image_size // config.patch
         self.pos_embed = nn.Parameter(sincos_positions(config.width, grid)[None], requires_grad=False)
         initialise(self, config.init)
@@ -72,7 +84,7 @@ class Encoder(VisionTransformer):
             positions = positions[:, packing.place % n]
         weight = self.patch_embed.proj.weight.permute(0, 2, 3, 1).flatten(1)
         pixels = patches * self.pixel_scale + self.pixel_shift
-        return F.linear(pixels, weight, self.patch_embed.proj.bias) + positions
+        return add_positions(F.linear(pixels, weight, self.patch_embed.proj.bias), positions, self.residual)
 
 
 def timm_arguments(config: EncoderConfig, image_size: int) -> dict[str, object]:

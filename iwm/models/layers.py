@@ -43,6 +43,17 @@ def resample_positions(
     return resampled
 
 
+def add_positions(
+    tokens: Float[Tensor, "*b n d"], positions: Float[Tensor, "... n d"], residual: Literal["auto", "bf16", "fp32"]
+) -> Float[Tensor, "*b n d"]:
+    """Tokens with positions, which begin the residual stream in the precision that all its sums then have.
+
+    residual (train.residual): `fp32`: float32. `bf16`: that of the tokens, bf16 under autocast.
+    """
+    wide = residual == "fp32" or (residual == "auto" and not tokens.is_cuda)
+    return tokens + (positions if wide else positions.to(tokens.dtype))
+
+
 def initialise(module: nn.Module, kind: Literal["ijepa", "xavier"]) -> None:
     """Initialise every linear and convolution below `module`; norms are ones and zeros, biases zeros."""
     for part in module.modules():

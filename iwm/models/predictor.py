@@ -11,9 +11,18 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from iwm.config import Config
+from iwm.kernels.gelu import Gelu
+from iwm.kernels.mlp import Mlp
 from iwm.masking import PackedMasks
 from iwm.models.attention import Attention
-from iwm.models.layers import initialise, resample_positions, rescale_by_depth, run_blocks, sincos_positions
+from iwm.models.layers import (
+    add_positions,
+    initialise,
+    resample_positions,
+    rescale_by_depth,
+    run_blocks,
+    sincos_positions,
+)
 from iwm.packing import lay, pick
 
 
@@ -66,6 +75,7 @@ class Predictor(nn.Module):
         width, encoder_width = config.predictor.width, config.encoder.width
         self.grid, self.action_size = config.grid, action_size
         self.checkpointing = config.train.activation_checkpointing
+        self.residual = config.train.residual
         self.embed = nn.Linear(encoder_width, width)
         self.mask_token = nn.Parameter(torch.zeros(width))
         self.register_buffer("positions", sincos_positions(width, config.grid), persistent=False)
@@ -83,6 +93,8 @@ class Predictor(nn.Module):
                 qkv_bias=True,
                 norm_layer=partial(nn.LayerNorm, eps=1e-6),
                 attn_layer=Attention,
+                mlp_layer=Mlp,
+                act_layer=Gelu,
             )
             for _ in range(config.predictor.depth)
         )
@@ -116,7 +128,7 @@ class Predictor(nn.Module):
         """Context features and mask tokens in their places of the grid: [b, n, d], or packed [1, t, d]."""
         b, m, n = masks.queried.shape
         at = masks.context.place
-        seen = self.embed(context[0]) + self.positions[at % n]
+        seen = add_positions(self.embed(context[0]), self.positions[at % n], self.residual)
         tokens = lay(seen, at, self.queries(action).to(seen.dtype).flatten(0, 1)).unflatten(0, (b, n))
         tokens = self.with_action(tokens, action)
         if masks.rows is None:
@@ -153,7 +165,7 @@ class Predictor(nn.Module):
         query of every position; else one alone, which has none (section 5.1).
         """
         positions = self.positions if grid is None else self.positions_of(grid)
-        seen = self.embed(context) + positions
+        seen = add_positions(self.embed(context), positions, self.residual)
         asked = self.queries(action, positions if whole else positions.new_zeros(1, positions.shape[1]))
         tokens = self.with_action(torch.cat((seen, asked.to(seen.dtype)), dim=1), action)
         # Training has every position once, the whole image two of each: so twice the action's tokens, or their share of

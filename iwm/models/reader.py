@@ -16,7 +16,7 @@ from dali_pipelines.augmentation import Views
 from iwm.actions import action_spec
 from iwm.config import Action, Config, Encoder
 from iwm.config import Predictor as Shape
-from iwm.models.attention import settle
+from iwm.models.attention import AttentionKind, settle
 from iwm.models.backbone import Backbone, last_layers
 from iwm.models.foreign import MaeDecoder
 from iwm.models.layers import compile_parts, initialise, run_blocks, set_drop_path
@@ -142,9 +142,7 @@ class Reader(nn.Module):
             return tokens
         return torch.cat((tokens, self.task_tokens[task][:, None].to(tokens.dtype)), dim=1)
 
-    def prepare(
-        self, device: torch.device, *, compiled: bool = False, attention: Literal["auto", "fused", "plain"] = "auto"
-    ) -> Reader:
+    def prepare(self, device: torch.device, *, compiled: bool = False, attention: AttentionKind = "auto") -> Reader:
         """Move to a device, choose the attention, compile block by block if asked (static shapes)."""
         settle(self, device, attention)
         if compiled:

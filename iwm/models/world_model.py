@@ -29,6 +29,7 @@ class WorldModel(nn.Module):
         self.action_spec: ActionSpec = action_spec(config.action, config.views)
         checkpointing = config.train.activation_checkpointing
         self.encoder = Encoder(config.encoder, config.views.size, checkpointing=checkpointing)
+        self.encoder.residual = config.train.residual
         self.predictor = Predictor(config, self.action_spec.size)
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
 
@@ -68,7 +69,11 @@ class WorldModel(nn.Module):
     def targets(self, images: UInt8[Tensor, "b h w 3"]) -> Float[Tensor, "b n d"]:
         """What predictions are compared with: the target encoder's features, normed as the loss has it."""
         features = self.target_encoder(images)
-        return F.layer_norm(features, features.shape[-1:]) if self.config.loss.target_norm else features
+        return self.standardise(features) if self.config.loss.target_norm else features
+
+    def standardise(self, features: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        """Layer norm without affine parameters."""
+        return F.layer_norm(features, features.shape[-1:])
 
     def encode(self, images: UInt8[Tensor, "b h w 3"], which: Literal["teacher", "student"]) -> Float[Tensor, "b n d"]:
         """Features of whole images, from the target encoder (teacher) or the context encoder (student)."""
@@ -90,9 +95,9 @@ class WorldModel(nn.Module):
         settle(self, device, self.config.train.attention)
         if compiled:
             for encoder in (self.encoder, self.target_encoder):
-                compile_parts(encoder, encoder.blocks, "embed")
+                compile_parts(encoder, (*encoder.blocks, encoder.norm), "embed")
             compile_parts(self.predictor, self.predictor.blocks, "place", "finish")
-            compile_parts(self, (), "distance")
+            compile_parts(self, (), "standardise", "distance")
         return self
 
     def attention_kernels(self) -> dict[str, str]:
@@ -112,6 +117,9 @@ class WorldModel(nn.Module):
             attention = part.blocks[0].attn
             shape = (2, config.grid**2) if packed is None else (1, len(packing.place))
             tokens = torch.zeros(*shape, attention.qkv.in_features, device=device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
+            with (
+                torch.set_grad_enabled(name != "target encoder"),
+                torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"),
+            ):
                 kernels[name] = attention_kernel(attention, tokens, packed)
         return kernels

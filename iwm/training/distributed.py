@@ -74,8 +74,8 @@ def world(train: Train, options: str = "train.") -> Iterator[World]:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
         torch.set_num_threads(train.threads or HOST_THREADS)
-        if train.priority_stream:
-            stream = torch.cuda.stream(torch.cuda.Stream(device, priority=-1))
+        # Never on the default stream, which no CUDA graph can be captured on.
+        stream = torch.cuda.stream(torch.cuda.Stream(device, priority=-1 if train.priority_stream else 0))
     else:
         keep_freed_memory()
         if train.threads or local_size > 1:

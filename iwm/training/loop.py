@@ -54,7 +54,7 @@ def pretrain(session: Session, wish: StopWish) -> None:
             batches = [next(s.loader) for _ in range(s.accumulation)]
             window.waited += time.perf_counter() - waiting
             masks = [masks_for(config, here, s.step, part, s.micro_batch) for part in range(s.accumulation)]
-            window.results.append(train_step(s.model, s.wrapped, s.optimizer, batches, masks, values))
+            window.results.append(train_step(s.model, s.gradient, s.optimizer, batches, masks, values))
             window.keys.append([batch.keys for batch in batches])
             s.step += 1
             s.samples += config.data.batch

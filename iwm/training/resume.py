@@ -23,6 +23,7 @@ MAY_CHANGE = (
     "train.compile",
     "train.activation_checkpointing",
     "train.parallel",
+    "train.cuda_graph",
     "train.priority_stream",
     "train.deterministic",
     "log.",

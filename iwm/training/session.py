@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from dali_pipelines.decoder import GpuDecoder
 from dali_pipelines.endless import StateError
@@ -17,11 +16,13 @@ from iwm.config import Config, ConfigError
 from iwm.models.world_model import WorldModel
 from iwm.training import checkpoint as checkpoints
 from iwm.training.checkpoint import Checkpoint
+from iwm.training.cuda_graph import gradient_for
 from iwm.training.distributed import World, loader_threads
 from iwm.training.optim import build_optimizer, load_state, state_for_checkpoint
 from iwm.training.parallel import whole, wrap
 from iwm.training.resume import resume_point
 from iwm.training.schedules import Schedules, schedules
+from iwm.training.step import Gradient
 
 
 @dataclass
@@ -36,8 +37,7 @@ class Session:
     micro_batch: int
     accumulation: int
     model: WorldModel
-    wrapped: nn.Module
-    """What is called in training: the model, or DDP around it."""
+    gradient: Gradient
     optimizer: torch.optim.Optimizer
     schedules: Schedules
     opening: list[str]
@@ -64,6 +64,7 @@ def open_session(config: Config, run: Path, here: World) -> Session:
         model.load_state_dict(start.model, strict=True)
     attention = ", ".join(f"{part} {kernel}" for part, kernel in model.attention_kernels().items())
     wrapped = wrap(model, here, accumulation)
+    gradient, issued = gradient_for(model, wrapped, here)
     optimizer, kernels = build_optimizer(model, config.optim, here.device)
     if start is not None:
         load_state(optimizer, start.optimizer)
@@ -75,7 +76,7 @@ def open_session(config: Config, run: Path, here: World) -> Session:
         f"processes, images at once, passes) on {here.device.type}, {config.train.precision}, {kernels}",
         f"{loader.samples_per_epoch:,} images in {config.data.shards} '{config.data.train}'; context encoder "
         f"{encoder:.2f} M parameters, predictor {predictor:.2f} M, {config.action.conditioning} conditioning",
-        f"attention: {attention} (torch {torch.__version__})",
+        f"attention: {attention} (torch {torch.__version__}); forward and backward passes {issued}",
         *(f"changed since the last checkpoint: {change}" for change in changes),
         *restart,
         *([f"going on from step {start.step:,} ({start.samples:,} images seen)"] if start is not None else []),
@@ -89,7 +90,7 @@ def open_session(config: Config, run: Path, here: World) -> Session:
         micro_batch=micro_batch,
         accumulation=accumulation,
         model=model,
-        wrapped=wrapped,
+        gradient=gradient,
         optimizer=optimizer,
         schedules=plan,
         opening=opening,

@@ -50,33 +50,46 @@ def masks_for(config: Config, here: World, step: int, part: int, batch: int) -> 
     return pack_masks(drawn, fixed, extra).to(here.device)
 
 
+class Gradient:
+    """The forward and backward passes of a step, one kernel after another.
+
+    Calling it leaves the mean gradient of `batches` in the parameters' `.grad`, clipped as configured.
+    """
+
+    def __init__(self, model: WorldModel, wrapped: nn.Module) -> None:
+        """wrapped: `parallel.wrap(model, …)`."""
+        self.model, self.wrapped = model, wrapped
+
+    def __call__(self, batches: Sequence[Batch], masks: Sequence[PackedMasks]) -> StepResult:
+        config, device = self.model.config, batches[0].source.device
+        self.model.zero_grad()
+        loss = torch.zeros((), device=device)
+        for number, (batch, mask) in enumerate(zip(batches, masks, strict=True), start=1):
+            with synchronised(self.model, self.wrapped, now=number == len(batches)):
+                with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
+                    part = self.wrapped(batch.source, batch.target, batch.params, mask) / len(batches)
+                part.backward()
+            loss += part.detach()
+        norm = gradient_norm(self.model.parameters())
+        if config.optim.clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), config.optim.clip, norm)
+        return StepResult(loss, norm, ~torch.isfinite(norm))
+
+
 def train_step(
     model: WorldModel,
-    wrapped: nn.Module,
+    gradient: Gradient,
     optimizer: torch.optim.Optimizer,
     batches: Sequence[Batch],
     masks: Sequence[PackedMasks],
     values: Values,
 ) -> StepResult:
-    """Accumulate the gradient of `batches`, clip it, step, and move the target encoder.
+    """Compute the gradient of `batches`, step, and move the target encoder.
 
-    `wrapped` is `parallel.wrap(model, …)`; `values` are this step's from schedules.py.
+    `values` are this step's from schedules.py.
     """
-    device = batches[0].source.device
     set_values(optimizer, values.lr, values.weight_decay)
-    optimizer.zero_grad()
-    bf16 = model.config.train.precision == "bf16"
-    loss = torch.zeros((), device=device)
-    for number, (batch, mask) in enumerate(zip(batches, masks, strict=True), start=1):
-        with synchronised(model, wrapped, now=number == len(batches)):
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                part = wrapped(batch.source, batch.target, batch.params, mask) / len(batches)
-            part.backward()
-        loss += part.detach()
-    norm = gradient_norm(model.parameters())
-    skipped = ~torch.isfinite(norm)
-    if model.config.optim.clip is not None:
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), model.config.optim.clip, norm)
-    step_unless(optimizer, skipped)
+    result = gradient(batches, masks)
+    step_unless(optimizer, result.skipped)
     model.update_target(values.ema)
-    return StepResult(loss, norm, skipped)
+    return result

@@ -103,3 +103,23 @@ def test_a_window_as_wide_as_the_longest_sequence_changes_no_value(monkeypatch: 
         with torch.autocast("cuda", torch.bfloat16):
             results.append(layer(tokens, packing).float())
     torch.testing.assert_close(results[0], results[1], atol=2e-2, rtol=2e-2)
+
+
+HOPPER = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="no Hopper GPU here"
+)
+
+
+@HOPPER
+@pytest.mark.parametrize("packed", [False, True])
+def test_short_sequences_by_the_projects_own_kernels_are_as_fused(packed: bool) -> None:
+    layer = Attention(384, num_heads=12).cuda()
+    packing = pack(torch.arange(196) < torch.tensor([[196], [101]]), None).to(torch.device("cuda")) if packed else None
+    tokens = torch.randn(*((1, 297) if packed else (2, 196)), 384, device="cuda")
+    results = []
+    for short in (False, True):
+        use_attention(layer, fused=True, short=short)
+        with torch.autocast("cuda", torch.bfloat16):
+            assert (attention_kernel(layer, tokens, packing) == "triton") == short
+            results.append(layer(tokens, packing).float())
+    torch.testing.assert_close(results[0], results[1], atol=2e-2, rtol=2e-2)

@@ -11,8 +11,8 @@ from iwm.training.signals import StopWish
 from tests.training.runs import arguments, finish, metrics, train_here
 
 STEPS, COMPARED, WARM = 500, 24, 3
-GRAPHS = 8
-"""Embedding and block of both encoders, placing, block and finishing of the predictor, the loss."""
+GRAPHS = 11
+"""Embedding, block and norm of both encoders, placing, block and finishing of the predictor, norm of targets, loss."""
 
 
 class StopAfter(StopWish):

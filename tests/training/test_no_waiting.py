@@ -12,6 +12,7 @@ from dali_pipelines.loader import Batch
 from iwm.config import Action, Masking, Optim, Train
 from iwm.masking import PackedMasks
 from iwm.models.world_model import WorldModel
+from iwm.training.cuda_graph import WARM_UP, gradient_for
 from iwm.training.optim import build_optimizer
 from iwm.training.parallel import wrap
 from iwm.training.schedules import Values
@@ -48,20 +49,20 @@ def prepared(kind: str, conditioning: str, device: torch.device) -> tuple[Any, .
     )
     here = replace(alone(), device=device)
     model = WorldModel(config).prepare(device, compiled=config.train.compile)
-    wrapped = wrap(model, here, 1)
+    gradient, _ = gradient_for(model, wrap(model, here, 1), here)
     optimizer, _ = build_optimizer(model, config.optim, device)
     batch = batch_of(0, BATCH, 0)
     batch = Batch(*(part.to(device) for part in batch[:3]), batch.label, batch.keys)
-    return config, here, model, wrapped, optimizer, batch
+    return config, here, model, gradient, optimizer, batch
 
 
 @pytest.mark.parametrize(("kind", "conditioning"), VARIANTS)
 def test_no_operator_of_a_step_reads_a_value_back(kind: str, conditioning: str) -> None:
-    config, here, model, wrapped, optimizer, batch = prepared(kind, conditioning, torch.device("cpu"))
+    config, here, model, gradient, optimizer, batch = prepared(kind, conditioning, torch.device("cpu"))
     values = Values(lr=1e-3, weight_decay=0.1, ema=0.9)
     masks: PackedMasks = masks_for(config, here, 0, 0, BATCH)
     with NoReads():
-        train_step(model, wrapped, optimizer, [batch], [masks], values)
+        train_step(model, gradient, optimizer, [batch], [masks], values)
 
 
 def test_the_check_finds_what_it_looks_for() -> None:
@@ -74,12 +75,13 @@ def test_the_check_finds_what_it_looks_for() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: torch's sync debug mode watches GPUs")
 @pytest.mark.parametrize(("kind", "conditioning"), VARIANTS)
 def test_torch_sees_no_synchronisation_in_a_step_on_a_gpu(kind: str, conditioning: str) -> None:
-    config, here, model, wrapped, optimizer, batch = prepared(kind, conditioning, torch.device("cuda", 0))
     values = Values(lr=1e-3, weight_decay=0.1, ema=0.9)
-    for step in range(5):
-        torch.cuda.set_sync_debug_mode("error" if step >= 3 else "default")
-        try:
-            masks = masks_for(config, here, step, 0, BATCH)
-            train_step(model, wrapped, optimizer, [batch], [masks], values)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    with torch.cuda.stream(torch.cuda.Stream()):
+        config, here, model, gradient, optimizer, batch = prepared(kind, conditioning, torch.device("cuda", 0))
+        for step in range(WARM_UP + 4):
+            torch.cuda.set_sync_debug_mode("error" if step > WARM_UP else "default")
+            try:
+                masks = masks_for(config, here, step, 0, BATCH)
+                train_step(model, gradient, optimizer, [batch], [masks], values)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")

@@ -20,7 +20,7 @@ from iwm.training.distributed import World, world
 from iwm.training.optim import build_optimizer
 from iwm.training.parallel import whole, wrap
 from iwm.training.schedules import Values
-from iwm.training.step import masks_for, train_step
+from iwm.training.step import Gradient, masks_for, train_step
 from tests.training.runs import tiny_config
 
 BATCH, STEPS = 8, 4
@@ -43,7 +43,7 @@ def trajectory(here: World, accumulation: int = 1, train: Train = FP32) -> tuple
     config = replace(tiny_config(Path("unused"), STEPS), train=train, optim=Optim(clip=0.5))
     torch.manual_seed(0)
     model = WorldModel(config).prepare(here.device, compiled=train.compile)
-    wrapped = wrap(model, here, accumulation)
+    gradient = Gradient(model, wrap(model, here, accumulation))
     optimizer, _ = build_optimizer(model, config.optim, here.device)
     size = BATCH // here.size // accumulation
     losses = []
@@ -52,7 +52,7 @@ def trajectory(here: World, accumulation: int = 1, train: Train = FP32) -> tuple
         batches = [batch_of((part * here.size + here.rank) * size, size, step) for part in parts]
         masks = [masks_for(config, here, step, part, size) for part in parts]
         values = Values(lr=1e-2, weight_decay=0.1, ema=0.9)
-        result = train_step(model, wrapped, optimizer, batches, masks, values)
+        result = train_step(model, gradient, optimizer, batches, masks, values)
         losses.append(here.mean(result.loss.clone()).item())
     return {name: whole(value) for name, value in model.state_dict().items()}, losses
 

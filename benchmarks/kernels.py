@@ -1,0 +1,220 @@
+"""Times of the step's own kernels on a GPU, each beside what torch has for it.
+
+python benchmarks/kernels.py [products] [attention] [mlp] [--tilings] [--json FILE]
+
+products: the matrix products of the B/16 recipe, forward, and of the gradients, in TFLOP/s. attention: short_attention
+beside cuDNN's, flash and variable-length attention. mlp: GELU forward; its gradient with that of the bias. Each is the
+median of 50 calls that were issued before the first began, so that launching does not count. Rivals' backward passes of
+attention include making one buffer of the gradients of queries, keys and values. --tilings: also other tilings.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+from mistakes import BenchmarkError, make_room_for
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.varlen import varlen_attn
+
+from iwm.kernels import mlp
+from iwm.kernels.gelu import gelu, slope
+from iwm.kernels.mlp import MlpTiling, gelu_backward_bias
+from iwm.kernels.short_attention import TILINGS, AttentionTiling, attend, attend_backward
+
+IMAGES, PATCHES, HEADS = 256, 196, 12
+CONTEXT, WHOLE = 26_992, IMAGES * PATCHES
+"""Tokens of the context encoder's buffer, and of the target encoder and the predictor."""
+PARTS = (("context", CONTEXT, 768), ("target", WHOLE, 768), ("predictor", WHOLE, 384))
+SHAPES = {"predictor": (32, False), "target": (64, False), "context": (64, True)}
+"""Dimension of a head; whether sequences are packed."""
+OTHERS: dict[str, tuple[AttentionTiling, ...]] = {
+    "predictor": (
+        AttentionTiling(32, 128, 16, 4, 3),
+        AttentionTiling(64, 64, 16, 4, 1, 168, 1, False),
+        AttentionTiling(32, 64, 16, 4, 1, 128, 1, False),
+        AttentionTiling(64, 256, 16, 8, 3, None, 2),
+    ),
+    "context": (AttentionTiling(32, 64, 16, 4, 1, 168), AttentionTiling(64, 128, 64, 8, 3)),
+}
+"""Tilings of the backward pass that compile without much spilling and were never timed."""
+OTHER_MLP = (MlpTiling(4, 256, 4, 1, 132 * 32), MlpTiling(8, 256, 4, 1, 132 * 32), MlpTiling(16, 128, 4, 3, 132 * 8))
+
+Line = dict[str, Any]
+What = Literal["products", "attention", "mlp"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Times of the step's own kernels."""
+
+    what: Annotated[tuple[What, ...], tyro.conf.Positional] = ("products", "attention", "mlp")
+    tilings: bool = False
+    """Also tilings that are not the default."""
+    json: Path | None = None
+    """File to write everything to."""
+
+
+def milliseconds(function: Callable[..., object], *arguments: object, repeats: int = 50) -> float:
+    """Median time of a call on the GPU."""
+    call = partial(function, *arguments)
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    call()
+    host = time.perf_counter() - begin
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    torch.cuda._sleep(int((host * repeats * 1.5 + 0.002) * 2e9))  # cycles, in which the host gets ahead
+    events[0].record()
+    for event in events[1:]:
+        call()
+        event.record()
+    torch.cuda.synchronize()
+    return statistics.median(one.elapsed_time(other) for one, other in pairwise(events))
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+
+def products(options: Options) -> Iterator[Line]:
+    """Every matrix product of a block, by part."""
+    for part, rows, width in PARTS:
+        for name, inputs, outputs in (
+            ("qkv", width, 3 * width), ("proj", width, width), ("fc1", width, 4 * width), ("fc2", 4 * width, width),
+        ):  # fmt: skip
+            x, grad = normal(rows, inputs), normal(rows, outputs)
+            weight, bias = normal(outputs, inputs), normal(outputs)
+            ms = {"forward": milliseconds(torch.addmm, bias, x, weight.t())}
+            if part != "target":
+                ms |= {"of x": milliseconds(torch.mm, grad, weight), "of weight": milliseconds(torch.mm, grad.t(), x)}
+            flops = 2e-9 * rows * inputs * outputs
+            line = {"part": part, "product": name, "rows": rows, "inputs": inputs, "outputs": outputs}
+            yield line | {f"tflops {which}": round(flops / took) for which, took in ms.items()}
+    square = normal(8192, 8192)
+    yield {"square": 8192, "tflops": round(2e-9 * 8192**3 / milliseconds(torch.mm, square, square))}
+
+
+def attention(options: Options) -> Iterator[Line]:
+    """Forward and backward pass of each part's attention, in microseconds."""
+    for part, (dim, packed) in SHAPES.items():
+        lengths = [PATCHES] * IMAGES
+        if packed:
+            generator = torch.Generator().manual_seed(0)
+            drawn = 105 + 14 * torch.randn(IMAGES, generator=generator)
+            lengths = [*drawn.round().clamp(0, PATCHES).int().tolist(), *[90] * 10]
+        offsets = torch.tensor([0, *lengths]).cumsum(0).int().cuda() if packed else None
+        qkv, grad = normal(sum(lengths), 3 * HEADS * dim), normal(sum(lengths), HEADS * dim)
+        for name, rival, backends in rivals(offsets):
+            with sdpa_kernel(backends):
+                leaf = qkv.detach().requires_grad_()
+                out = rival(leaf)
+                backward = milliseconds(partial(torch.autograd.grad, out, leaf, grad, retain_graph=True))
+                with torch.no_grad():
+                    forward = milliseconds(rival, qkv)
+            yield {"attention": part, "kernel": name, "us forward": 1e3 * forward, "us backward": 1e3 * backward}
+        out, lse = attend(qkv, HEADS, offsets, PATCHES)
+        key = ("backward", "packed" if packed else "dense", dim)
+        default = TILINGS[key]
+        for tiling in (default, *(OTHERS.get(part, ()) if options.tilings else ())):
+            TILINGS[key] = tiling
+            forward = milliseconds(attend, qkv, HEADS, offsets, PATCHES)
+            backward = milliseconds(attend_backward, grad, qkv, out, lse, HEADS, offsets, PATCHES)
+            line = {"attention": part, "kernel": "triton", "tiling": tiling}
+            yield line | {"us forward": 1e3 * forward, "us backward": 1e3 * backward}
+        TILINGS[key] = default
+
+
+def rivals(offsets: Tensor | None) -> Iterator[tuple[str, Callable[[Tensor], Tensor], list[SDPBackend]]]:
+    """Name, attention from qkv [t, 3 · heads · dim] to [t, heads · dim], and backends of SDPA that it may take."""
+    if offsets is not None:
+
+        def packed(qkv: Tensor) -> Tensor:
+            q, k, v = qkv.unflatten(1, (3, HEADS, -1)).unbind(1)
+            out = varlen_attn(q, k, v, offsets, offsets, PATCHES, PATCHES)
+            assert isinstance(out, Tensor)  # it is a tuple only where more is asked for
+            return out.flatten(1)
+
+        yield "varlen", packed, [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+        return
+
+    def dense(qkv: Tensor) -> Tensor:
+        q, k, v = qkv.view(IMAGES, PATCHES, 3, HEADS, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(len(qkv), -1)
+
+    yield "cudnn", dense, [SDPBackend.CUDNN_ATTENTION]
+    yield "flash", dense, [SDPBackend.FLASH_ATTENTION]
+
+
+def mlps(options: Options) -> Iterator[Line]:
+    """GELU, and its gradient with the bias's, in milliseconds."""
+    exact, ours, two = (torch.compile(function, dynamic=False) for function in (F.gelu, _gelu, _apart))
+    for rows, columns in ((CONTEXT, 3072), (WHOLE, 1536)):
+        x, grad = normal(rows, columns), normal(rows, columns)
+        shape = {"rows": rows, "columns": columns}
+        yield {"gelu": "torch", **shape, "ms": milliseconds(exact, x)}
+        yield {"gelu": "iwm", **shape, "ms": milliseconds(ours, x)}
+        yield {"gelu backward": "two kernels", **shape, "ms": milliseconds(two, grad, x)}
+        default = mlp.TILING
+        for tiling in (default, *(OTHER_MLP if options.tilings else ())):
+            mlp.TILING = tiling
+            yield {"gelu backward": "one kernel", **shape, "tiling": tiling, "ms": milliseconds(_together, grad, x)}
+        mlp.TILING = default
+
+
+def _gelu(x: Tensor) -> Tensor:
+    return gelu(x.float()).to(x.dtype)
+
+
+def _apart(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    dx = (grad.float() * slope(x.float())).to(x.dtype)
+    return dx, dx.sum(0, dtype=torch.float32)
+
+
+def _together(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    dx, sums = gelu_backward_bias(grad, x)
+    return dx, sums.sum(0)
+
+
+MEASURES: dict[What, Callable[[Options], Iterable[Line]]] = {
+    "products": products,
+    "attention": attention,
+    "mlp": mlps,
+}
+
+
+def main() -> int:
+    options = tyro.cli(Options, description=__doc__, prog="benchmarks/kernels.py")
+    try:
+        if not torch.cuda.is_available():
+            raise BenchmarkError("torch sees no GPU here, and kernels are timed on one")
+        if options.json is not None:
+            make_room_for("--json", options.json)
+    except BenchmarkError as error:
+        print(f"benchmarks/kernels.py: {error}", file=sys.stderr)
+        return 1
+    lines: list[Line] = [{"device": torch.cuda.get_device_name(), "torch": torch.__version__}]
+    for what in options.what:
+        for line in MEASURES[what](options):
+            lines.append({name: round(value, 4) if isinstance(value, float) else value for name, value in line.items()})
+            print(json.dumps(lines[-1]), flush=True)
+    if options.json is not None:
+        options.json.write_text(json.dumps(lines, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""The exact GELU for 16-bit activations, in half the instructions.
+
+Compiled, torch's own is libdevice's erf and exp: 36 instructions an element forward, 51 backward (SASS for sm_90). In
+the time of an H200's memory (4.2 TB/s) it issues 31 and 46 at best, so arithmetic bounds both. This is 18 and 25, in
+float32 too. With the normal distribution's tail Q(a) = erfc(a / sqrt 2) / 2 = Phi(-a) at a = |x|,
+
+    gelu(x)  = max(x, 0) - a Q(a)
+    gelu'(x) = Phi(x) + x phi(x),    Phi(x) = Q(a) for x < 0, 1 - Q(a) otherwise.
+
+log2 Q is so smooth that a polynomial of degree 10 will do, and exp2 of a float32 is one instruction. Errors are
+relative to Q then: the negative tail, where 1 + erf cancels, keeps its digits. torch's here has a perfect erf:
+
+| largest error | here | torch's |
+| --- | --- | --- |
+| of gelu, of gelu' | 2.4e-7, 5.3e-7 | 4.5e-7, 1.3e-7 |
+| of gelu, relative, -4 < x < 0 | 1.9e-6 | 4.7e-4 |
+| of gelu in bfloat16: one unit in the last place | from x = -9.5 on | from x = -4.8 on |
+| and not the nearest, of all 65280 | 189 | 197 |
+
+Below -9 gelu is under 1e-17 and goes to zero. Infinities give the limits; NaN stays NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LOG2_TAIL = (
+    -9.9999887e-01, -1.1511459e+00, -4.5896468e-01, -5.3048454e-02, 7.6745492e-03, -4.9833243e-04,
+    -7.305449e-05, 2.3738636e-05, -2.8820807e-06, 1.7573329e-07, -4.41573e-09,
+)  # fmt: skip
+"""Coefficients of log2 Q(a), lowest first, from fit.py: minimax for Q's relative error, which is 7.7e-7 up to a = 4 and
+grows to 7.7e-4 at 9. The last is negative, so beyond that the polynomial falls to -inf, and exp2 makes it zero."""
+
+LOG2_DENSITY = (-math.log2(math.tau) / 2, -math.log2(math.e) / 2)
+"""log2 phi(x), phi the normal density: a constant, and the coefficient of x squared."""
+FAR = 16.0
+"""Q and phi are zero in float32 from here on: bounds what they multiply, for infinity times zero is NaN."""
+
+
+def tail(a: Tensor) -> Tensor:
+    """Q(a) = Phi(-a), float32, a >= 0."""
+    exponent = LOG2_TAIL[-1] * a + LOG2_TAIL[-2]
+    for coefficient in reversed(LOG2_TAIL[:-2]):
+        exponent = exponent * a + coefficient
+    return torch.exp2(exponent)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """x Phi(x), float32. `where`, not clamp and relu: those test for NaN, which the tail keeps already."""
+    a = x.abs()
+    return torch.where(x > 0, x, 0.0) - torch.where(a < FAR, a, FAR) * tail(a)
+
+
+def slope(x: Tensor) -> Tensor:
+    """gelu'(x) = Phi(x) + x phi(x), float32."""
+    a, below = x.abs(), tail(x.abs())
+    density = torch.exp2(x * x * LOG2_DENSITY[1] + LOG2_DENSITY[0])
+    return torch.where(x < 0, below, 1 - below) + torch.where(a < FAR, x, 0.0) * density
+
+
+class GeluFunction(torch.autograd.Function):
+    """gelu of any floating type by way of float32, which saves its input alone."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return gelu(x.float()).to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (gradient,), (x,) = gradients, ctx.saved_tensors
+        return (gradient.float() * slope(x.float())).to(x.dtype)
+
+
+class Gelu(nn.Module):
+    """nn.GELU; by GeluFunction where it is compiled for a GPU and x has 16 bits.
+
+    Elsewhere that would be thirty kernels (eager), slower (compiled on a CPU, 1.2 times) or not exact (float32).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        short = torch.compiler.is_compiling() and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+        y: Tensor = GeluFunction.apply(x) if short else F.gelu(x)
+        return y

@@ -1,0 +1,147 @@
+"""The MLP's fused backward pass, interpreted on a CPU, beside autograd in float64."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which timm does
+pytest.importorskip("triton")
+
+import timm.layers
+import triton.language as tl
+from timm.models.vision_transformer import Block, VisionTransformer
+from triton.runtime import interpreter
+
+from iwm.kernels import gelu, mlp
+from iwm.kernels.gelu import Gelu
+from iwm.kernels.mlp import LinearGelu, Mlp, MlpTiling, gelu_backward_bias
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+_patch_lang = interpreter._patch_lang
+
+
+def _loops_over_loaded_bounds(kernel: object) -> object:
+    """Triton 3.6 makes integers of arrays of one element, which numpy refuses since 2.4."""
+    scope = _patch_lang(kernel)
+    tl.core.tensor.__index__ = lambda self: self.handle.data.item()  # the scope takes it back
+    return scope
+
+
+interpreter._patch_lang = _loops_over_loaded_bounds
+
+
+def _close(ours: Tensor, exact: Tensor, within: float) -> None:
+    assert (ours.double() - exact).norm() <= within * exact.norm()
+
+
+def _fuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the GPU's branch here, with few programs: an interpreter is slow."""
+    monkeypatch.setattr(Mlp, "fuses", lambda self, x: torch.is_grad_enabled())
+    monkeypatch.setattr(mlp, "TILING", MlpTiling(16, 128, 4, 2, 8))
+
+
+@pytest.mark.parametrize("dim", [40, 128, 384])
+@pytest.mark.parametrize("tokens", [0, 1, 7, 300])
+@pytest.mark.parametrize("config", [mlp.TILING._replace(programs=12), MlpTiling(16, 128, 4, 1, 6)])
+def test_kernel(tokens: int, dim: int, config: MlpTiling, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every element and every sum, with ways that have several steps, one or none, and blocks that are not whole."""
+    monkeypatch.setattr(mlp, "TILING", config)
+    torch.manual_seed(0)
+    x, grad_out = (torch.randn(tokens, dim, device=DEVICE).mul(scale).bfloat16() for scale in (3, 1))
+    exact = x.double().requires_grad_()
+    (expected,) = torch.autograd.grad(F.gelu(exact), exact, grad_out.double())
+    grad, sums = gelu_backward_bias(grad_out, x)
+    assert (grad.dtype, sums.dtype, sums.shape[1]) == (torch.bfloat16, torch.float32, dim)
+    torch.testing.assert_close(grad.double(), expected, rtol=2**-7, atol=1e-6)  # the interpreter cuts bf16 off
+    torch.testing.assert_close(sums.double().sum(0), expected.sum(0), rtol=1e-5, atol=1e-5)
+
+
+def test_slope_of_every_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is gelu.slope's: one token's sums are what the kernel has before rounding. NaN and infinities among them."""
+    monkeypatch.setattr(mlp, "TILING", MlpTiling(1, 8192, 4, 1, 8))
+    x = torch.arange(2**16, device=DEVICE).to(torch.uint16).view(torch.bfloat16)[None]
+    grad, sums = gelu_backward_bias(torch.ones_like(x), x)
+    expected = gelu.slope(x.float())
+    torch.testing.assert_close(sums, expected, rtol=1e-5, atol=2e-7, equal_nan=True)
+    torch.testing.assert_close(grad.float(), expected, rtol=2**-7, atol=2e-7, equal_nan=True)
+
+
+@pytest.mark.parametrize("rows", [(50,), (1, 50), (2, 25)])
+def test_gradients(rows: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of input, weight and bias, in float32 as those are, of rows in any arrangement."""
+    monkeypatch.setattr(mlp, "TILING", MlpTiling(16, 128, 4, 2, 8))
+    torch.manual_seed(0)
+    inputs = [torch.randn(*shape, device=DEVICE) for shape in ((*rows, 24), (200, 24), (200,))]
+    ours = [value.clone().requires_grad_() for value in inputs]
+    exact = [value.double().requires_grad_() for value in inputs]
+    grad_out = torch.randn(*rows, 200, device=DEVICE).bfloat16()
+    y, expected = LinearGelu.apply(*ours), F.gelu(F.linear(*exact))
+    _close(y, expected, 1e-2)
+    grads, expected_grads = (
+        torch.autograd.grad(y, ours, grad_out),
+        torch.autograd.grad(expected, exact, grad_out.double()),
+    )
+    for grad, value, expected_grad in zip(grads, inputs, expected_grads, strict=True):
+        assert (grad.dtype, grad.shape) == (torch.float32, value.shape)
+        _close(grad, expected_grad, 1e-2)
+
+
+def test_operator_is_registered_soundly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mlp, "TILING", MlpTiling(16, 128, 4, 2, 8))
+    x = torch.randn(20, 40, device=DEVICE).bfloat16()
+    torch.library.opcheck(gelu_backward_bias, (torch.ones_like(x), x))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("rows", [(1, 20), (2, 10)])
+def test_blocks_compile_into_one_graph(
+    rows: tuple[int, int], checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A timm block in autocast: its output and every gradient are those of timm's own Mlp, and the kernel ran."""
+    torch.manual_seed(0)
+    make = partial(Block, 32, 2, qkv_bias=True, act_layer=Gelu)
+    plain, ours = make().to(DEVICE), make(mlp_layer=Mlp).to(DEVICE)
+    ours.load_state_dict(plain.state_dict(), strict=True)
+    x = torch.randn(*rows, 32, device=DEVICE)
+    _fuse(monkeypatch)
+    ran: list[int] = []
+
+    def run(block: Block, x: Tensor) -> Tensor:
+        return checkpoint(block, x, use_reentrant=False) if checkpointing else block(x)
+
+    def found(block: Block, run: object) -> list[Tensor]:
+        leaf = x.clone().requires_grad_()
+        with torch.autocast(DEVICE, torch.bfloat16), torch.profiler.profile() as profiled:
+            y = run(block, leaf)  # type: ignore[operator]
+            y.square().mean().backward()
+        ran.append(sum("gelu_backward_bias" in event.key for event in profiled.key_averages()))
+        return [y.detach(), leaf.grad, *(parameter.grad for parameter in block.parameters())]
+
+    expected = found(plain, run)
+    torch._dynamo.reset()
+    actual = found(ours, torch.compile(run, fullgraph=True, backend="aot_eager"))
+    assert ran == [0, 1]
+    for a, b in zip(actual, expected, strict=True):
+        assert a.dtype == b.dtype
+        _close(a, b.double(), 2e-2)
+
+
+def test_it_is_timms_elsewhere() -> None:
+    """Here and in float32 outputs are timm's to the bit, parameters have its names, and VisionTransformer takes it."""
+    torch.manual_seed(0)
+    make = partial(VisionTransformer, img_size=32, patch_size=16, embed_dim=32, depth=1, num_heads=2, act_layer=Gelu)
+    plain, ours = make(), make(mlp_layer=Mlp)
+    assert list(ours.state_dict()) == list(plain.state_dict())
+    assert list(Mlp(8, 16).state_dict()) == list(timm.layers.Mlp(8, 16).state_dict())
+    ours.load_state_dict(plain.state_dict())
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(ours(images), plain(images))

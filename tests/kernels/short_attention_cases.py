@@ -1,0 +1,241 @@
+"""The kernels of short attention, interpreted on a CPU, beside attention in fp32."""
+
+from __future__ import annotations
+
+import os
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+pytest.importorskip("triton")
+
+import triton.language as tl
+from triton.runtime import interpreter
+from triton.runtime.interpreter import TensorHandle
+
+import iwm.kernels.short_attention as module
+from iwm.kernels.short_attention import AttentionTiling, attend, attend_backward, projected_attention
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+WHOLE = 196 if torch.cuda.is_available() else 72
+"""Tokens of a long sequence: fewer where kernels are interpreted, which takes a second for 196."""
+
+_patch_lang, _create_dot = interpreter._patch_lang, interpreter.InterpreterBuilder.create_dot
+
+
+def _loops_over_loaded_bounds(kernel: object) -> object:
+    """Triton 3.6 makes integers of arrays of one element, which numpy refuses since 2.4."""
+    scope = _patch_lang(kernel)
+    tl.core.tensor.__index__ = lambda self: self.handle.data.item()  # the scope takes it back
+    return scope
+
+
+def _products_of_bf16(self: object, a: TensorHandle, b: TensorHandle, *rest: object) -> TensorHandle:
+    """Triton 3.6 keeps bf16 as uint16, and multiplies it as such."""
+
+    def widen(x: TensorHandle) -> TensorHandle:
+        return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    return _create_dot(self, *(widen(x) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b)), *rest)
+
+
+interpreter._patch_lang = _loops_over_loaded_bounds
+interpreter.InterpreterBuilder.create_dot = _products_of_bf16
+
+
+def short_attention(qkv: Tensor, heads: int, offsets: Tensor | None, length: int) -> Tensor:
+    """Attention of what is projected already: the projection is the identity, which is exact."""
+    return projected_attention(qkv, torch.eye(qkv.shape[1], device=DEVICE).bfloat16(), None, heads, offsets, length)
+
+
+def _reference(qkv: Tensor, heads: int, lengths: list[int]) -> Tensor:
+    outs = []
+    for part in qkv.split(lengths):
+        q, k, v = part.unflatten(1, (3, heads, -1)).permute(1, 2, 0, 3)
+        weights = (q @ k.transpose(1, 2) * q.shape[-1] ** -0.5).softmax(-1)
+        outs.append((weights @ v).transpose(0, 1).flatten(1))
+    return torch.cat(outs)
+
+
+def _inputs(tokens: int, heads: int, dim: int, scale: float = 1.5) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    qkv = (torch.randn(tokens, 3 * heads * dim, device=DEVICE) * scale).bfloat16().requires_grad_()
+    return qkv, torch.randn(tokens, heads * dim, device=DEVICE).bfloat16()
+
+
+def _check(qkv: Tensor, grad_out: Tensor, heads: int, lengths: list[int], offsets: Tensor | None, length: int) -> None:
+    out = short_attention(qkv, heads, offsets, length)
+    (grad,) = torch.autograd.grad(out, qkv, grad_out)
+    exact = qkv.detach().float().requires_grad_()
+    expected = _reference(exact, heads, lengths)
+    (expected_grad,) = torch.autograd.grad(expected, exact, grad_out.float())
+    assert out.dtype == grad.dtype == torch.bfloat16
+    for ours, theirs in ((out.detach(), expected.detach()), (grad, expected_grad)):
+        error = (ours.float() - theirs).norm() / theirs.norm()
+        assert error < 1.2e-2  # the interpreter cuts bf16 off where a GPU rounds, which doubles it
+        torch.testing.assert_close(ours.float(), theirs, rtol=3e-2, atol=1e-2 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("dim", [16, 24, 32, 64])
+@pytest.mark.parametrize("length", [5, WHOLE])
+def test_dense(dim: int, length: int) -> None:
+    qkv, grad_out = _inputs(2 * length, 2, dim)
+    _check(qkv, grad_out, 2, [length] * 2, None, length)
+
+
+@pytest.mark.parametrize("dim", [24, 32, 64])
+@pytest.mark.parametrize("lengths", [[7, 0, 40, 1], [0, 130, 17, WHOLE, 0]])
+def test_packed(dim: int, lengths: list[int]) -> None:
+    offsets = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
+    qkv, grad_out = _inputs(sum(lengths), 2, dim)
+    _check(qkv, grad_out, 2, lengths, offsets, max(lengths))
+
+
+def test_scores_far_below_zero_stay_finite() -> None:
+    """Weights of the keys that pad a tile would overflow where every true score is far below that of a zero key."""
+    qkv, grad_out = _inputs(40, 1, 32)
+    with torch.no_grad():
+        qkv[:, :32], qkv[:, 32:64] = 8, -8 + qkv[:, 32:64] / 8
+    _check(qkv, grad_out, 1, [40], None, 40)
+
+
+def test_tokens_reach_their_own_sequence_alone() -> None:
+    lengths = [9, 14, 6]
+    offsets = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
+    qkv, grad_out = _inputs(sum(lengths), 2, 32)
+    grad_out[9:23] = 0
+    (grad,) = torch.autograd.grad(short_attention(qkv, 2, offsets, 20), qkv, grad_out)
+    assert (grad[9:23] == 0).all()
+    assert (grad[:9] != 0).any()
+    assert (grad[23:] != 0).any()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_operator_is_registered_soundly(packed: bool) -> None:
+    qkv, _ = _inputs(20, 2, 16)
+    offsets = torch.tensor([0, 12, 12, 20], dtype=torch.int32, device=DEVICE) if packed else None
+    torch.library.opcheck(attend, (qkv.detach(), 2, offsets, 20))
+
+
+def test_compiles_into_one_graph() -> None:
+    qkv, grad_out = _inputs(20, 2, 16)
+    compiled = torch.compile(lambda x: short_attention(x * 1, 2, None, 10) * 1, fullgraph=True, backend="aot_eager")
+    (grad,) = torch.autograd.grad(compiled(qkv), qkv, grad_out)
+    (eager,) = torch.autograd.grad(short_attention(qkv, 2, None, 10), qkv, grad_out)
+    assert torch.equal(grad, eager)
+
+
+BACKWARD = [
+    AttentionTiling(32, 128, 16, 4, 2),
+    AttentionTiling(64, 64, 16, 4, 1, 168, 1, False),
+    AttentionTiling(32, 64, 16, 4, 1, 128, 1, False),
+    AttentionTiling(64, 256, 16, 8, 3, None, 2),
+    AttentionTiling(32, 64, 32, 4, 2, None, 2),
+    AttentionTiling(16, 32, 16, 4, 1, None, 2, False),
+]
+
+
+@pytest.mark.parametrize("tiling", BACKWARD)
+@pytest.mark.parametrize(("lengths", "dim"), [(None, 32), ([7, 0, WHOLE, 64, 0, 1], 24)])
+def test_every_division_of_the_keys(
+    tiling: AttentionTiling, lengths: list[int] | None, dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(module.TILINGS, ("backward", "dense" if lengths is None else "packed", 32), tiling)
+    parts = lengths or [WHOLE]
+    heads = 2 if lengths is None else 1
+    offsets = None if lengths is None else torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
+    qkv, grad_out = _inputs(sum(parts), heads, dim)
+    _check(qkv, grad_out, heads, parts, offsets, WHOLE)
+    _check_sums(qkv.detach(), grad_out, heads, parts, offsets, WHOLE)
+
+
+def _check_sums(
+    qkv: Tensor, grad_out: Tensor, heads: int, lengths: list[int], offsets: Tensor | None, length: int
+) -> None:
+    """What is summed are the rows that are there, each once: to what the written gradient's rounding allows."""
+    out, lse = attend(qkv, heads, offsets, length)
+    grad, sums = attend_backward(grad_out, qkv, out, lse, heads, offsets, length)
+    ends = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    expected = torch.stack([grad[a:b].double().sum(0) for a, b in pairwise(ends)]).view_as(sums)
+    assert sums.dtype == torch.float32
+    room = max(lengths) ** 0.5 * 2**-7 * float(grad.float().abs().max())
+    torch.testing.assert_close(sums.double(), expected, rtol=1e-5, atol=room)
+    torch.testing.assert_close(sums[:, 0].double(), expected[:, 0], rtol=1e-5, atol=1e-5)  # dQ is summed as written
+    assert (sums[[i for i, count in enumerate(lengths) if not count]] == 0).all()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_no_token_at_all(packed: bool) -> None:
+    qkv, grad_out = _inputs(0, 2, 16)
+    offsets = torch.zeros(4, dtype=torch.int32, device=DEVICE) if packed else None
+    out, lse = attend(qkv.detach(), 2, offsets, 10)
+    grad, sums = attend_backward(grad_out, qkv.detach(), out, lse, 2, offsets, 10)
+    assert grad.shape == (0, 96)
+    assert sums.shape == (3 if packed else 0, 3, 2, 16)
+    assert (sums == 0).all()
+
+
+def _projection(tokens: int, dim: int, biased: bool, kind: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    torch.manual_seed(1)
+    w = 2 * dim
+    values = [torch.randn(tokens, w), torch.randn(3 * w, w) * w**-0.5, torch.randn(3 * w)]
+    values = [value.to(DEVICE, kind if i == 0 else torch.float32) for i, value in enumerate(values)]
+    return [value.requires_grad_() for value in values[: 3 if biased else 2]], torch.randn(tokens, w, device=DEVICE)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [None, [7, 0, 130, 1, 0]])
+def test_projection_and_its_gradients(biased: bool, kind: torch.dtype, lengths: list[int] | None) -> None:
+    parts = lengths or [40, 40]
+    offsets = None if lengths is None else torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
+    inputs, grad_out = _projection(sum(parts), 32, biased, kind)
+    x, weight, bias = (*inputs, None)[:3]
+    with torch.autocast(DEVICE, torch.bfloat16):
+        out = projected_attention(x, weight, bias, 2, offsets, max(parts))
+    grads = torch.autograd.grad(out, inputs, grad_out.to(out.dtype))
+    exact = [value.detach().double().requires_grad_() for value in inputs]
+    qkv = exact[0] @ exact[1].t() + (exact[2] if biased else 0)
+    expected = _reference(qkv, 2, parts)
+    expected_grads = torch.autograd.grad(expected, exact, grad_out.double())
+    assert out.dtype == torch.bfloat16
+    assert [grad.dtype for grad in grads] == [value.dtype for value in inputs]
+    for ours_, theirs in zip((out.detach(), *grads), (expected.detach(), *expected_grads), strict=True):
+        assert (ours_.double() - theirs).norm() < 2e-2 * theirs.norm()
+    if biased:  # that of the keys' bias is 0: it adds one number to all scores of a query
+        size = expected_grads[2].norm()
+        assert grads[2][64:128].norm() < 3e-2 * size
+        room = 3e-2 if DEVICE == "cuda" else 8e-2  # what the interpreter cuts off bf16 all errs to one side
+        assert (grads[2] - expected_grads[2])[:64].norm() < room * expected_grads[2][:64].norm()
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_projection_compiles_into_one_graph(biased: bool, packed: bool) -> None:
+    offsets = torch.tensor([0, 12, 12, 20], dtype=torch.int32, device=DEVICE) if packed else None
+    inputs, grad_out = _projection(20, 16, biased, torch.float32)
+
+    def projected(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return projected_attention(x * 1, weight, bias, 2, offsets, 20 if packed else 10) * 1
+
+    compiled = torch.compile(projected, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (compiled, projected):
+        with torch.autocast(DEVICE, torch.bfloat16):
+            out = function(*inputs)
+        results.append(torch.autograd.grad(out, inputs, grad_out.to(out.dtype)))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_backward_operator_is_registered_soundly(packed: bool) -> None:
+    qkv, grad_out = (value.detach() for value in _inputs(20, 2, 16))
+    offsets = torch.tensor([0, 12, 12, 20], dtype=torch.int32, device=DEVICE) if packed else None
+    out, lse = attend(qkv, 2, offsets, 20)
+    torch.library.opcheck(attend_backward, (grad_out, qkv, out, lse, 2, offsets, 20))
