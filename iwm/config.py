@@ -145,6 +145,10 @@ class Schedule:
     """Optimiser steps in all; replaces epochs, with the warm-up's share of the run unchanged."""
 
 
+AttentionKind = Literal["auto", "triton", "fused", "plain"]
+ResidualKind = Literal["auto", "bf16", "fp32"]
+
+
 @dataclass(frozen=True)
 class Train:
     """How the step is computed."""
@@ -159,7 +163,7 @@ class Train:
     """`bf16`: autocast; parameters, optimiser and EMA stay float32."""
     compile: bool = True
     """torch.compile each block of encoders and predictor."""
-    attention: Literal["auto", "triton", "fused", "plain"] = "auto"
+    attention: AttentionKind = "auto"
     """`triton`: the project's own kernels for bf16 sequences of at most 256 tokens on a GPU, else as `fused`. `fused`:
     scaled_dot_product_attention. `plain`: matmul, softmax, matmul; faster on a CPU. `auto`: `triton` on a Hopper GPU,
     which they were measured on, `fused` on another GPU, `plain` on a CPU."""
@@ -169,7 +173,7 @@ class Train:
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """How several processes share a model. `ddp`: each has all of it. `fsdp`: parameters, gradients and moments are
     divided (FSDP2), for encoders that do not fit otherwise."""
-    residual: Literal["auto", "bf16", "fp32"] = "auto"
+    residual: ResidualKind = "auto"
     """Precision of the residual stream under bf16 autocast. `bf16`: fewer bytes, a faster step. `fp32`: I-JEPA's code.
     `auto`: bf16 on a GPU, fp32 on a CPU."""
     cuda_graph: bool = True

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from iwm.actions import ActionSpec, action_spec
-from iwm.config import Config, ConfigError
+from iwm.config import AttentionKind, Config, ConfigError
 from iwm.evaluation.bank import Context
-from iwm.models.attention import AttentionKind, settle
+from iwm.models.attention import settle
 from iwm.models.backbone import Backbone, backbone_of
 from iwm.models.foreign import ForeignError, MaeDecoder, NoDecoderError, load_foreign
 from iwm.models.predictor import Predictor

@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Float, Real
 from torch import Tensor, nn
 
-from iwm.models.attention import AttentionKind, settle
+from iwm.config import AttentionKind
+from iwm.models.attention import settle
 from iwm.models.backbone import Backbone
 from iwm.models.reader import Reader
 

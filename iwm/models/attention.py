@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +13,9 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.profiler import ProfilerActivity, profile
 
 from iwm.compat import HAS_TRITON, REPLANS_CUDNN_VARLEN
+from iwm.config import AttentionKind
 from iwm.kernels.short_attention import LONGEST, projected_attention
 from iwm.packing import Packing, take
-
-AttentionKind = Literal["auto", "triton", "fused", "plain"]
-"""Values of train.attention."""
 
 
 class Attention(TimmAttention):

@@ -9,8 +9,8 @@ from jaxtyping import Float, Real
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from iwm.config import ConfigError
-from iwm.models.attention import AttentionKind, settle
+from iwm.config import AttentionKind, ConfigError
+from iwm.models.attention import settle
 from iwm.models.encoder import Encoder
 from iwm.models.foreign import ForeignEncoder
 from iwm.models.layers import compile_parts, run_blocks, set_drop_path

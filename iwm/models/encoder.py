@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Real
@@ -11,6 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from iwm.config import Encoder as EncoderConfig
+from iwm.config import ResidualKind
 from iwm.kernels.gelu import Gelu
 from iwm.kernels.mlp import Mlp
 from iwm.models.attention import Attention
@@ -52,7 +51,7 @@ class Encoder(VisionTransformer):
         super().__init__(**timm_arguments(config, image_size), attn_layer=Attention, mlp_layer=Mlp, act_layer=Gelu)
         self.patch = config.patch
         self.checkpointing = checkpointing
-        self.residual: Literal["auto", "bf16", "fp32"] = "auto"
+        self.residual: ResidualKind = "auto"
         grid = image_size // config.patch
         self.pos_embed = nn.Parameter(sincos_positions(config.width, grid)[None], requires_grad=False)
         initialise(self, config.init)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from iwm.compat import allow_graphs
+from iwm.config import ResidualKind
 from iwm.packing import Packing
 
 
@@ -44,7 +45,7 @@ def resample_positions(
 
 
 def add_positions(
-    tokens: Float[Tensor, "*b n d"], positions: Float[Tensor, "... n d"], residual: Literal["auto", "bf16", "fp32"]
+    tokens: Float[Tensor, "*b n d"], positions: Float[Tensor, "... n d"], residual: ResidualKind
 ) -> Float[Tensor, "*b n d"]:
     """Tokens with positions, which begin the residual stream in the precision that all its sums then have.
 

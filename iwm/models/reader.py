@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from dali_pipelines.augmentation import Views
 from iwm.actions import action_spec
-from iwm.config import Action, Config, Encoder
+from iwm.config import Action, AttentionKind, Config, Encoder
 from iwm.config import Predictor as Shape
-from iwm.models.attention import AttentionKind, settle
+from iwm.models.attention import settle
 from iwm.models.backbone import Backbone, last_layers
 from iwm.models.foreign import MaeDecoder
 from iwm.models.layers import compile_parts, initialise, run_blocks, set_drop_path

@@ -1,7 +1,7 @@
 """The forward and backward passes of a step as one CUDA graph, which the host replays with a single call.
 
-A step of the B/16 recipe is about 2,000 kernels, which take the host 84 ms to issue where the GPU needs 101 ms to run
-them (H200): replayed, they follow one another without gaps, and the host has its time for the pipeline.
+A step of the B/16 recipe is about 2,000 kernels. One by one they take the host 80 ms to issue, where the GPU needs 98
+to run them (H100); with the graph the host's part is 11 ms.
 """
 
 from __future__ import annotations
