@@ -57,7 +57,7 @@ What = Literal["products", "attention", "mlp"]
 
 
 @dataclass(frozen=True)
-class Options:
+class Kernels:
     """Times of the step's own kernels."""
 
     what: Annotated[tuple[What, ...], tyro.conf.Positional] = ("products", "attention", "mlp")
@@ -90,7 +90,7 @@ def normal(*shape: int) -> Tensor:
     return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
 
 
-def products(options: Options) -> Iterator[Line]:
+def products(options: Kernels) -> Iterator[Line]:
     """Every matrix product of a block, by part."""
     for part, rows, width in PARTS:
         for name, inputs, outputs in (
@@ -108,7 +108,7 @@ def products(options: Options) -> Iterator[Line]:
     yield {"square": 8192, "tflops": round(2e-9 * 8192**3 / milliseconds(torch.mm, square, square))}
 
 
-def attention(options: Options) -> Iterator[Line]:
+def attention(options: Kernels) -> Iterator[Line]:
     """Forward and backward pass of each part's attention, in microseconds."""
     for part, (dim, packed) in SHAPES.items():
         lengths = [PATCHES] * IMAGES
@@ -159,7 +159,7 @@ def rivals(offsets: Tensor | None) -> Iterator[tuple[str, Callable[[Tensor], Ten
     yield "flash", dense, [SDPBackend.FLASH_ATTENTION]
 
 
-def mlps(options: Options) -> Iterator[Line]:
+def mlps(options: Kernels) -> Iterator[Line]:
     """GELU, and its gradient with the bias's, in milliseconds."""
     exact, ours, two = (torch.compile(function, dynamic=False) for function in (F.gelu, _gelu, _apart))
     for rows, columns in ((CONTEXT, 3072), (WHOLE, 1536)):
@@ -189,7 +189,7 @@ def _together(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return dx, sums.sum(0)
 
 
-MEASURES: dict[What, Callable[[Options], Iterable[Line]]] = {
+MEASURES: dict[What, Callable[[Kernels], Iterable[Line]]] = {
     "products": products,
     "attention": attention,
     "mlp": mlps,
@@ -197,7 +197,7 @@ MEASURES: dict[What, Callable[[Options], Iterable[Line]]] = {
 
 
 def main() -> int:
-    options = tyro.cli(Options, description=__doc__, prog="benchmarks/kernels.py")
+    options = tyro.cli(Kernels, description=__doc__, prog="benchmarks/kernels.py")
     try:
         if not torch.cuda.is_available():
             raise BenchmarkError("torch sees no GPU here, and kernels are timed on one")

@@ -35,11 +35,7 @@ def open_subject(config: Config, here: World) -> Session:
 
 def resident_batches(session: Session) -> list[Batch]:
     """The batches of one step out of the pipeline, copied out of its memory, to stay where they are."""
-    return [_copy(next(session.loader)) for _ in range(session.accumulation)]
-
-
-def _copy(batch: Batch) -> Batch:
-    return batch._replace(source=batch.source.clone(), target=batch.target.clone(), params=batch.params.clone())
+    return [next(session.loader).clone() for _ in range(session.accumulation)]
 
 
 def settling_steps(session: Session) -> int:

@@ -32,6 +32,10 @@ class Batch(NamedTuple):
     """None where the loader was given no label column."""
     keys: SampleKeys
 
+    def clone(self) -> Batch:
+        """This batch with views and params in memory of its own."""
+        return self._replace(source=self.source.clone(), target=self.target.clone(), params=self.params.clone())
+
 
 class ViewLoader(EndlessLoader[Views, Batch]):
     """Endless two-view batches of a split: pretraining's."""

@@ -10,7 +10,8 @@ column as well, and no visible patch is thrown away to make a batch rectangular.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -83,19 +84,16 @@ class PackedMasks(NamedTuple):
 
     def to(self, device: torch.device) -> PackedMasks:
         """On the device; the host does not wait for the copies."""
-        visible, queried = to_device(self.visible, device), to_device(self.queried, device)
-        rows = None if self.rows is None else self.rows.to(device)
-        return PackedMasks(visible, queried, self.context.to(device), rows)
+        return self.apply(partial(to_device, device=device))
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> PackedMasks:
+        """These masks with `function` of each tensor in its place."""
+        rows = None if self.rows is None else Packing(*map(function, self.rows))
+        return PackedMasks(function(self.visible), function(self.queried), Packing(*map(function, self.context)), rows)
 
     def tensors(self) -> list[Tensor]:
         """All of its tensors, in order."""
         return [self.visible, self.queried, *self.context, *(self.rows or ())]
-
-    def clone(self) -> PackedMasks:
-        """A copy with memory of its own."""
-        rows = None if self.rows is None else Packing(*(part.clone() for part in self.rows))
-        context = Packing(*(part.clone() for part in self.context))
-        return PackedMasks(self.visible.clone(), self.queried.clone(), context, rows)
 
 
 def pack_masks(masks: Masks, rooms: Rooms | None, extra: int) -> PackedMasks:

@@ -23,7 +23,7 @@ class MlpTiling(NamedTuple):
 
     rows: int
     columns: int
-    """Of the tile that a step takes: 256 columns of 16 bits are 16 bytes for each thread of a warp."""
+    """Columns of the tile that a step takes: 256 columns of 16 bits are 16 bytes for each thread of a warp."""
     warps: int
     stages: int
     """Steps whose loads are in flight, the current one included; from 2 on by way of shared memory."""
@@ -102,7 +102,7 @@ class Mlp(timm.layers.Mlp):
         return y
 
     def fuses(self, x: Tensor) -> bool:
-        """Whether fc1 and GELU go by LinearGelu. Uncompiled, its GELU would be thirty kernels."""
+        """Tell whether fc1 and GELU go by LinearGelu. Uncompiled, its GELU would be thirty kernels."""
         return (
             torch.compiler.is_compiling()
             and HAS_TRITON

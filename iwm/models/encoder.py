@@ -10,10 +10,8 @@ from torch import Tensor, nn
 
 from iwm.config import Encoder as EncoderConfig
 from iwm.config import ResidualKind
-from iwm.kernels.gelu import Gelu
-from iwm.kernels.mlp import Mlp
-from iwm.models.attention import Attention
 from iwm.models.layers import (
+    OWN_LAYERS,
     add_positions,
     initialise,
     resample_positions,
@@ -48,7 +46,7 @@ class Encoder(VisionTransformer):
     pixel_shift: Tensor
 
     def __init__(self, config: EncoderConfig, image_size: int, *, checkpointing: bool = False) -> None:
-        super().__init__(**timm_arguments(config, image_size), attn_layer=Attention, mlp_layer=Mlp, act_layer=Gelu)
+        super().__init__(**timm_arguments(config, image_size), **OWN_LAYERS)
         self.patch = config.patch
         self.checkpointing = checkpointing
         self.residual: ResidualKind = "auto"

@@ -15,7 +15,13 @@ from torch.utils.checkpoint import checkpoint
 
 from iwm.compat import allow_graphs
 from iwm.config import ResidualKind
+from iwm.kernels.gelu import Gelu
+from iwm.kernels.mlp import Mlp
+from iwm.models.attention import Attention
 from iwm.packing import Packing
+
+OWN_LAYERS: dict[str, type[nn.Module]] = {"attn_layer": Attention, "mlp_layer": Mlp, "act_layer": Gelu}
+"""Parts of timm's blocks that are ours, by the arguments of timm that take them."""
 
 
 def sincos_positions(width: int, grid: int) -> Float[Tensor, "n {width}"]:

@@ -11,11 +11,9 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from iwm.config import Config
-from iwm.kernels.gelu import Gelu
-from iwm.kernels.mlp import Mlp
 from iwm.masking import PackedMasks
-from iwm.models.attention import Attention
 from iwm.models.layers import (
+    OWN_LAYERS,
     add_positions,
     initialise,
     resample_positions,
@@ -92,9 +90,7 @@ class Predictor(nn.Module):
                 config.predictor.mlp_ratio,
                 qkv_bias=True,
                 norm_layer=partial(nn.LayerNorm, eps=1e-6),
-                attn_layer=Attention,
-                mlp_layer=Mlp,
-                act_layer=Gelu,
+                **OWN_LAYERS,
             )
             for _ in range(config.predictor.depth)
         )

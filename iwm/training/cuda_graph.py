@@ -66,10 +66,7 @@ class GraphedGradient(Gradient):
 
     def _capture(self, batches: Sequence[Batch], masks: Sequence[PackedMasks]) -> None:
         """Record the kernels of a step; none of them runs."""
-        self._inputs = (
-            [Batch(b.source.clone(), b.target.clone(), b.params.clone(), None, b.keys) for b in batches],
-            [mask.clone() for mask in masks],
-        )
+        self._inputs = [batch.clone() for batch in batches], [mask.apply(torch.clone) for mask in masks]
         self.model.zero_grad()  # so that a replay overwrites gradients and does not add to them
         graph = torch.cuda.CUDAGraph()
         # The pipeline's threads allocate memory and wait for events meanwhile; that concerns no capture of this thread.
