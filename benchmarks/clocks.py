@@ -1,4 +1,4 @@
-"""Clocks, power and temperature of the GPU while checks run, read from nvidia-smi."""
+"""Clocks, power and temperature of the GPU during checks, from nvidia-smi."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ COLUMNS = {
     "used_percent": "utilization.gpu",
     "memory_mib": "memory.used",
 }
-"""Columns of gpu.csv after the check's name, and the field of nvidia-smi that each has."""
+"""Columns of gpu.csv after the check's name, and their nvidia-smi fields."""
 
 THROTTLED = "throttled"
-"""Last column, where nvidia-smi knows a field for it."""
+"""Last column of gpu.csv, where nvidia-smi has a field for it."""
 
 THROTTLE_FIELDS = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")
-"""Names of that field in newer and older drivers."""
+"""nvidia-smi fields of the throttle reasons in newer and older drivers."""
 
 SUMMARISED = ("sm_clock_mhz", "power_w", "temperature_c", "used_percent", "memory_mib")
 
@@ -46,29 +46,29 @@ REASONS = {
 """Bits of the throttle reasons (nvmlClocksThrottleReasons)."""
 
 EVERY = 3.0
-"""Seconds between two samples."""
+"""Time between two samples (seconds)."""
 
 Sample = dict[str, str]
 
 
 def query(fields: Sequence[str]) -> tuple[list[str] | None, str]:
-    """Ask nvidia-smi for fields of the first GPU that may be used: their values, or None and the reason."""
+    """Query nvidia-smi for fields of the first visible GPU; return their values, or None and the reason."""
     if shutil.which("nvidia-smi") is None:
-        return None, "no nvidia-smi"
+        return None, "nvidia-smi was not found"
     gpu = (os.environ.get("CUDA_VISIBLE_DEVICES") or "0").partition(",")[0]
     command = ["nvidia-smi", f"--id={gpu}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
     except subprocess.TimeoutExpired:
-        return None, "nvidia-smi gave no answer in 20 s"
+        return None, "nvidia-smi did not answer within 20 s"
     values = [value.strip() for value in done.stdout.strip().split(",")]
     if done.returncode != 0 or len(values) != len(fields):
         return None, f"nvidia-smi: {(done.stdout + done.stderr).strip() or f'code {done.returncode}'}"
     return values, ""
 
 
-class Clocks:
-    """A thread that samples the GPU into a CSV file, for as long as checks run."""
+class GpuMonitor:
+    """Monitor that samples the GPU into a CSV file in a thread while checks run."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -78,7 +78,7 @@ class Clocks:
         self._samples: list[Sample] = []
 
     def start(self) -> str:
-        """Take the first sample; the reason where nvidia-smi gives none, else an empty text."""
+        """Take the first sample; return the reason where nvidia-smi has none, else an empty string."""
         for field in THROTTLE_FIELDS:
             if query([field])[0] is not None:
                 self._columns[THROTTLED] = field
@@ -86,7 +86,7 @@ class Clocks:
         return self.sample()
 
     def begin(self, check: str) -> None:
-        """Count the samples from now on to this check."""
+        """Attribute the samples from now on to this check."""
         with self._lock:
             self._check, self._samples = check, []
 
@@ -96,7 +96,7 @@ class Clocks:
             return summarised(self._samples)
 
     def sample(self) -> str:
-        """Take one sample and write its line; the reason where there is none, else an empty text."""
+        """Take one sample and write its line; return the reason where there is none, else an empty string."""
         values, reason = query(list(self._columns.values()))
         if values is None:
             return reason
@@ -110,7 +110,7 @@ class Clocks:
         return ""
 
     def run(self) -> None:
-        """Sample until told to stop. A sample that fails leaves a gap in the file."""
+        """Sample until `stop` is called. A failed sample leaves a gap in the file."""
         while not self._over.wait(EVERY):
             self.sample()
 
@@ -119,9 +119,9 @@ class Clocks:
 
 
 @contextmanager
-def clocks(file: Path) -> Iterator[tuple[Clocks, str]]:
-    """Sample the GPU meanwhile; with it, the reason why not, empty where samples are taken."""
-    watch = Clocks(file)
+def gpu_monitor(file: Path) -> Iterator[tuple[GpuMonitor, str]]:
+    """Sample the GPU inside the context; yield the monitor and the reason why there are no samples, else ''."""
+    watch = GpuMonitor(file)
     reason = watch.start()
     thread = Thread(target=watch.run, daemon=True)
     if not reason:
@@ -135,7 +135,7 @@ def clocks(file: Path) -> Iterator[tuple[Clocks, str]]:
 
 
 def summarised(samples: Sequence[Sample]) -> dict[str, Any] | None:
-    """Least, median and largest value of each column, and the samples that each throttle reason was seen in."""
+    """Return the minimum, median and maximum of each column, and the number of samples with each throttle reason."""
     if not samples:
         return None
     found: dict[str, Any] = {"samples": len(samples)}
@@ -147,7 +147,7 @@ def summarised(samples: Sequence[Sample]) -> dict[str, Any] | None:
 
 
 def _number(text: str) -> float | None:
-    """None for what nvidia-smi does not know, as '[N/A]'."""
+    """Parse a number; return None for values that nvidia-smi does not know, such as '[N/A]'."""
     try:
         return float(text)
     except ValueError:
@@ -155,7 +155,7 @@ def _number(text: str) -> float | None:
 
 
 def _reasons(text: str) -> list[str]:
-    """The reasons of a mask as '0x0000000000000004'; none for what nvidia-smi does not know."""
+    """Return the throttle reasons of a mask such as '0x0000000000000004'; an empty list for an unknown value."""
     try:
         mask = int(text, 16)
     except ValueError:

@@ -1,11 +1,11 @@
-"""Times of the step's own kernels on a GPU, each beside what torch has for it.
+"""Kernel benchmark: times of the training step's kernels on a GPU, compared with torch's.
 
 python benchmarks/kernels.py [products] [attention] [mlp] [--tilings] [--json FILE]
 
-products: the matrix products of the B/16 recipe, forward, and of the gradients, in TFLOP/s. attention: short_attention
-beside cuDNN's, flash and variable-length attention. mlp: GELU forward; its gradient with that of the bias. Each is the
-median of 50 calls that were issued before the first began, so that launching does not count. Rivals' backward passes of
-attention include making one buffer of the gradients of queries, keys and values. --tilings: also other tilings.
+products: matrix products of the B/16 recipe, forward and gradients (TFLOP/s). attention: short_attention, compared with
+cuDNN, flash and variable-length attention. mlp: GELU forward, and its gradient with that of the bias. Each time is the
+median of 50 calls, all launched before the first one starts, so that launch overhead is not included. The backward
+passes of torch's attention include building one buffer of the gradients of queries, keys and values.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal
 import torch
 import torch.nn.functional as F
 import tyro
-from mistakes import BenchmarkError, make_room_for
+from environment import BenchmarkError, check_writable
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
@@ -33,13 +33,14 @@ from iwm.kernels import mlp
 from iwm.kernels.gelu import gelu, slope
 from iwm.kernels.mlp import MlpTiling, gelu_backward_bias
 from iwm.kernels.short_attention import TILINGS, AttentionTiling, attend, attend_backward
+from shards.errors import run_command
 
 IMAGES, PATCHES, HEADS = 256, 196, 12
 CONTEXT, WHOLE = 26_992, IMAGES * PATCHES
-"""Tokens of the context encoder's buffer, and of the target encoder and the predictor."""
+"""Number of tokens in the context encoder's buffer, and in the target encoder and the predictor."""
 PARTS = (("context", CONTEXT, 768), ("target", WHOLE, 768), ("predictor", WHOLE, 384))
 SHAPES = {"predictor": (32, False), "target": (64, False), "context": (64, True)}
-"""Dimension of a head; whether sequences are packed."""
+"""Head dimension of each part, and True where its sequences are packed."""
 OTHERS: dict[str, tuple[AttentionTiling, ...]] = {
     "predictor": (
         AttentionTiling(32, 128, 16, 4, 3),
@@ -49,26 +50,26 @@ OTHERS: dict[str, tuple[AttentionTiling, ...]] = {
     ),
     "context": (AttentionTiling(32, 64, 16, 4, 1, 168), AttentionTiling(64, 128, 64, 8, 3)),
 }
-"""Tilings of the backward pass that compile without much spilling and were never timed."""
+"""Backward tilings that compile without much register spilling and have not been measured."""
 OTHER_MLP = (MlpTiling(4, 256, 4, 1, 132 * 32), MlpTiling(8, 256, 4, 1, 132 * 32), MlpTiling(16, 128, 4, 3, 132 * 8))
 
-Line = dict[str, Any]
+Row = dict[str, Any]
 What = Literal["products", "attention", "mlp"]
 
 
 @dataclass(frozen=True)
-class Kernels:
-    """Times of the step's own kernels."""
+class KernelsOptions:
+    """Times of the training step's kernels."""
 
     what: Annotated[tuple[What, ...], tyro.conf.Positional] = ("products", "attention", "mlp")
     tilings: bool = False
-    """Also tilings that are not the default."""
+    """Also measure tilings other than the default."""
     json: Path | None = None
-    """File to write everything to."""
+    """File for all results (JSON)."""
 
 
 def milliseconds(function: Callable[..., object], *arguments: object, repeats: int = 50) -> float:
-    """Median time of a call on the GPU."""
+    """Return the median time of a call on the GPU (milliseconds)."""
     call = partial(function, *arguments)
     for _ in range(3):
         call()
@@ -77,7 +78,7 @@ def milliseconds(function: Callable[..., object], *arguments: object, repeats: i
     call()
     host = time.perf_counter() - begin
     events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    torch.cuda._sleep(int((host * repeats * 1.5 + 0.002) * 2e9))  # cycles, in which the host gets ahead
+    torch.cuda._sleep(int((host * repeats * 1.5 + 0.002) * 2e9))  # GPU cycles in which the host enqueues all calls
     events[0].record()
     for event in events[1:]:
         call()
@@ -90,8 +91,8 @@ def normal(*shape: int) -> Tensor:
     return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
 
 
-def products(options: Kernels) -> Iterator[Line]:
-    """Every matrix product of a block, by part."""
+def products(options: KernelsOptions) -> Iterator[Row]:
+    """Yield the TFLOP/s of every matrix product of a block, by part."""
     for part, rows, width in PARTS:
         for name, inputs, outputs in (
             ("qkv", width, 3 * width), ("proj", width, width), ("fc1", width, 4 * width), ("fc2", 4 * width, width),
@@ -108,8 +109,8 @@ def products(options: Kernels) -> Iterator[Line]:
     yield {"square": 8192, "tflops": round(2e-9 * 8192**3 / milliseconds(torch.mm, square, square))}
 
 
-def attention(options: Kernels) -> Iterator[Line]:
-    """Forward and backward pass of each part's attention, in microseconds."""
+def attention(options: KernelsOptions) -> Iterator[Row]:
+    """Yield the times of the forward and backward pass of each part's attention (microseconds)."""
     for part, (dim, packed) in SHAPES.items():
         lengths = [PATCHES] * IMAGES
         if packed:
@@ -139,13 +140,13 @@ def attention(options: Kernels) -> Iterator[Line]:
 
 
 def rivals(offsets: Tensor | None) -> Iterator[tuple[str, Callable[[Tensor], Tensor], list[SDPBackend]]]:
-    """Name, attention from qkv [t, 3 · heads · dim] to [t, heads · dim], and backends of SDPA that it may take."""
+    """Yield name, attention function (qkv [t, 3 · heads · dim] to [t, heads · dim]) and allowed SDPA backends."""
     if offsets is not None:
 
         def packed(qkv: Tensor) -> Tensor:
             q, k, v = qkv.unflatten(1, (3, HEADS, -1)).unbind(1)
             out = varlen_attn(q, k, v, offsets, offsets, PATCHES, PATCHES)
-            assert isinstance(out, Tensor)  # it is a tuple only where more is asked for
+            assert isinstance(out, Tensor)  # a tuple only if auxiliary outputs are requested
             return out.flatten(1)
 
         yield "varlen", packed, [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION]
@@ -159,8 +160,8 @@ def rivals(offsets: Tensor | None) -> Iterator[tuple[str, Callable[[Tensor], Ten
     yield "flash", dense, [SDPBackend.FLASH_ATTENTION]
 
 
-def mlps(options: Kernels) -> Iterator[Line]:
-    """GELU, and its gradient with the bias's, in milliseconds."""
+def mlps(options: KernelsOptions) -> Iterator[Row]:
+    """Yield the times of GELU, and of its gradient with that of the bias (milliseconds)."""
     exact, ours, two = (torch.compile(function, dynamic=False) for function in (F.gelu, _gelu, _apart))
     for rows, columns in ((CONTEXT, 3072), (WHOLE, 1536)):
         x, grad = normal(rows, columns), normal(rows, columns)
@@ -189,32 +190,27 @@ def _together(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return dx, sums.sum(0)
 
 
-MEASURES: dict[What, Callable[[Kernels], Iterable[Line]]] = {
+MEASURES: dict[What, Callable[[KernelsOptions], Iterable[Row]]] = {
     "products": products,
     "attention": attention,
     "mlp": mlps,
 }
 
 
-def main() -> int:
-    options = tyro.cli(Kernels, description=__doc__, prog="benchmarks/kernels.py")
-    try:
-        if not torch.cuda.is_available():
-            raise BenchmarkError("torch sees no GPU here, and kernels are timed on one")
-        if options.json is not None:
-            make_room_for("--json", options.json)
-    except BenchmarkError as error:
-        print(f"benchmarks/kernels.py: {error}", file=sys.stderr)
-        return 1
-    lines: list[Line] = [{"device": torch.cuda.get_device_name(), "torch": torch.__version__}]
+def main() -> None:
+    options = tyro.cli(KernelsOptions, description=__doc__, prog="benchmarks/kernels.py")
+    if not torch.cuda.is_available():
+        raise BenchmarkError("torch sees no GPU here, and kernels are timed on one")
+    if options.json is not None:
+        check_writable("--json", options.json)
+    lines: list[Row] = [{"device": torch.cuda.get_device_name(), "torch": torch.__version__}]
     for what in options.what:
         for line in MEASURES[what](options):
             lines.append({name: round(value, 4) if isinstance(value, float) else value for name, value in line.items()})
             print(json.dumps(lines[-1]), flush=True)
     if options.json is not None:
         options.json.write_text(json.dumps(lines, indent=1) + "\n")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main, "benchmarks/kernels.py"))

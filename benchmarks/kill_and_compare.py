@@ -1,8 +1,9 @@
-"""Does a killed run go on exactly? python benchmarks/kill_and_compare.py OUT RECIPE [options of iwm/train.py]
+"""Test of exact resume after kill -9: python benchmarks/kill_and_compare.py OUT RECIPE [options of iwm/train.py]
 
-Trains into OUT/whole undisturbed, and into OUT/cut with a kill -9 soon after the first checkpoint; then compares the
-last checkpoints. Fails, and says by how much, where they are not bit for bit the same, or where nothing was killed. A
-run in deterministic mode (--train.deterministic) should be; without it a GPU's sums come in any order.
+Trains into OUT/whole without interruption, and into OUT/cut with a kill -9 soon after the first checkpoint; then
+compares the last checkpoints. Fails where they are not bit-identical, with the size of the difference, or where the run
+ended before the kill. Runs in deterministic mode (--train.deterministic) should be identical; without it the order of a
+GPU's sums varies.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 
 from iwm.training import checkpoint as checkpoints
+from shards.errors import run_command
 
 TRAIN = Path(__file__).parents[1] / "iwm" / "train.py"
 
@@ -26,19 +28,19 @@ def command(run: Path, words: list[str]) -> list[str]:
 
 
 def kill_once(run: Path, words: list[str]) -> str | None:
-    """Start a run and kill it soon after its first checkpoint: its newest checkpoint's name, or None if it was over.
+    """Start a run, kill it soon after its first checkpoint, and return its newest checkpoint's name; None if it ended.
 
-    It is killed after at most the time from its first line of metrics to its first checkpoint.
+    The delay after the checkpoint is at most the time from the first line of metrics to the first checkpoint.
     """
     process, metrics = subprocess.Popen(command(run, words)), run / "metrics.jsonl"
     _wait(process, metrics.exists)
     logged = time.monotonic()
-    _wait(process, lambda: bool(checkpoints.all_checkpoints(run)))
+    _wait(process, lambda: bool(checkpoints.list_checkpoints(run)))
     time.sleep(random.uniform(0, time.monotonic() - logged))
     over = process.poll() is not None
     process.kill()
     process.wait()
-    return None if over else checkpoints.all_checkpoints(run)[-1].name
+    return None if over else checkpoints.list_checkpoints(run)[-1].name
 
 
 def _wait(process: subprocess.Popen[bytes], until: Callable[[], bool]) -> None:
@@ -58,11 +60,11 @@ def main() -> int:
     newest = kill_once(out / "cut", words)
     if newest is None:
         print(f"benchmarks/kill_and_compare.py: {out / 'cut'} was over before it could be killed; give it more steps "
-              "after its first checkpoint (--schedule.steps, --log.checkpoint-every)", file=sys.stderr)  # fmt: skip
+              "after its first checkpoint (--schedule.steps, --log.checkpoint-interval)", file=sys.stderr)  # fmt: skip
         return 1
     print(f"killed with {newest} as its newest checkpoint")
     subprocess.run(command(out / "cut", words), check=True)
-    whole, cut = (checkpoints.newest(out / name) for name in ("whole", "cut"))
+    whole, cut = (checkpoints.load_newest(out / name) for name in ("whole", "cut"))
     assert whole is not None
     assert cut is not None
     apart = {
@@ -79,4 +81,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main, "benchmarks/kill_and_compare.py"))

@@ -1,4 +1,4 @@
-"""Is it right? The pipeline's views against the torch replay of the written parameters, and a GPU's against the CPU's.
+"""Parity of the pipeline's views with the torch replay of their parameters, and of GPU with CPU.
 
 python benchmarks/parity.py [--device cuda] [--shards DIR] [--json FILE]
 
@@ -17,40 +17,40 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from generated import generated_shards
+from environment import BenchmarkError, check_writable, environment_info
 from jaxtyping import UInt8
-from machine import machine
-from mistakes import BenchmarkError, make_room_for
 from rich.console import Console
 from rich.table import Table
+from synthetic_data import generated_shards
 from torch import Tensor
 
 from dali_pipelines import replay
-from dali_pipelines.augmentation import NO_COLOUR, ONE_OP, SOURCE, ColourDefinition, Photometric, Views
-from dali_pipelines.loader import Batch, ViewLoader
-from shards.manifest import ShardError
+from dali_pipelines.augmentations import NO_PHOTOMETRIC, SINGLE_OP, SOURCE, JitterImpl, PhotometricConfig, Views
+from dali_pipelines.loader import ViewBatch, ViewLoader
+from iwm.training.runtime import select_device
+from shards.errors import run_command
 
-DEFINITIONS: tuple[ColourDefinition, ...] = ("linear", "torchvision")
+DEFINITIONS: tuple[JitterImpl, ...] = ("linear", "torchvision")
 
 
 @dataclass(frozen=True)
-class Options:
+class ParityOptions:
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where the pipeline works that is looked at."""
+    """Device of the tested pipeline."""
     shards: Path | None = None
-    """Folder of shards; None: generated ones, in data/benchmark."""
+    """Folder of shards. None: generated shards in data/benchmark."""
     split: str = "train"
     """Split of the shards."""
     images: int = 256
-    """Images of a batch."""
+    """Batch size (images)."""
     size: int = 224
-    """Side of the views in pixels."""
+    """Side of the views (pixels)."""
     json: Path | None = None
-    """File to write everything to."""
+    """File for all results (JSON)."""
 
 
 def difference(one: UInt8[Tensor, "b h w 3"], other: UInt8[Tensor, "b h w 3"]) -> dict[str, float]:
-    """Mean and largest absolute difference in grey levels, and PSNR in dB (infinite where there is none)."""
+    """Return mean and largest absolute difference (grey levels) and PSNR (dB; infinite for equal images)."""
     apart = (one.float() - other.float()).abs()
     mean_square = apart.square().mean()
     return {
@@ -60,32 +60,38 @@ def difference(one: UInt8[Tensor, "b h w 3"], other: UInt8[Tensor, "b h w 3"]) -
     }
 
 
-def one_batch(folder: Path, options: Options, source: Photometric, colour: ColourDefinition, device: str) -> Batch:
-    """The target is left without colour: it is what the source was made from."""
-    views = Views(size=options.size, source=source, target=NO_COLOUR, colour=colour)
+def one_batch(
+    folder: Path, options: ParityOptions, source: PhotometricConfig, colour: JitterImpl, device: str
+) -> ViewBatch:
+    """Return one batch whose target has no colour augmentation, so that it is the input of the source's."""
+    views = Views(size=options.size, source=source, target=NO_PHOTOMETRIC, jitter_impl=colour)
     loader = ViewLoader(folder, options.split, views, batch_size=options.images, seed=0, device=device)
     batch = next(loader)
-    return Batch(batch.source.clone(), batch.target.clone(), batch.params.clone(), None, batch.keys)
+    return ViewBatch(batch.source.clone(), batch.target.clone(), batch.params.clone(), None, batch.keys)
 
 
-def measured(options: Options, folder: Path) -> list[dict[str, Any]]:
-    """A row per definition and op: the pipeline against replay and, on a GPU, against the CPU's pipeline."""
+def measured(options: ParityOptions, folder: Path) -> list[dict[str, Any]]:
+    """Return a row per jitter implementation and op: the pipeline against the replay and, on a GPU, against the CPU."""
     rows = []
     for colour in DEFINITIONS:
-        for op, spec in {"none (decode, crop, resize)": NO_COLOUR, **ONE_OP, "all, as in A.1": Photometric()}.items():
+        for op, spec in {
+            "none (decode, crop, resize)": NO_PHOTOMETRIC,
+            **SINGLE_OP,
+            "all, as in A.1": PhotometricConfig(),
+        }.items():
             made = one_batch(folder, options, spec, colour, options.device)
-            again = replay.photometric(made.target, made.params[:, SOURCE], colour)
+            again = replay.apply_photometric(made.target, made.params[:, SOURCE], colour)
             row: dict[str, Any] = {"colour": colour, "op": op, "replay": difference(made.source, again)}
             if options.device == "cuda":
                 there = one_batch(folder, options, spec, colour, "cpu")
                 if not torch.equal(there.params, made.params.cpu()):
-                    raise BenchmarkError(f"{op}: CPU and GPU drew other numbers from one seed; nothing to compare")
+                    raise BenchmarkError(f"{op}: CPU and GPU sampled different parameters from the same seed")
                 row["cpu"] = difference(made.source.cpu(), there.source)
             rows.append(row)
     return rows
 
 
-def show(rows: list[dict[str, Any]], options: Options, console: Console) -> None:
+def show(rows: list[dict[str, Any]], options: ParityOptions, console: Console) -> None:
     table = Table(title=f"views of {options.size} px on {options.device}, {options.images} images: grey levels")
     table.add_column("colour")
     table.add_column("op")
@@ -99,25 +105,19 @@ def show(rows: list[dict[str, Any]], options: Options, console: Console) -> None
     console.print(table)
 
 
-def main() -> int:
-    options, console = tyro.cli(Options, description=__doc__, prog="benchmarks/parity.py"), Console()
-    try:
-        if options.json is not None:
-            make_room_for("--json", options.json)
-        if options.device == "cuda" and not torch.cuda.is_available():
-            raise BenchmarkError("--device cuda: this machine has no usable GPU; say --device cpu")
-        folder = options.shards or generated_shards(console)
-        rows = measured(options, folder)
-    except (BenchmarkError, ShardError) as error:
-        print(f"benchmarks/parity.py: {error}", file=sys.stderr)
-        return 1
+def main() -> None:
+    options, console = tyro.cli(ParityOptions, description=__doc__, prog="benchmarks/parity.py"), Console()
+    if options.json is not None:
+        check_writable("--json", options.json)
+    select_device(options.device, "--device")
+    folder = options.shards or generated_shards(console)
+    rows = measured(options, folder)
     show(rows, options, console)
     if options.json is not None:
-        result = {"rows": rows, "settings": replace(options, json=None).__dict__, "machine": machine()}
+        result = {"rows": rows, "settings": replace(options, json=None).__dict__, "machine": environment_info()}
         options.json.write_text(json.dumps(result, indent=1, default=str) + "\n")
         console.print(f"written to {options.json}", soft_wrap=True)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main, "benchmarks/parity.py"))

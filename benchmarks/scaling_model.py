@@ -1,29 +1,159 @@
-"""Print the tables of docs/scaling.md: python benchmarks/scaling_model.py
+"""Analytical model of multi-GPU scaling; prints the tables of docs/scaling.md.
 
-Parameters are counted on the recipes' own models, FLOPs come from iwm/flops.py; all times are predicted.
+python benchmarks/scaling_model.py
+
+Parameters are counted on the recipes' models, and FLOPs come from iwm/models/flops.py. All times are predicted by pure
+functions of sizes and speeds; nothing here was measured on a GPU. Times are in seconds, sizes in bytes, speeds in bytes
+per second. Each constant names its source; docs/scaling.md explains the model.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
-from scaling_formulas import (
-    GPUS_PER_NODE,
-    REFERENCE_BATCH,
-    Work,
-    checkpoint_bytes,
-    gradient_bytes,
-    parameters,
-    predict,
-    state_bytes,
-)
+from torch import nn
 
 from iwm.config import Config
-from iwm.flops import training_flops
+from iwm.models.flops import training_flops
 from iwm.models.world_model import WorldModel
 from iwm.recipes import RECIPES
+
+GPUS_PER_NODE = 8
+NVLINK = 370e9
+"""NCCL's bandwidth on NVLink 4, whose line rate is 450 GB/s per direction (NVIDIA/nccl-tests, issue 212)."""
+NETWORK = GPUS_PER_NODE * 46e9
+"""Network bandwidth of a node: one 400 Gb/s adapter per GPU, 46 to 48 GB/s each (NVIDIA/nccl-tests, issue 290)."""
+TREE_SHARE = 0.9
+"""Bandwidth of a tree relative to a ring (NCCL, src/graph/tuning.cc, like the latencies below; protocol Simple)."""
+RING_START, RING_NVLINK, RING_NETWORK, RING_PLATEAU = 8.4e-6, 3.4e-6, 9.6e-6, 1.9
+TREE_NVLINK, TREE_NETWORK = 28e-6, 50e-6
+BUCKET = 25 * 2**20
+"""Size of a DDP bucket (bytes; bucket_cap_mb)."""
+TAKEN = 16 / 132
+"""Share of the GPU that an all-reduce takes from overlapped work: 16 of an H100's 132 multiprocessors. Assumed."""
+MEMORY = 0.8 * 3.35e12
+"""Memory bandwidth of an H100: an assumed 80% of the data sheet's 3.35 TB/s."""
+REFERENCE_BATCH = 256
+"""Batch size per GPU for which a rate is assumed (images)."""
+
+
+class ModelWork(NamedTuple):
+    """Size and speed of a model in training on one GPU."""
+
+    trained: int
+    """Number of parameters of context encoder and predictor."""
+    target: int
+    """Number of parameters of the target encoder."""
+    rate: float
+    """Images per second at REFERENCE_BATCH on one GPU. Assumed."""
+    backward: float
+    """Share of the step's FLOPs in the backward pass."""
+
+
+class Prediction(NamedTuple):
+    """Predicted times of one step with an all-reduce (seconds)."""
+
+    alone: float
+    """Time of the step without the all-reduce."""
+    exchange: float
+    """Time of the all-reduce without the step."""
+    shown: float
+    """Time of the all-reduce after the end of the backward pass."""
+
+    @property
+    def efficiency(self) -> float:
+        """Images per second per GPU, relative to one GPU with the same batch size."""
+        return self.alone / (self.alone + self.shown + TAKEN * (self.exchange - self.shown))
+
+
+def parameters(module: nn.Module, trained: bool) -> int:
+    """Return the number of trained parameters, or of those that are not trained."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad is trained)
+
+
+def gradient_bytes(trained: int) -> int:
+    """Return the bytes that a step all-reduces: float32 in any precision of the step."""
+    return 4 * trained
+
+
+def checkpoint_bytes(trained: int, target: int) -> int:
+    """Return the bytes of parameters, target encoder and AdamW's two moments in float32."""
+    return 4 * (trained + target) + 8 * trained
+
+
+def state_bytes(trained: int, target: int, shards: int = 1) -> float:
+    """Return the bytes of parameters, gradients, moments and target encoder on each GPU, in float32.
+
+    shards: number of GPUs that share them (FSDP2); 1: DDP. Activations are not included.
+    """
+    return (16 * trained + 4 * target) / shards
+
+
+def all_reduce_traffic(size: int, gpus: int) -> float:
+    """Return the bytes that each GPU sends, and also receives, with any algorithm: 2·(n − 1)/n of the size."""
+    return 2 * (gpus - 1) / gpus * size
+
+
+def nodes(gpus: int) -> int:
+    return math.ceil(gpus / GPUS_PER_NODE)
+
+
+def bandwidth(gpus: int) -> float:
+    """Return the bandwidth of a ring through all GPUs. Between nodes each adapter carries a ring, so they add up."""
+    return NVLINK if nodes(gpus) == 1 else min(NVLINK, NETWORK)
+
+
+def ring(size: int, gpus: int) -> float:
+    """Return the time of a ring all-reduce of one buffer, whose latency grows with the number of GPUs."""
+    between = 2 * (nodes(gpus) - 1)
+    latency = RING_START + (2 * (gpus - 1) - between) * RING_NVLINK + between * RING_NETWORK
+    return latency * (RING_PLATEAU if between else 1) + all_reduce_traffic(size, gpus) / bandwidth(gpus)
+
+
+def tree(size: int, gpus: int) -> float:
+    """Return the time of a tree all-reduce of one buffer, whose latency grows with the logarithm of the nodes."""
+    latency = 2 * ((min(gpus, GPUS_PER_NODE) - 1) * TREE_NVLINK + math.log2(nodes(gpus)) * TREE_NETWORK)
+    return latency + 2 * size / (TREE_SHARE * bandwidth(gpus))
+
+
+def all_reduce(size: int, gpus: int) -> float:
+    """Return the time of the faster of ring and tree, as NCCL chooses."""
+    return 0.0 if gpus == 1 else min(ring(size, gpus), tree(size, gpus))
+
+
+def update_seconds(trained: int, target: int) -> float:
+    """Return the time of optimiser and EMA, which is bound by memory bandwidth and independent of the batch size.
+
+    AdamW reads four numbers per parameter and writes three; the EMA reads two and writes one.
+    """
+    return 4 * (7 * trained + 3 * target) / MEMORY
+
+
+def step_alone(work: ModelWork, images: int) -> float:
+    """Return the time of a step of `images` on one GPU: proportional forward and backward passes, and the update."""
+    update = update_seconds(work.trained, work.target)
+    return images * (1 / work.rate - update / REFERENCE_BATCH) + update
+
+
+def predict(work: ModelWork, gpus: int, images: int) -> Prediction:
+    """Predict a step of `images` on each GPU.
+
+    Buckets become ready at even intervals during the backward pass and are reduced one after another; the last is
+    reduced after its end.
+    """
+    alone = step_alone(work, images)
+    if gpus == 1:
+        return Prediction(alone, 0.0, 0.0)
+    size = gradient_bytes(work.trained)
+    buckets = math.ceil(size / BUCKET)
+    per_bucket = all_reduce(size // buckets, gpus)
+    backward = work.backward * (alone - update_seconds(work.trained, work.target))
+    shown = max(per_bucket, buckets * per_bucket - backward * (1 - 1 / buckets))
+    return Prediction(alone, buckets * per_bucket, shown)
+
 
 GPUS = (8, 16, 64, 128, 512)
 Aim = Literal["must", "lead"]
@@ -31,32 +161,32 @@ AIMS: dict[str, dict[Aim, float]] = {
     "iwm_b16_equi_18x384": {"must": 2400.0, "lead": 3000.0},
     "iwm_l16_equi_36x512": {"must": 770.0, "lead": 900.0},
 }
-"""Images per second that one H100 is to reach on resident batches. Aims, not measurements."""
-PAPER_BATCH = Config().data.batch
+"""Target rates of one H100 on resident batches (images per second). These are aims, not measurements."""
+PAPER_BATCH = Config().data.global_batch_size
 IMAGENET_BYTES = 147_897_477_120 / 1_281_167
-"""Of an image: ILSVRC2012_img_train.tar over its number of images."""
+"""Mean bytes per image: size of ILSVRC2012_img_train.tar over its number of images."""
 RESIZED_BYTES = 31_075
-"""Of an image made with --resize 320: measured on the benchmarks' 1,200 tiles."""
+"""Mean bytes per image made with --resize 320, measured on the benchmarks' 1,200 tiles."""
 IMAGES_PER_CORE = 500
-"""Images of two views of 224 px that a core makes in a second, rounded from benchmarks/results/data-cpu.json."""
+"""Images per second and core, two views of 224 px, rounded from benchmarks/results/data-cpu.json."""
 
 
 def model(recipe: str) -> WorldModel:
-    """A recipe's model, without memory for its parameters."""
+    """Return a recipe's model on the meta device, without memory for its parameters."""
     with torch.device("meta"):
         return WorldModel(RECIPES[recipe]())
 
 
-def work(recipe: str, aim: Aim) -> Work:
-    """The recipe on a GPU that reaches its aim."""
+def work(recipe: str, aim: Aim) -> ModelWork:
+    """Return size and speed of a recipe on a GPU that reaches its aim."""
     built, flops = model(recipe), training_flops(RECIPES[recipe]())
-    # Two thirds of what is trained is backward; the target encoder has none.
+    # Two thirds of the trained parts' FLOPs are backward; the target encoder has no backward pass.
     backward = 2 / 3 * (flops.context_encoder + flops.predictor) / flops.total
-    return Work(parameters(built, True), parameters(built, False), AIMS[recipe][aim], backward)
+    return ModelWork(parameters(built, True), parameters(built, False), AIMS[recipe][aim], backward)
 
 
 def sizes() -> str:
-    """Parameters and bytes of every paper recipe."""
+    """Return the table of parameters and bytes of every paper recipe."""
     rows = []
     for recipe in (name for name in RECIPES if name not in ("demo", "cpu_small")):
         built = model(recipe)
@@ -77,7 +207,10 @@ def sizes() -> str:
 
 
 def efficiency(each: int | None) -> str:
-    """Predicted efficiency by number of GPUs. each: images on each GPU; None: the paper's batch, shared."""
+    """Return the table of predicted efficiency by number of GPUs.
+
+    each: batch size per GPU; None: the paper's global batch size divided by the number of GPUs.
+    """
     rows = []
     for recipe, aims in AIMS.items():
         works = [work(recipe, aim) for aim in aims]
@@ -93,7 +226,7 @@ def efficiency(each: int | None) -> str:
 
 
 def inputs() -> str:
-    """What a node of GPUs must be fed with where each reaches its aim."""
+    """Return the table of the input rate that a node needs where each GPU reaches its aim."""
     rows = []
     for recipe, aims in AIMS.items():
         for aim, rate in aims.items():
@@ -112,7 +245,7 @@ def inputs() -> str:
 
 
 def table(heads: list[str], rows: Iterable[list[str]]) -> str:
-    """In Markdown; all columns but the first are numbers."""
+    """Format a Markdown table; all columns but the first are right-aligned."""
     rule = ["---", *["---:"] * (len(heads) - 1)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, rule, *rows))
 

@@ -1,97 +1,101 @@
-"""What is measured of training: its data alone, its model alone, both as in training, and both beside each other.
+"""Step benchmarks: data alone, model alone, both as in training, and both concurrently.
 
-Each `measure_…` takes a training session (iwm/training/session.py), the very one that training would open, and a
-number of steps; it takes one step of training's loop that many times, or the part of it that is meant. All processes
-of the session must call it with the same number. The first steps after another measurement find the pipeline's queue
-as that one left it: call once with `settling_steps` and drop the result.
+Each `measure_…` takes the same state that training would use (iwm/training/train_state.py) and a number of steps. It
+runs a step of the training loop, or a part of it, that many times. All processes must call it with the same number. The
+first steps after another measurement depend on the state of the pipeline's queue: call it once with `cooldown_steps`
+and discard the result.
+
+A BaselineStep is another implementation of a whole optimiser step on the same resident batches.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event, Semaphore
+from typing import NamedTuple
 
 import torch
-from stopwatch import Window, watch
+from timing import StepTimings, watch
 
-from dali_pipelines.loader import Batch
+from dali_pipelines.loader import ViewBatch
 from iwm.config import Config
-from iwm.training.distributed import World
-from iwm.training.optim import set_values, step_unless
-from iwm.training.session import Session, open_session
-from iwm.training.step import masks_for, train_step
+from iwm.training.distributed import DistEnv
+from iwm.training.optim import set_lr_wd, step_if_finite
+from iwm.training.step import prepare_masks, train_step
+from iwm.training.train_state import TrainState, build_train_state
 
 
-def open_subject(config: Config, here: World) -> Session:
-    """Everything that training holds, newly begun. Raises ConfigError and ShardError as training does."""
+def open_model(config: Config, dist: DistEnv) -> TrainState:
+    """Return a new training state. Raises ConfigError and ShardError as training does."""
     with TemporaryDirectory() as nothing_to_resume:
-        return open_session(config, Path(nothing_to_resume), here)
+        return build_train_state(config, Path(nothing_to_resume), dist)
 
 
-def resident_batches(session: Session) -> list[Batch]:
-    """The batches of one step out of the pipeline, copied out of its memory, to stay where they are."""
-    return [next(session.loader).clone() for _ in range(session.accumulation)]
+def resident_batches(state: TrainState) -> list[ViewBatch]:
+    """Return the batches of one step, copied out of the pipeline's memory."""
+    return [next(state.loader).clone() for _ in range(state.accumulation)]
 
 
-def settling_steps(session: Session) -> int:
-    """Steps until the pipeline's queue no longer shows what was measured before."""
-    return session.config.data.prefetch + 2
+def cooldown_steps(state: TrainState) -> int:
+    """Return the number of steps after which the pipeline's queue no longer depends on earlier measurements."""
+    return state.config.data.prefetch_queue_depth + 2
 
 
-def take_step(session: Session, batches: Sequence[Batch]) -> None:
-    """One optimiser step as training takes it, with the masks of that step."""
-    s = session
-    masks = [masks_for(s.config, s.here, s.step, part, s.micro_batch) for part in range(s.accumulation)]
-    train_step(s.model, s.gradient, s.optimizer, batches, masks, s.schedules.at(s.step))
+def take_step(state: TrainState, batches: Sequence[ViewBatch]) -> None:
+    """Run one optimiser step as in training, with the masks of that step."""
+    s = state
+    masks = [prepare_masks(s.config, s.dist, s.step, part, s.micro_batch) for part in range(s.accumulation)]
+    train_step(s.model, s.gradient, s.optimizer, batches, masks, s.schedules.values_at(s.step))
     s.step += 1
 
 
-def measure_data(session: Session, steps: int) -> Window:
-    """A: the pipeline makes the batches of each step, and nothing else runs."""
-    return watch(lambda: _next_batches(session), steps, session.here.device)
+def measure_data(state: TrainState, steps: int) -> StepTimings:
+    """Measure A: the pipeline makes the batches of each step, and nothing else runs."""
+    return watch(lambda: _next_batches(state), steps, state.dist.device)
 
 
-def measure_model(session: Session, batches: Sequence[Batch], steps: int) -> Window:
-    """B: training steps on resident batches, each with masks of its own; the pipeline rests."""
-    return watch(lambda: take_step(session, batches), steps, session.here.device)
+def measure_model(state: TrainState, batches: Sequence[ViewBatch], steps: int) -> StepTimings:
+    """Measure B: training steps on resident batches, each with its own masks; the pipeline is idle."""
+    return watch(lambda: take_step(state, batches), steps, state.dist.device)
 
 
-def measure_end_to_end(session: Session, steps: int) -> Window:
-    """C: training, as iwm/training/loop.py has it between two lines of metrics."""
+def measure_end_to_end(state: TrainState, steps: int) -> StepTimings:
+    """Measure C: training as in iwm/training/loop.py between two lines of metrics."""
     waited = 0.0
 
     def step() -> None:
         nonlocal waited
         start = time.perf_counter()
-        batches = _next_batches(session)
+        batches = _next_batches(state)
         waited += time.perf_counter() - start
-        take_step(session, batches)
+        take_step(state, batches)
 
-    return watch(step, steps, session.here.device)._replace(waited=waited)
+    return watch(step, steps, state.dist.device)._replace(waited=waited)
 
 
-def measure_interference(session: Session, batches: Sequence[Batch], steps: int) -> Window:
-    """D: training steps on resident batches while the pipeline makes as many batches as they would have used.
+def measure_interference(state: TrainState, batches: Sequence[ViewBatch], steps: int) -> StepTimings:
+    """Measure D: training steps on resident batches while the pipeline makes as many batches as they would use.
 
-    Those are dropped and never waited for. What is slower than B here, the pipeline costs by being at work; what is
-    slower still in C is waiting. Raises ShardError as the loader does.
+    Those batches are discarded, and no step waits for them. The slowdown from B to D is the cost of the pipeline's
+    concurrent work; the further slowdown to C is waiting for data. Raises ShardError as the loader does.
     """
-    device, wanted, over = session.here.device, Semaphore(0), Event()
+    device, wanted, over = state.dist.device, Semaphore(0), Event()
 
     def make_and_drop() -> None:
-        # On a stream of its own: the loader makes the current stream wait for the batch.
+        # On its own stream, because the loader makes the current stream wait for the batch.
         with torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext():
             while wanted.acquire() and not over.is_set():
-                _next_batches(session)
+                _next_batches(state)
 
     def step() -> None:
         wanted.release()
-        take_step(session, batches)
+        take_step(state, batches)
 
     with ThreadPoolExecutor(1) as thread:
         pipeline = thread.submit(make_and_drop)
@@ -104,39 +108,41 @@ def measure_interference(session: Session, batches: Sequence[Batch], steps: int)
     return window
 
 
-def measure_updates(session: Session, steps: int) -> dict[str, Window]:
-    """The optimiser and the EMA of the target encoder by themselves, on the gradient of the last training step.
+def measure_updates(state: TrainState, steps: int) -> dict[str, StepTimings]:
+    """Measure the optimiser and the EMA of the target encoder alone, on the gradient of the last training step.
 
-    The learning rate is zero meanwhile, so that parameters stay as they are; the work is the same.
+    The learning rate is zero during the measurement, so that parameters do not change; the work is the same.
     """
-    device, finite = session.here.device, torch.zeros((), dtype=torch.bool, device=session.here.device)
-    momentum = session.schedules.at(session.step).ema
-    set_values(session.optimizer, lr=0.0, weight_decay=0.0)
+    device, finite = state.dist.device, torch.zeros((), dtype=torch.bool, device=state.dist.device)
+    momentum = state.schedules.values_at(state.step).ema
+    set_lr_wd(state.optimizer, lr=0.0, weight_decay=0.0)
     return {
-        "optimiser": watch(lambda: step_unless(session.optimizer, finite), steps, device),
-        "ema": watch(lambda: session.model.update_target(momentum), steps, device),
+        "optimiser": watch(lambda: step_if_finite(state.optimizer, finite), steps, device),
+        "ema": watch(lambda: state.model.update_target(momentum), steps, device),
     }
 
 
-def _next_batches(session: Session) -> list[Batch]:
-    return [next(session.loader) for _ in range(session.accumulation)]
+def _next_batches(state: TrainState) -> list[ViewBatch]:
+    return [next(state.loader) for _ in range(state.accumulation)]
 
 
-def token_counts(session: Session, steps: int = 20) -> dict[str, dict[str, float]]:
-    """Tokens per image that each part processes, and those of them that are needed; the rest is filling. Over the
-    masks of the first `steps` steps of this process."""
-    s = session
-    drawn = [masks_for(s.config, s.here, step, 0, s.micro_batch) for step in range(steps)]
+def token_counts(state: TrainState, steps: int = 20) -> dict[str, dict[str, float]]:
+    """Return the tokens per image that each part processes, and those that are needed; the rest is padding.
+
+    Averages are over the masks of the first `steps` steps of this process.
+    """
+    s = state
+    drawn = [prepare_masks(s.config, s.dist, step, 0, s.micro_batch) for step in range(steps)]
     images = steps * s.micro_batch
     target = [(masks.visible.numel(),) * 2 for masks in drawn]
-    context = [(len(masks.context.place), int(masks.visible.sum())) for masks in drawn]
+    context = [(len(masks.context.token_index), int(masks.visible.sum())) for masks in drawn]
     predictor = []
     for masks in drawn:
-        places = masks.queried.numel() + masks.queried.shape[:2].numel() * s.model.predictor.extra
+        places = masks.predicted.numel() + masks.predicted.shape[:2].numel() * s.model.predictor.num_action_tokens
         if masks.rows is None:
             predictor.append((places, places))
         else:
-            predictor.append((len(masks.rows.place), int((masks.rows.place < places).sum())))
+            predictor.append((len(masks.rows.token_index), int((masks.rows.token_index < places).sum())))
     return {
         name: {
             "processed": sum(processed for processed, _ in counts) / images,
@@ -144,3 +150,25 @@ def token_counts(session: Session, steps: int = 20) -> dict[str, dict[str, float
         }
         for name, counts in (("context_encoder", context), ("target_encoder", target), ("predictor", predictor))
     }
+
+
+class BaselineStep(NamedTuple):
+    """Another implementation of a training step. Rates are compared by the FLOPs that each needs."""
+
+    name: str
+    step: Callable[[int], None]
+    """Runs the optimiser step of the given number, counted from 0, on resident batches."""
+    flops: float
+    """Floating-point operations needed per image, as counted in iwm/models/flops.py."""
+    images: int
+    """Number of images per step on this process."""
+
+
+MakeBaseline = Callable[[Config, DistEnv, Sequence[ViewBatch]], BaselineStep]
+"""Function that builds a BaselineStep for the resident batches of a step."""
+
+
+def measure_baseline(dist: DistEnv, contender: BaselineStep, steps: int) -> StepTimings:
+    """Measure steps of a baseline in the same way as the model's steps."""
+    numbers = count()
+    return watch(lambda: contender.step(next(numbers)), steps, dist.device)

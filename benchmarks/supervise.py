@@ -1,8 +1,8 @@
-"""A command with nothing of it left running: python benchmarks/supervise.py PARENT WORD ...
+"""Supervisor that leaves no process of a command running: python benchmarks/supervise.py PARENT WORD ...
 
-Runs `python WORD ...` and returns its exit code. When the command ends, when this process is told to end, or when the
-process PARENT dies, the command's children and grandchildren are ended too, also those in sessions of their own:
-this process adopts what they leave behind. Linux only.
+Runs `python WORD ...` and returns its exit code. When the command ends, when this process receives a stop signal, or
+when the process PARENT dies, all descendants of the command are ended too, including those in their own sessions: this
+process adopts orphaned descendants. Linux only.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from contextlib import suppress
 from pathlib import Path
 
 GRACE = 5.0
-"""Seconds between SIGTERM and SIGKILL."""
+"""Time between SIGTERM and SIGKILL (seconds)."""
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
-"""Numbers of prctl(2)."""
+"""Option numbers of prctl(2)."""
 
 
 def main() -> int:
@@ -44,28 +44,28 @@ def main() -> int:
 
 
 def end_descendants(grace: float = GRACE) -> None:
-    """End all that this process started or adopted: SIGTERM first, SIGKILL for what is left after `grace` seconds."""
-    told: set[int] = set()
+    """End all descendants of this process: send SIGTERM, and SIGKILL to those left after `grace` seconds."""
+    signalled: set[int] = set()
     until = time.monotonic() + grace
     while alive := descendants(os.getpid()):
         kill = time.monotonic() > until
-        for pid in alive if kill else alive - told:
+        for pid in alive if kill else alive - signalled:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL if kill else signal.SIGTERM)
-        told |= alive
+        signalled |= alive
         time.sleep(0.02)
         _reap()
 
 
 def descendants(root: int) -> set[int]:
-    """Processes below `root` that have not ended."""
+    """Return the process ids of the descendants of `root` that have not ended."""
     children: dict[int, list[int]] = {}
     ended: set[int] = set()
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit():
             continue
         try:
-            # The name, in brackets, may hold spaces; state and parent follow it.
+            # The name, in brackets, may contain spaces; state and parent follow it.
             state, parent, *_ = (folder / "stat").read_text().rpartition(")")[2].split()
         except (FileNotFoundError, ProcessLookupError):
             continue

@@ -1,4 +1,4 @@
-"""How fast is it? One mode per part of the way that data takes; design and vocabulary are in docs/architecture.md.
+"""Throughput benchmarks of data pipeline and training, one mode for each part (docs/architecture.md).
 
 python benchmarks/throughput.py data [--recipe R] [--shards DIR] [--baseline torchvision] [--json FILE]
 
@@ -16,69 +16,62 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import data_mode
-import scaling_mode
-import training_mode
-import tune_mode
+import autotune
+import loaders
+import scaling
+import training
 import tyro
-from data_mode import Data
-from machine import machine
-from mistakes import BenchmarkError, make_room_for
-from picture import draw
+from autotune import TuneOptions
+from environment import check_writable, environment_info
+from loaders import LoaderOptions
+from options import default_options
 from rich.console import Console
-from scaling_mode import Scaling
-from step_options import begun
-from training_mode import All, EndToEnd, Interference, Model
-from tune_mode import Tune
+from scaling import ScalingOptions
+from tables import draw
+from training import AllOptions, EndToEndOptions, InterferenceOptions, ModelOptions
 
-from iwm.config import ConfigError
-from shards.manifest import ShardError
+from shards.errors import run_command
 
-Run = Callable[[Any, Console], dict[str, Any]]
+ModeRunner = Callable[[Any, Console], dict[str, Any]]
 
 
-def modes(arguments: list[str]) -> dict[str, tuple[Any, Run]]:
-    """Of each mode the options to begin with, and what runs it: it prints tables and returns what goes into --json.
+def modes(arguments: list[str]) -> dict[str, tuple[Any, ModeRunner]]:
+    """Return each mode's default options and its runner, which prints tables and returns the results for --json.
 
-    Raises BenchmarkError and ConfigError where recipe, scenario or a tuned file do not exist.
+    Raises BenchmarkError where the recipe or scenario does not exist.
     """
     return {
-        "data": (Data(), data_mode.run),
-        "model": (begun(Model, arguments), training_mode.run),
-        "end-to-end": (begun(EndToEnd, arguments), training_mode.run),
-        "interference": (begun(Interference, arguments), training_mode.run),
-        "all": (begun(All, arguments), training_mode.run),
-        "tune": (Tune(), tune_mode.run),
-        "scaling": (begun(Scaling, arguments), scaling_mode.run),
+        "data": (LoaderOptions(), loaders.run),
+        "model": (default_options(ModelOptions, arguments), training.run),
+        "end-to-end": (default_options(EndToEndOptions, arguments), training.run),
+        "interference": (default_options(InterferenceOptions, arguments), training.run),
+        "all": (default_options(AllOptions, arguments), training.run),
+        "tune": (TuneOptions(), autotune.run),
+        "scaling": (default_options(ScalingOptions, arguments), scaling.run),
     }
 
 
-def main() -> int:
+def main() -> None:
     arguments, console = sys.argv[1:], Console()
-    try:
-        choices = modes(arguments)
-        options = tyro.extras.overridable_config_cli(
-            {name: ((type(begin).__doc__ or "").partition("\n")[0], begin) for name, (begin, _) in choices.items()},
-            args=arguments,
-            description=__doc__,
-            prog="benchmarks/throughput.py",
-        )
-        for option, file in (("--json", options.json), ("--plot", getattr(options, "plot", None))):
-            if file is not None:
-                make_room_for(option, file)
-        run = next(run for begin, run in choices.values() if type(begin) is type(options))
-        result = {"mode": arguments[0], **run(options, console), "machine": machine()}
-    except (BenchmarkError, ConfigError, ShardError) as error:
-        print(f"benchmarks/throughput.py: {error}", file=sys.stderr)
-        return 1
-    if isinstance(options, All) and options.plot is not None and not console.quiet:
+    choices = modes(arguments)
+    options = tyro.extras.overridable_config_cli(
+        {name: ((type(begin).__doc__ or "").partition("\n")[0], begin) for name, (begin, _) in choices.items()},
+        args=arguments,
+        description=__doc__,
+        prog="benchmarks/throughput.py",
+    )
+    for option, file in (("--json", options.json), ("--plot", getattr(options, "plot", None))):
+        if file is not None:
+            check_writable(option, file)
+    run = next(run for begin, run in choices.values() if type(begin) is type(options))
+    result = {"mode": arguments[0], **run(options, console), "machine": environment_info()}
+    if isinstance(options, AllOptions) and options.plot is not None and not console.quiet:
         draw(result, options.plot)
         console.print(f"drawn to {options.plot}", soft_wrap=True)
     if options.json is not None and not console.quiet:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
         console.print(f"written to {options.json}", soft_wrap=True)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main, "benchmarks/throughput.py"))

@@ -1,6 +1,6 @@
-"""Check of commands that need DALI; importing this ends the program with one line where DALI is missing.
+"""DALI check for commands: importing this module exits with a one-line message where DALI is missing.
 
-Commands import it before anything else, so that a missing package is not a traceback.
+Commands import it before what needs DALI, so that a missing package is not a traceback.
 """
 
 from __future__ import annotations
@@ -8,6 +8,6 @@ from __future__ import annotations
 import sys
 
 try:
-    import dali_pipelines.dali  # noqa: F401  # imported to see that it can be
+    import dali_pipelines.dali  # noqa: F401  # fails where DALI is missing
 except ModuleNotFoundError as error:
     sys.exit(f"{sys.argv[0]}: {error}")

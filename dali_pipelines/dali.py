@@ -1,7 +1,7 @@
-"""NVIDIA DALI, or one line that says how to install it.
+"""Imports from NVIDIA DALI, with one line of installation help.
 
 Raises ModuleNotFoundError where DALI is missing. Augmentation settings, replay and everything that uses a trained model
-do without it.
+work without DALI.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Settings of the GPU's JPEG decoder."""
+"""Settings of the GPU JPEG decoder."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class GpuDecoder:
-    """JPEG decoding on a GPU; without effect on a CPU, and on what the pixels are."""
+    """JPEG decoding on a GPU. The settings affect neither the decoded pixels nor decoding on a CPU."""
 
-    hw_load: float = 0.65
-    """Share of the images, 0 to 1, that go to the GPU's JPEG engine where it has one (A100, H100); the rest to nvJPEG's
-    kernels. DALI's default."""
+    hw_decoder_load: float = 0.65
+    """Share of the images (0 to 1) that the GPU's JPEG engine decodes, where it has one (A100, H100). nvJPEG's kernels
+    decode the others. The default is DALI's."""
     width_hint: int = 1024
-    """Width that the engine gets memory for in advance, for its share of a batch (pixels); a wider image costs a
-    reallocation, once. In RGB, for two thirds of a batch of 1,024: 1.6 GB at 1024×768, 8.4 GB at 2048×2048."""
+    """Image width for which memory is preallocated (pixels), for the engine's share of a batch. A wider image causes
+    one reallocation. In RGB, for two thirds of a batch of 1,024: 1.6 GB at 1024×768, 8.4 GB at 2048×2048."""
     height_hint: int = 768
-    """Height that the engine gets memory for in advance (pixels)."""
+    """Image height for which memory is preallocated (pixels)."""
 
 
 GPU_DECODER = GpuDecoder()
-"""DALI's default division of the work, and memory for images of up to 1024×768."""
+"""Default settings: DALI's division of the work, and memory for images of up to 1024×768."""

@@ -1,65 +1,200 @@
-"""Batches for torch, out of the DALI pipelines: endless ones for training, one ordered pass to validate."""
+"""Training loaders: endless, exactly resumable batches of a split as torch tensors.
+
+validation_loader.py has the loaders of one ordered pass.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
-from dali_pipelines.augmentation import Views
-from dali_pipelines.classification import centre_crops
-from dali_pipelines.crops import Crops, labelled_crops
+from dali_pipelines.augmentations import Views
+from dali_pipelines.dali import dali_version
 from dali_pipelines.decoder import GPU_DECODER, GpuDecoder
-from dali_pipelines.endless import EndlessLoader
-from dali_pipelines.outputs import SampleKeys, backend_of, parse_labels, run
+from dali_pipelines.outputs import SampleKeys, backend_of, build_pipeline, parse_labels, run_pipeline
+from dali_pipelines.pipelines import (
+    CropSettings,
+    SegmentationCrops,
+    labelled_crops,
+    segmentation_crops,
+    two_views,
+)
 from dali_pipelines.reader import open_source
-from dali_pipelines.segmentation import MaskCrops, masked_crops, whole_images
-from dali_pipelines.views import two_views
+from dali_pipelines.seeds import derive_seed
+from shards.errors import UserError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
-class Batch(NamedTuple):
-    """Two views of each image, on the pipeline's device, in DALI's memory: it is reused once the tensors are gone."""
+SettingsT = TypeVar("SettingsT", bound="DataclassInstance")
+"""Dataclass with the settings of the samples, e.g. Views."""
+BatchT = TypeVar("BatchT")
+"""Type of a batch, e.g. ViewBatch."""
+
+
+class LoaderStateError(UserError):
+    """A saved state of a loader with other settings. The message names the differences.
+
+    `different` holds their names: `shards` for other data, `world_size` for another number of ranks, and so on.
+    """
+
+    def __init__(self, message: str, different: set[str]) -> None:
+        super().__init__(message)
+        self.different = different
+
+
+class ResumableLoader(ABC, Generic[SettingsT, BatchT]):
+    """Endless batches of a split, reshuffled each epoch. A subclass defines the pipeline and the batches.
+
+    Each rank samples its own augmentations; all ranks use the same order of the tars. An epoch has `steps_per_epoch`
+    batches on every rank, and each sample once, on one rank. Where the numbers do not divide evenly, the rank's last
+    sample is repeated (with new augmentations) to pad its last batch, and one more batch where another rank has one
+    more. This gives steps_per_epoch · batch_size · world_size - samples_per_epoch repetitions over all ranks.
+
+    Raises ShardError where the shards differ from their manifest, lack the requested label column or masks, or are
+    fewer than the ranks, and LoaderStateError where `state` has other settings. `next` raises ShardError where an image
+    cannot be read.
+    """
+
+    pipeline: Callable[..., Any]
+    """Function (a staticmethod) that makes the DALI pipeline from a source, the settings and keywords of `__init__`."""
+    settings_name: str
+    """Name of the settings in a saved state and a LoaderStateError."""
+    masks = False
+    """True where each sample's segmentation mask is read with its image."""
+
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        settings: SettingsT,
+        *,
+        batch_size: int,
+        seed: int,
+        device: str | torch.device = "cpu",
+        rank: int = 0,
+        world_size: int = 1,
+        num_threads: int = 4,
+        prefetch_queue_depth: int = 2,
+        label: str | None = None,
+        shuffle_buffer: int = 2048,
+        decoder: GpuDecoder = GPU_DECODER,
+        state: dict[str, Any] | None = None,
+    ) -> None:
+        """`shuffle_buffer`: number of encoded images in the buffer that samples are drawn from. `decoder`: for GPUs."""
+        backend, device_id = backend_of(device)
+        source = open_source(folder, split, label=label, masks=self.masks, rank=rank, world_size=world_size)
+        self.samples_per_epoch = source.manifest.samples
+        self.steps_per_epoch = -(-source.most_samples // batch_size)
+        self._source = source
+        self._identity = {
+            "shards": source.fingerprint,
+            "split": split,
+            self.settings_name: asdict(settings),
+            "batch_size": batch_size,
+            "seed": seed,
+            "rank": rank,
+            "world_size": world_size,
+            "label": label,
+            "shuffle_buffer": shuffle_buffer,
+            "device": backend,
+            "dali": dali_version,
+        }
+        self._pipeline = self.pipeline(
+            source,
+            settings,
+            backend=backend,
+            shuffle_buffer=min(shuffle_buffer, source.samples),
+            shuffle_seed=derive_seed(seed),
+            reader_prefetch=prefetch_queue_depth,
+            decoder=decoder,
+            batch_size=batch_size,
+            num_threads=num_threads,
+            device_id=device_id,
+            seed=derive_seed(seed, rank),
+            prefetch_queue_depth=prefetch_queue_depth,
+            checkpoint=None if state is None else self._check_state(state),
+        )
+        build_pipeline(self._pipeline, folder)
+
+    @abstractmethod
+    def batch(self, outputs: list[Tensor]) -> BatchT:
+        """Convert the pipeline's outputs to a batch."""
+
+    def __iter__(self) -> Iterator[BatchT]:
+        return self
+
+    def __next__(self) -> BatchT:
+        return self.batch(run_pipeline(self._pipeline, self._source.folder))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state to resume with the batch after the last one returned: plain values and bytes (3 KB)."""
+        return {**self._identity, "pipeline": self._pipeline.checkpoint()}
+
+    def _check_state(self, state: dict[str, Any]) -> bytes:
+        """Return the pipeline's part of `state`. Raise LoaderStateError where its settings differ from this loader's.
+
+        DALI itself does not check this, and would continue with other samples without an error.
+        """
+        different = {name: now for name, now in self._identity.items() if state.get(name) != now}
+        if different:
+            changes = "; ".join(f"{name} was {state.get(name)!r}, is {now!r}" for name, now in different.items())
+            raise LoaderStateError(
+                f"the saved state of the data loader belongs to other settings: {changes}. "
+                "Use the same settings to continue mid-epoch, or start a new epoch without the saved state",
+                set(different),
+            )
+        pipeline: bytes = state["pipeline"]
+        return pipeline
+
+
+class ViewBatch(NamedTuple):
+    """Two views of each image, on the pipeline's device, in DALI's memory (reused once the tensors are gone)."""
 
     source: UInt8[Tensor, "b h w 3"]
     target: UInt8[Tensor, "b h w 3"]
     params: Float[Tensor, "b p"]
-    """What was done, in the order of augmentation.PARAMS."""
+    """Sampled parameters, in the order of augmentations.PARAMS."""
     label: Int64[Tensor, " b"] | None
-    """None where the loader was given no label column."""
+    """Class indices; None where the loader has no label column."""
     keys: SampleKeys
 
-    def clone(self) -> Batch:
-        """This batch with views and params in memory of its own."""
+    def clone(self) -> ViewBatch:
+        """Return a copy of the batch whose views and params have their own memory."""
         return self._replace(source=self.source.clone(), target=self.target.clone(), params=self.params.clone())
 
 
-class ViewLoader(EndlessLoader[Views, Batch]):
-    """Endless two-view batches of a split: pretraining's."""
+class ViewLoader(ResumableLoader[Views, ViewBatch]):
+    """Endless batches of two views, for pretraining."""
 
     pipeline = staticmethod(two_views)
     settings_name = "views"
 
-    def batch(self, outputs: list[Tensor]) -> Batch:
+    def batch(self, outputs: list[Tensor]) -> ViewBatch:
         source, target, params, origins, *codes = outputs
         keys = SampleKeys(origins)
         label = parse_labels(codes[0], keys, self._source).to(params.device, non_blocking=True) if codes else None
-        return Batch(source, target, params, label, keys)
+        return ViewBatch(source, target, params, label, keys)
 
 
 class LabelledBatch(NamedTuple):
-    """Augmented crops with their classes, on the pipeline's device; images in DALI's memory as those of Batch."""
+    """Augmented crops with their classes, on the pipeline's device; images in DALI's memory, as in ViewBatch."""
 
     images: UInt8[Tensor, "b h w 3"]
     labels: Int64[Tensor, " b"]
     keys: SampleKeys
 
 
-class CropLoader(EndlessLoader[Crops, LabelledBatch]):
-    """Endless batches of augmented crops and their classes: training of the downstream protocols. Needs `label`."""
+class CropLoader(ResumableLoader[CropSettings, LabelledBatch]):
+    """Endless batches of augmented crops and their classes, for the downstream protocols. Needs `label`."""
 
     pipeline = staticmethod(labelled_crops)
     settings_name = "crops"
@@ -71,135 +206,22 @@ class CropLoader(EndlessLoader[Crops, LabelledBatch]):
         return LabelledBatch(images, labels, keys)
 
 
-class MaskBatch(NamedTuple):
-    """Crops with their segmentation masks, on the pipeline's device, in DALI's memory as those of Batch."""
+class SegmentationBatch(NamedTuple):
+    """Crops with their segmentation masks, on the pipeline's device, in DALI's memory, as in ViewBatch."""
 
     images: UInt8[Tensor, "b h w 3"]
     masks: UInt8[Tensor, "b h w"]
-    """Ids as the shards have them, and MaskCrops.void."""
+    """Class ids as in the shards, and SegmentationCrops.ignore_index outside the image."""
     keys: SampleKeys
 
 
-class MaskLoader(EndlessLoader[MaskCrops, MaskBatch]):
-    """Endless batches of crops and their masks: training of segmentation."""
+class SegmentationLoader(ResumableLoader[SegmentationCrops, SegmentationBatch]):
+    """Endless batches of crops and their masks, for training of segmentation."""
 
-    pipeline = staticmethod(masked_crops)
+    pipeline = staticmethod(segmentation_crops)
     settings_name = "crops"
     masks = True
 
-    def batch(self, outputs: list[Tensor]) -> MaskBatch:
+    def batch(self, outputs: list[Tensor]) -> SegmentationBatch:
         images, masks, origins = outputs
-        return MaskBatch(images, masks[..., 0], SampleKeys(origins))
-
-
-class ValidationBatch(NamedTuple):
-    """Centre crops of consecutive samples, on the pipeline's device."""
-
-    images: UInt8[Tensor, "b h w 3"]
-    labels: Int64[Tensor, " b"] | None
-    """None where the loader was given no label column."""
-    keys: SampleKeys
-
-
-class ValidationLoader:
-    """The split once, in the order of its shards: every sample on one rank, the last batch smaller where it must be.
-
-    Views as in A.2: shorter side to ceil(size · 256 / 224), centre crop of `size`. Each `iter` is a new pass.
-    Raises ShardError as ViewLoader does.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        split: str,
-        *,
-        size: int = 224,
-        batch_size: int,
-        device: str | torch.device = "cpu",
-        rank: int = 0,
-        world_size: int = 1,
-        threads: int = 4,
-        prefetch: int = 2,
-        label: str | None = None,
-        decoder: GpuDecoder = GPU_DECODER,
-    ) -> None:
-        backend, device_id = backend_of(device)
-        self._source = open_source(folder, split, label=label, rank=rank, world_size=world_size)
-        self._batch_size = batch_size
-        self.samples = self._source.samples
-        """This rank's share of the split."""
-        self._build = lambda: centre_crops(
-            self._source,
-            size,
-            backend=backend,
-            read_ahead=prefetch,
-            decoder=decoder,
-            batch_size=batch_size,
-            num_threads=threads,
-            device_id=device_id,
-            prefetch_queue_depth=prefetch,
-        )
-
-    def __len__(self) -> int:
-        """Batches of one pass on this rank."""
-        return -(-self.samples // self._batch_size)
-
-    def __iter__(self) -> Iterator[ValidationBatch]:
-        pipeline = self._build()
-        for start in range(0, self.samples, self._batch_size):
-            images, origins, *codes = run(pipeline, self._source.folder)
-            whole = min(self._batch_size, self.samples - start)
-            keys, labels = SampleKeys(origins[:whole]), None
-            if codes:
-                labels = parse_labels(codes[0][:whole], keys, self._source).to(images.device, non_blocking=True)
-            yield ValidationBatch(images[:whole], labels, keys)
-
-
-class MaskedImage(NamedTuple):
-    """A whole image and its mask, on the pipeline's device, in DALI's memory as those of Batch."""
-
-    image: UInt8[Tensor, "h w 3"]
-    mask: UInt8[Tensor, "h w"]
-    key: str
-
-
-class WholeImageLoader:
-    """The split's images with their masks once, one at a time, in the order of its shards: each on one rank.
-
-    Each `iter` is a new pass. Raises ShardError as MaskLoader does.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        split: str,
-        *,
-        device: str | torch.device = "cpu",
-        rank: int = 0,
-        world_size: int = 1,
-        threads: int = 4,
-        prefetch: int = 2,
-        decoder: GpuDecoder = GPU_DECODER,
-    ) -> None:
-        backend, device_id = backend_of(device)
-        self._source = open_source(folder, split, masks=True, rank=rank, world_size=world_size)
-        self._build = lambda: whole_images(
-            self._source,
-            backend=backend,
-            read_ahead=prefetch,
-            decoder=decoder,
-            batch_size=1,  # images of one batch would have to be of one size
-            num_threads=threads,
-            device_id=device_id,
-            prefetch_queue_depth=prefetch,
-        )
-
-    def __len__(self) -> int:
-        """Images of one pass on this rank."""
-        return self._source.samples
-
-    def __iter__(self) -> Iterator[MaskedImage]:
-        pipeline = self._build()
-        for _ in range(len(self)):
-            image, mask, origin = run(pipeline, self._source.folder)
-            yield MaskedImage(image[0], mask[0, ..., 0], SampleKeys(origin)[0])
+        return SegmentationBatch(images, masks[..., 0], SampleKeys(origins))

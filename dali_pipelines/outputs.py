@@ -1,4 +1,7 @@
-"""From a pipeline's outputs to torch: tensors on DALI's own memory, sample keys, labels, errors that say what to do."""
+"""Pipeline outputs as torch tensors, sample keys and labels.
+
+The tensors use DALI's memory without a copy. DALI's errors become one line with a remedy.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,12 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from dali_pipelines.photometric import Backend
-from dali_pipelines.reader import Source
-from shards.manifest import ShardError
+from dali_pipelines.reader import DataSource
+from shards.errors import ShardError
 
 
 class SampleKeys(Sequence[str]):
-    """The keys of a batch's samples, taken from where the reader found them only when asked for."""
+    """Keys of a batch's samples, decoded on access from the reader's source info."""
 
     def __init__(self, origins: UInt8[Tensor, "b n"]) -> None:
         self._origins = origins
@@ -32,7 +35,7 @@ class SampleKeys(Sequence[str]):
         if isinstance(index, slice):
             return SampleKeys(self._origins[index])
         origin = self._origins[index].numpy().tobytes().rstrip(b"\0").decode()
-        # "tar:offset:KEY.jpg": a key has no dot, and neither it nor the offset has a colon.
+        # "tar:offset:KEY.jpg": a key has no dot; key and offset have no colon.
         return origin.rpartition(":")[2].partition(".")[0]
 
     def __len__(self) -> int:
@@ -42,12 +45,12 @@ class SampleKeys(Sequence[str]):
         return f"SampleKeys({list(self)})"
 
 
-def parse_labels(codes: UInt8[Tensor, "b n"], keys: Sequence[str], source: Source) -> Int64[Tensor, " b"]:
-    """Class indices of these samples from ASCII digits, padded with zero bytes on the right.
+def parse_labels(codes: UInt8[Tensor, "b n"], keys: Sequence[str], source: DataSource) -> Int64[Tensor, " b"]:
+    """Convert ASCII digits, padded with zero bytes on the right, to the class indices of these samples.
 
-    Raises ShardError, which names the sample, for what is no digit and no class of the column.
+    Raise ShardError, which names the sample, for a label that is not a number or not a class of the column.
     """
-    assert source.column is not None  # the reader was given a label column
+    assert source.column is not None  # the reader has a label column
     digits = codes.long() - ord("0")
     padding = codes == 0
     wrong = ((digits < 0) | (digits > 9)) & ~padding
@@ -60,50 +63,51 @@ def parse_labels(codes: UInt8[Tensor, "b n"], keys: Sequence[str], source: Sourc
         first = int(bad[0])
         found = codes[first].numpy().tobytes().rstrip(b"\0").decode("ascii", "backslashreplace")
         raise ShardError(
-            f"{source.folder}: sample {keys[first]} of split '{source.manifest.split}' has '{found}' where the number "
-            f"of a class of '{source.column.name}' should be, 0 to {len(source.column.classes) - 1}; remake the split "
+            f"{source.folder}: sample {keys[first]} of split '{source.manifest.split}' has label '{found}', but the "
+            f"class indices of '{source.column.name}' are 0 to {len(source.column.classes) - 1}; remake the split "
             "with tools/make_shards.py"
         )
     return value
 
 
-def run(pipeline: Any, folder: Path) -> list[Tensor]:
-    """The next outputs as torch tensors on DALI's own memory, which DALI does not touch again while they live."""
+def run_pipeline(pipeline: Any, folder: Path) -> list[Tensor]:
+    """Return the next outputs as torch tensors in DALI's memory, which DALI does not reuse while they exist."""
     on_gpu = pipeline.device_id is not None
-    with _told(folder):
+    with _translate_errors(folder):
         outputs = pipeline.run(torch.cuda.current_stream(pipeline.device_id)) if on_gpu else pipeline.run()
     return [from_dlpack(output.as_tensor()) for output in outputs]
 
 
-def build(pipeline: Any, folder: Path) -> None:
-    """Make a pipeline ready to run. Raises ShardError where the reader finds samples without a component."""
-    with _told(folder):
+def build_pipeline(pipeline: Any, folder: Path) -> None:
+    """Build a pipeline. Raise ShardError where the reader finds samples without a component."""
+    with _translate_errors(folder):
         pipeline.build()
 
 
 @contextmanager
-def _told(folder: Path) -> Iterator[None]:
-    """DALI's errors, which are a page long, as one line with a remedy."""
+def _translate_errors(folder: Path) -> Iterator[None]:
+    """Convert DALI's errors, which are a page long, to a ShardError of one line with a remedy."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if _MEMORY.search(str(error)) or isinstance(error, MemoryError):
             raise ShardError(
-                f"{folder}: DALI is out of memory: {_reason(error)}. Lower the batch size that a process has at once "
-                "(--data.micro-batch, --micro-batch), --data.prefetch, or --data.decoder-width-hint and -height-hint"
+                f"{folder}: DALI is out of memory: {_reason(error)}. Lower the batch size of a process "
+                "(--data.micro-batch-size, --micro-batch-size), --data.prefetch-queue-depth, or "
+                "--data.decoder-width-hint and --data.decoder-height-hint"
             ) from error
         raise ShardError(
-            f"{folder}: DALI could not make a batch: {_reason(error)}. If it is a bad sample, "
+            f"{folder}: DALI could not make a batch: {_reason(error)}. If a sample is damaged, "
             f"'python tools/make_shards.py verify {folder}' names it"
         ) from error
 
 
 _MEMORY = re.compile(r"out of memory|bad_alloc|cudaErrorMemoryAllocation|OUT_OF_MEMORY|ALLOCATOR_FAILURE")
-"""Words of DALI, CUDA and the C++ library where memory could not be had."""
+"""Parts of the messages of DALI, CUDA and the C++ library for a failed memory allocation."""
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong and in which operator, out of a page of DALI's traceback."""
+    """Extract the cause and the operator from DALI's error message."""
     text = str(error)
     operator = re.search(r"operator `(.*?)`", text)
     cause = text.partition("encountered:\n")[2].strip().partition("\n")[0] or text.partition("\n")[0]
@@ -111,7 +115,7 @@ def _reason(error: Exception) -> str:
 
 
 def backend_of(device: str | torch.device) -> tuple[Backend, int | None]:
-    """DALI's name of the device, and the GPU's number."""
+    """Return DALI's name of the device type, and the GPU's index (None for a CPU)."""
     device = torch.device(device)
     if device.type == "cpu":
         return "cpu", None

@@ -1,23 +1,23 @@
-"""The colour half of a view as a DALI graph: draw the numbers, then apply them.
+"""Photometric ops of a view as a DALI graph: sampling and application.
 
-replay.py does the same maths in torch from the written numbers; tests/dali_pipelines holds the two together.
-Milliseconds in comments are per 224² image on one CPU core with DALI 2.4.
+replay.py implements the same maths in torch from the recorded parameters; tests/dali_pipelines compares the two. Times
+in comments are milliseconds per 224² image on one CPU core with DALI 2.4.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from dali_pipelines.augmentation import (
-    IDENTITY,
-    JITTER_FIELDS,
-    PHOTOMETRIC_FIELDS,
+from dali_pipelines.augmentations import (
+    DESTRUCTIVE_OPS,
+    OPS,
     SOLARIZE_THRESHOLD,
-    ColourDefinition,
-    Photometric,
+    JitterImpl,
+    PhotometricConfig,
 )
 from dali_pipelines.dali import dali_math, fn, types
 
@@ -27,105 +27,96 @@ DataNode = Any
 Backend = Literal["cpu", "gpu"]
 
 
-class Drawn(NamedTuple):
-    """What was drawn for one view, a scalar node each. Coins are BOOL; None stands for an op that cannot happen."""
+class PhotometricParams(NamedTuple):
+    """Sampled parameters of one view, scalar nodes."""
 
-    jitter: DataNode | None
-    grayscale: DataNode | None
-    blur: DataNode | None
-    solarize: DataNode | None
+    coins: dict[str, DataNode | None]
+    """Flags of `jitter` and of each destructive op, BOOL; None for an op with probability 0."""
     values: dict[str, DataNode]
-    """By PHOTOMETRIC_FIELDS, FLOAT: what is done, and the identity where the coin said no. Written into `params`."""
+    """Parameters by PHOTOMETRIC_FIELDS, FLOAT; the identity where an op is not applied. Recorded in `params`."""
 
 
-def draw(spec: Photometric) -> Drawn:
-    """Draw one view's numbers (paper, A.1)."""
-    jitter = _coin(spec.jitter_probability)
-    grayscale = _coin(spec.grayscale_probability)
-    blur = _coin(spec.blur_probability)
-    solarize = _coin(spec.solarize_probability)
-    values = {
-        name: types.Constant(identity, types.FLOAT, shape=[], device="cpu") for name, identity in _IDENTITIES.items()
-    }
-    if jitter is not None:
-        for name in JITTER_FIELDS:
-            values[name] = _where(jitter, spec.jitter_range(name), _IDENTITIES[name])
-    if grayscale is not None:
-        values["grayscale"] = _float(grayscale)
-    if blur is not None:
-        values["blur_sigma"] = _where(blur, spec.blur_sigma, _IDENTITIES["blur_sigma"])
-    if solarize is not None:
-        values["solarize"] = _float(solarize)
-    return Drawn(jitter, grayscale, blur, solarize, values)
+def sample(spec: PhotometricConfig) -> PhotometricParams:
+    """Sample the parameters of one view (paper, A.1)."""
+    coins = {"jitter": _bernoulli(spec.jitter_probability)}
+    for op in DESTRUCTIVE_OPS:
+        coins[op.name] = _bernoulli(spec.probability(op))
+    values = {op.field: types.Constant(op.identity, types.FLOAT, shape=[], device="cpu") for op in OPS}
+    for op in OPS:
+        coin = coins["jitter" if op.kind == "jitter" else op.name]
+        if coin is not None:
+            values[op.field] = _float(coin) if op.is_switch else _uniform_if(coin, spec.value_range(op), op.identity)
+    return PhotometricParams(coins, values)
 
 
-_IDENTITIES = dict(zip(PHOTOMETRIC_FIELDS, IDENTITY, strict=True))
-
-
-class Shared(NamedTuple):
-    """What both views of a sample start from, computed once; DALI leaves out what no op asks for."""
+class SharedImage(NamedTuple):
+    """Inputs that both views of a sample share, computed once. DALI omits those that no op uses."""
 
     image: DataNode
-    """uint8 HWC."""
+    """The resized crop, uint8 HWC."""
     mean_grey: DataNode
-    """Scalar in grey levels, in CPU memory."""
+    """Mean luma (grey levels), a scalar in CPU memory."""
     planes: DataNode
-    """The image as uint8 CHW: the layout that a CPU turns colours in."""
+    """The image as uint8 CHW, the layout of the colour ops on a CPU."""
 
 
-def shared(image: DataNode, backend: Backend) -> Shared:
-    """Both views' common ground, from the crop, uint8 HWC."""
-    return Shared(image, argument(mean_grey(image, backend), backend), _permuted(image, "CHW"))
+def prepare(image: DataNode, backend: Backend) -> SharedImage:
+    """Compute the inputs that both views share from the resized crop, uint8 HWC."""
+    return SharedImage(image, as_op_argument(mean_grey(image, backend), backend), _permuted(image, "CHW"))
 
 
-def apply(shared: Shared, drawn: Drawn, spec: Photometric, colour: ColourDefinition, backend: Backend) -> DataNode:
-    """The view: uint8 HWC. Each op runs on the samples it was drawn for and on no other."""
+def apply(
+    shared: SharedImage, drawn: PhotometricParams, spec: PhotometricConfig, colour: JitterImpl, backend: Backend
+) -> DataNode:
+    """Apply the sampled ops and return the view, uint8 HWC. Each op runs only on samples where its coin is true."""
     image = shared.image
-    if drawn.jitter is not None and drawn.jitter:
-        if colour == "torchvision":
-            image = _jitter_torchvision(image, drawn.values, spec, backend)
-        elif backend == "cpu":
-            image = _jitter_on_planes(shared, drawn.values, spec)
-        else:
-            image = _jitter_on_pixels(shared, drawn.values, spec)
-    if drawn.grayscale is not None and drawn.grayscale:
-        image = grey(image, channels=3, backend=backend)
-    if drawn.blur is not None and drawn.blur:
-        image = _blur(image, drawn.values["blur_sigma"], widest=spec.blur_sigma[1], backend=backend)
-    if drawn.solarize is not None and drawn.solarize:
-        image = fn.lookup_table(image, keys=_LEVELS, values=_SOLARIZED, dtype=types.UINT8)
+    jitter = drawn.coins["jitter"]
+    if jitter is not None and jitter:
+        image = _jitter(shared, drawn.values, spec, colour, backend)
+    for op in DESTRUCTIVE_OPS:
+        coin = drawn.coins[op.name]
+        if coin is not None and coin:
+            image = DESTRUCTIVE_MATHS[op.name](image, drawn.values[op.field], spec, backend)
     return image
 
 
-_LEVELS = list(range(256))
-_SOLARIZED = [255 - level if level >= SOLARIZE_THRESHOLD else level for level in _LEVELS]
+def _jitter(
+    shared: SharedImage, values: dict[str, DataNode], spec: PhotometricConfig, colour: JitterImpl, backend: Backend
+) -> DataNode:
+    if colour == "torchvision":
+        return _jitter_torchvision(shared.image, values, spec, backend)
+    if backend == "cpu":
+        return _jitter_on_planes(shared, values, spec)
+    return _jitter_on_pixels(shared, values, spec)
 
 
-def _jitter_on_planes(shared: Shared, values: dict[str, DataNode], spec: Photometric) -> DataNode:
-    """The linear definition where CPUs are fast: a circulant matrix is a filter over channels that wraps round.
+def _jitter_on_planes(shared: SharedImage, values: dict[str, DataNode], spec: PhotometricConfig) -> DataNode:
+    """Linear jitter on a CPU. The circulant matrix is applied as a filter over channels with wrap-around.
 
-    0.18 for the turn, where color_twist takes 0.95.
+    Hue and saturation take 0.18, color_twist 0.95.
     """
     planes = _brightness_contrast(fn.reshape(shared.planes, shape=[3, -1, 1], layout="HWC"), shared, values, spec)
     if spec.saturation or spec.hue:
-        same, next_one, last = _turn_weights(values)
+        same, next_one, last = _hue_saturation_weights(values)
         kernel = fn.reshape(fn.stack(last, same, next_one), shape=[3, 1])
         planes = fn.filter(fn.reshape(planes, shape=[3, -1], layout="HW"), kernel, border="wrap")
     return _permuted(fn.reshape(planes, shape=shared.planes.shape()), "HWC")
 
 
-def _jitter_on_pixels(shared: Shared, values: dict[str, DataNode], spec: Photometric) -> DataNode:
-    """The same maths in two kernels without a change of layout: what a GPU is best at."""
+def _jitter_on_pixels(shared: SharedImage, values: dict[str, DataNode], spec: PhotometricConfig) -> DataNode:
+    """Linear jitter on a GPU, in two kernels without a change of layout."""
     image = _brightness_contrast(shared.image, shared, values, spec)
     if spec.saturation or spec.hue:
-        same, next_one, last = _turn_weights(values)
+        same, next_one, last = _hue_saturation_weights(values)
         rows = [fn.stack(same, next_one, last), fn.stack(last, same, next_one), fn.stack(next_one, last, same)]
         image = fn.coord_transform(image, M=fn.stack(*rows), dtype=types.UINT8)
     return image
 
 
-def _brightness_contrast(image: DataNode, shared: Shared, values: dict[str, DataNode], spec: Photometric) -> DataNode:
-    """brightness · (mean grey + contrast · (x - mean grey)), rounded to uint8: 0.05 where floats take 0.35."""
+def _brightness_contrast(
+    image: DataNode, shared: SharedImage, values: dict[str, DataNode], spec: PhotometricConfig
+) -> DataNode:
+    """Compute brightness · (mean grey + contrast · (x - mean grey)), rounded to uint8: 0.05, in floats 0.35."""
     if not (spec.brightness or spec.contrast):
         return image
     return fn.brightness_contrast(
@@ -133,22 +124,27 @@ def _brightness_contrast(image: DataNode, shared: Shared, values: dict[str, Data
     )
 
 
-def _turn_weights(values: dict[str, DataNode]) -> list[DataNode]:
-    """What a channel gets of itself, of the next and of the last one: R, G, B, R, ...
+def _hue_saturation_weights(values: dict[str, DataNode]) -> list[DataNode]:
+    """Return the weights of a channel itself, the next channel and the last one, in the cycle R, G, B, R, ...
 
-    Saturation scales and hue (turns) turns the colour about the grey axis of RGB, so that the map is a circulant matrix
-    and three weights are all of it. Closer to HSV than DALI's own hue, which turns in YIQ: 26.9 against 22.4 dB.
+    Saturation scales the colour about the grey axis of RGB, and hue (turns) rotates it. The map is a circulant matrix,
+    so three weights define it. It is closer to HSV than DALI's own hue, which rotates in YIQ (PSNR 26.9 against
+    22.4 dB).
     """
     angles = (2 * math.pi * (values["hue"] + channel / 3) for channel in range(3))
     return [(1.0 + 2.0 * values["saturation"] * dali_math.cos(angle)) / 3.0 for angle in angles]
 
 
-def _blur(image: DataNode, sigma: DataNode, *, widest: float, backend: Backend) -> DataNode:
-    """torchvision's GaussianBlur with 2·ceil(3·widest) + 1 taps (13 for the paper's), borders mirrored.
+def _grayscale(image: DataNode, done: DataNode, spec: PhotometricConfig, backend: Backend) -> DataNode:
+    return grey(image, channels=3, backend=backend)
 
-    On CPU as two filters, rounded between: 0.2, where gaussian_blur takes 0.7 to 1.6.
+
+def _blur(image: DataNode, sigma: DataNode, spec: PhotometricConfig, backend: Backend) -> DataNode:
+    """Apply torchvision's GaussianBlur with 2·ceil(3·widest) + 1 taps (13 for the paper's) and mirrored borders.
+
+    On a CPU, two filters with rounding in between take 0.2, gaussian_blur 0.7 to 1.6.
     """
-    reach = math.ceil(3 * widest)
+    reach = math.ceil(3 * spec.blur_sigma[1])
     taps = 2 * reach + 1
     if backend == "gpu":
         return fn.gaussian_blur(image, sigma=sigma, window_size=taps)
@@ -159,29 +155,46 @@ def _blur(image: DataNode, sigma: DataNode, *, widest: float, backend: Backend) 
     return fn.filter(image, fn.reshape(weights, shape=[taps, 1]))
 
 
-def _jitter_torchvision(image: DataNode, values: dict[str, DataNode], spec: Photometric, backend: Backend) -> DataNode:
-    """torchvision's adjust_brightness, _contrast, _saturation, _hue on uint8: clamped and truncated after each."""
+def _solarize(image: DataNode, done: DataNode, spec: PhotometricConfig, backend: Backend) -> DataNode:
+    return fn.lookup_table(image, keys=_LEVELS, values=_SOLARIZED, dtype=types.UINT8)
+
+
+_LEVELS = list(range(256))
+_SOLARIZED = [255 - level if level >= SOLARIZE_THRESHOLD else level for level in _LEVELS]
+
+DESTRUCTIVE_MATHS: dict[str, Callable[[DataNode, DataNode, PhotometricConfig, Backend], DataNode]] = {
+    "grayscale": _grayscale,
+    "blur": _blur,
+    "solarize": _solarize,
+}
+"""Graph function of each destructive op: from an image (uint8 HWC) and the op's parameter to an image."""
+
+
+def _jitter_torchvision(
+    image: DataNode, values: dict[str, DataNode], spec: PhotometricConfig, backend: Backend
+) -> DataNode:
+    """Apply torchvision's adjust_brightness, _contrast, _saturation and _hue, clamped and truncated after each."""
     if spec.brightness:
         image = fn.brightness_contrast(image, brightness=values["brightness"], brightness_shift=TRUNCATE)
     if spec.contrast:
-        centre = argument(mean_grey(image, backend), backend)
+        centre = as_op_argument(mean_grey(image, backend), backend)
         image = fn.brightness_contrast(
             image, contrast=values["contrast"], contrast_center=centre, brightness_shift=TRUNCATE
         )
     if spec.saturation:
-        saturation = operand(values["saturation"], backend)
+        saturation = as_operand(values["saturation"], backend)
         image = to_uint8(saturation * image + (1.0 - saturation) * grey(image, channels=3, backend=backend))
     if spec.hue:
-        image = _rotate_hue(image, operand(values["hue"], backend))
+        image = _rotate_hue(image, as_operand(values["hue"], backend))
     return image
 
 
 TRUNCATE = -0.499 / 255
-"""As brightness_shift: rounding to nearest becomes truncation."""
+"""Value of brightness_shift that turns rounding to nearest into truncation."""
 
 
 def _rotate_hue(image: DataNode, turns: DataNode) -> DataNode:
-    """Add to the hue of HSV, saturation and value unchanged. On planes, which DALI's arithmetic is fastest on."""
+    """Shift the hue in HSV by `turns`; saturation and value stay. DALI's arithmetic is fastest on CHW planes."""
     planes = fn.cast(fn.transpose(image, perm=[2, 0, 1]), dtype=types.FLOAT)
     red, green, blue = planes[0], planes[1], planes[2]
     value = dali_math.max(dali_math.max(red, green), blue)
@@ -193,23 +206,24 @@ def _rotate_hue(image: DataNode, turns: DataNode) -> DataNode:
     within = is_red * (green - blue) + is_green * (blue - red) + is_blue * (red - green)
     sixths = within / dali_math.max(chroma, 1.0) + 2.0 * is_green + 4.0 * is_blue + 6.0 * turns
     hue = sixths - 6.0 * dali_math.floor(sixths / 6.0)
-    # How much of the chroma each channel has at this hue, from 0 to 6: all six sectors of HSV → RGB in one formula.
+    # Share of the chroma of each channel at this hue (0 to 6): all six sectors of HSV → RGB in one formula.
     shares = (dali_math.abs(hue - 3.0) - 1.0, 2.0 - dali_math.abs(hue - 2.0), 2.0 - dali_math.abs(hue - 4.0))
     turned = (lowest + chroma * dali_math.max(dali_math.min(share, 1.0), 0.0) for share in shares)
     return _permuted(to_uint8(fn.stack(*turned, axis=0) * _FLOAT_TO_UINT8), "HWC")
 
 
 _FLOAT_TO_UINT8 = 255.999 / 255
-"""torchvision turns v in [0, 1] into the uint8 trunc(255.999 v)."""
+"""Factor of torchvision's conversion of v in [0, 1] to uint8: trunc(255.999 v)."""
 
 
 LUMA = (0.299, 0.587, 0.114)
+"""Weights of R, G and B in the luma."""
 
 
 def grey(image: DataNode, channels: Literal[1, 3], backend: Backend) -> DataNode:
-    """Luma 0.299 R + 0.587 G + 0.114 B, rounded, as uint8 HWC of 1 or 3 equal channels.
+    """Compute the luma 0.299 R + 0.587 G + 0.114 B, rounded, as uint8 HWC with 1 channel or 3 equal channels.
 
-    On a GPU as one product for the whole batch, where color_space_conversion launches a kernel an image.
+    On a GPU, one matrix product serves the whole batch; color_space_conversion launches one kernel per image.
     """
     if backend == "gpu":
         return fn.coord_transform(image, M=[*LUMA] * channels, dtype=types.UINT8)
@@ -220,45 +234,45 @@ def grey(image: DataNode, channels: Literal[1, 3], backend: Backend) -> DataNode
 
 
 def mean_grey(image: DataNode, backend: Backend) -> DataNode:
-    """Scalar in grey levels. By way of the grey image, which costs half of averaging three channels."""
+    """Compute the mean luma (grey levels, scalar) from the grey image: half the time of averaging three channels."""
     return fn.reductions.mean(grey(image, channels=1, backend=backend))
 
 
 def contiguous(image: DataNode, backend: Backend) -> DataNode:
-    """As an output that torch can take as it lies: on a GPU a merged batch would be copied image by image."""
+    """Make an output contiguous for torch. On a GPU, a merged batch would otherwise be copied image by image."""
     return fn.copy(image) if backend == "gpu" else image
 
 
 def to_uint8(image: DataNode) -> DataNode:
-    """Clamp to [0, 255] and truncate. A slice that converts: 0.14, where cast takes 0.31 and color_twist itself 0.6."""
+    """Clamp to [0, 255] and truncate, by the dtype conversion of a slice: 0.14; cast takes 0.31, color_twist 0.6."""
     return fn.slice(image, start=[0], rel_shape=[1.0], axes=[0], dtype=types.UINT8)
 
 
 def _permuted(image: DataNode, layout: Literal["CHW", "HWC"]) -> DataNode:
-    """uint8 of the other of the two layouts to this one.
+    """Permute a uint8 image of the other layout to `layout`.
 
-    By an operator that can also normalise, and here does not: 0.07, where transpose takes 0.22.
+    crop_mirror_normalize without normalisation takes 0.07, transpose 0.22.
     """
     image = fn.reinterpret(image, layout="HWC" if layout == "CHW" else "CHW")
     return fn.crop_mirror_normalize(image, dtype=types.UINT8, output_layout=layout, mean=[0.0], std=[1.0])
 
 
-def argument(node: DataNode, backend: Backend) -> DataNode:
-    """As a per-sample argument of an operator: DALI takes those from CPU memory only."""
+def as_op_argument(node: DataNode, backend: Backend) -> DataNode:
+    """Move a node to CPU memory, where DALI needs the per-sample arguments of an operator."""
     return node.cpu() if backend == "gpu" else node
 
 
-def operand(node: DataNode, backend: Backend) -> DataNode:
-    """As an operand in arithmetic with images."""
+def as_operand(node: DataNode, backend: Backend) -> DataNode:
+    """Move a node to the images' memory, for arithmetic with them."""
     return node.gpu() if backend == "gpu" else node
 
 
-def _coin(probability: float) -> DataNode | None:
+def _bernoulli(probability: float) -> DataNode | None:
     return fn.random.coin_flip(probability=probability, dtype=types.BOOL) if probability > 0 else None
 
 
-def _where(coin: DataNode, drawn_from: tuple[float, float], otherwise: float) -> DataNode:
-    """A uniform draw where the coin says yes. Multiplied by 1 and added to 0, so the draw itself, bit for bit."""
+def _uniform_if(coin: DataNode, drawn_from: tuple[float, float], otherwise: float) -> DataNode:
+    """Sample uniformly where `coin` is true, else return `otherwise`. The arithmetic keeps the sample bit-identical."""
     low, high = drawn_from
     drawn = fn.random.uniform(range=[low, high]) if low < high else low  # DALI refuses an empty range
     yes = _float(coin)

@@ -1,10 +1,11 @@
-"""timm's RandAugment as a DALI graph: the string says what is drawn, as in `rand-m9-mstd0.5-inc1` (paper, A.2).
+"""timm's RandAugment as a DALI graph, set by a string like `rand-m9-mstd0.5-inc1` (paper, A.2).
 
-What an op does at a magnitude is timm's `auto_augment.py` and, below it, Pillow's arithmetic; DALI's own auto_aug has
-other ranges, bins and fill colours. Fill and interpolation are what timm's `create_transform` gives the ops: the mean
-colour of ImageNet, and what the crop was resized with. Not Pillow's to within a grey level are only rotation and shears
-where the crop is resized by `cubic`: they are interpolated linearly, for DALI's warp has nothing else.
-tests/dali_pipelines/test_rand_augment.py holds each op to timm's.
+Ops and magnitudes follow timm's `auto_augment.py` and Pillow's arithmetic; DALI's own auto_aug has other ranges, bins
+and fill colours. Fill and interpolation are those of timm's `create_transform`: ImageNet's mean colour, and the
+interpolation of the crop's resize.
+
+Each op matches Pillow to within a grey level (tests/dali_pipelines/test_rand_augment.py), except rotation and shears
+after a `cubic` resize: DALI's warp interpolates only linearly.
 """
 
 from __future__ import annotations
@@ -16,30 +17,39 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dali_pipelines.augmentation import MEAN_COLOUR, AugmentationError
+from dali_pipelines.augmentations import MEAN_COLOUR, AugmentationError
 from dali_pipelines.dali import dali_math, fn, types
-from dali_pipelines.photometric import TRUNCATE, Backend, DataNode, argument, grey, mean_grey, operand, to_uint8
-from dali_pipelines.reader import Interpolation
+from dali_pipelines.geometry import Interpolation
+from dali_pipelines.photometric import (
+    TRUNCATE,
+    Backend,
+    DataNode,
+    as_op_argument,
+    as_operand,
+    grey,
+    mean_grey,
+    to_uint8,
+)
 
-MOST = 10.0
-"""The largest magnitude."""
+MAX_MAGNITUDE = 10.0
+"""Maximum magnitude of an op."""
 
 
 @dataclass(frozen=True)
 class RandAugment:
-    """The numbers in the string."""
+    """Settings in a RandAugment string."""
 
     magnitude: int = 10
-    """m: mean magnitude, 0 to 10."""
+    """m: mean magnitude (0 to 10)."""
     layers: int = 2
-    """n: ops drawn for an image, with replacement."""
+    """n: number of ops sampled per image, with replacement."""
     probability: float = 0.5
-    """p: with which each of them is done at all."""
+    """p: probability that a sampled op is applied (0 to 1)."""
     std: float = 0.0
-    """mstd: standard deviation of the magnitude of each, which is then cut to 0 to 10."""
+    """mstd: standard deviation of an op's magnitude, which is then clamped to 0 to 10."""
     increasing: bool = False
-    """inc: whether every op does more at a larger magnitude (else posterize, solarize do less, and the enhancing ops
-    go from 0.1 to 1.9 of what an image has)."""
+    """inc: every op has a stronger effect at a larger magnitude. Without it, posterize and solarize have a weaker
+    effect, and the factor of the enhancing ops increases from 0.1 to 1.9."""
 
 
 _SECTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
@@ -52,16 +62,16 @@ _SECTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
 
 
 def parse(text: str) -> RandAugment:
-    """The numbers in a string as `rand-m9-mstd0.5-inc1`. AugmentationError names the section that cannot be read."""
+    """Parse a string like `rand-m9-mstd0.5-inc1`. Raise AugmentationError, which names an invalid section."""
     first, *sections = text.split("-")
     if first != "rand":
-        raise AugmentationError(f"rand_augment '{text}' must begin with 'rand', as rand-m9-mstd0.5-inc1 does")
+        raise AugmentationError(f"rand_augment '{text}' must begin with 'rand', e.g. rand-m9-mstd0.5-inc1")
     values = {}
     for section in sections:
         match = re.fullmatch(r"([a-z]+)(\d+\.?\d*)", section)
         if match is None or match[1] not in _SECTIONS:
             raise AugmentationError(
-                f"rand_augment '{text}': section '{section}' is none of m, n, p, mstd and inc followed by a number"
+                f"rand_augment '{text}': section '{section}' must be m, n, p, mstd or inc, followed by a number"
             )
         name, number = _SECTIONS[match[1]]
         try:
@@ -69,64 +79,70 @@ def parse(text: str) -> RandAugment:
         except ValueError as error:
             raise AugmentationError(f"rand_augment '{text}': section '{section}' needs a whole number") from error
     spec = RandAugment(**values)
-    if not (spec.magnitude <= MOST and spec.probability <= 1 and spec.std <= 100):
+    if not (spec.magnitude <= MAX_MAGNITUDE and spec.probability <= 1 and spec.std <= 100):
         raise AugmentationError(f"rand_augment '{text}': m can be at most 10, p at most 1 and mstd at most 100")
     return spec
 
 
-class Drawn(NamedTuple):
-    """What was drawn for one layer, a scalar node each."""
+class RandAugmentParams(NamedTuple):
+    """Sampled parameters of one layer, scalar nodes."""
 
     op: DataNode
-    """INT32: a place in OPS; NOTHING where no op is done."""
+    """Index into OPS, INT32; IDENTITY_OP where no op is applied."""
     level: DataNode
-    """FLOAT: the magnitude, and as its sign the direction of ops that have two: -10 to 10."""
+    """Magnitude (-10 to 10), FLOAT. The sign is the direction of ops that have two."""
 
 
-class Context(NamedTuple):
-    """What every op is given beside the image. One number a sample: DALI hands each on through every condition."""
+class OpArgs(NamedTuple):
+    """Arguments of every op. `level` is the only one per sample: DALI passes each such node through every condition."""
 
     level: DataNode
+    """Signed magnitude (-10 to 10), FLOAT."""
     increasing: bool
     size: int
-    """Side of the image in pixels."""
+    """Side of the image (pixels)."""
     interpolation: Interpolation
     backend: Backend
 
 
-Op = Callable[[DataNode, Context], DataNode]
-"""What is done to an image (uint8 HWC)."""
+Op = Callable[[DataNode, OpArgs], DataNode]
+"""Function that applies an op to an image (uint8 HWC)."""
 
 
-def draw(spec: RandAugment) -> list[Drawn]:
-    """Draw the layers of one image."""
-    return [_draw_layer(spec) for _ in range(spec.layers)]
+def sample(spec: RandAugment) -> list[RandAugmentParams]:
+    """Sample the layers of one image."""
+    return [_sample_layer(spec) for _ in range(spec.layers)]
 
 
-def _draw_layer(spec: RandAugment) -> Drawn:
+def _sample_layer(spec: RandAugment) -> RandAugmentParams:
     done = fn.random.coin_flip(probability=spec.probability, dtype=types.INT32)
     op = fn.cast(fn.random.uniform(values=[float(number) for number in range(len(OPS))]), dtype=types.INT32)
     magnitude = types.Constant(float(spec.magnitude), types.FLOAT, shape=[], device="cpu")
     if spec.std > 0:
         magnitude = fn.random.normal(mean=float(spec.magnitude), stddev=spec.std)
-        magnitude = dali_math.clamp(magnitude, 0.0, MOST)
+        magnitude = dali_math.clamp(magnitude, 0.0, MAX_MAGNITUDE)
     direction = fn.random.uniform(values=[-1.0, 1.0])
-    return Drawn(done * op + (1 - done) * NOTHING, direction * magnitude)
+    return RandAugmentParams(done * op + (1 - done) * IDENTITY_OP, direction * magnitude)
 
 
 def apply(
-    image: DataNode, layers: list[Drawn], increasing: bool, size: int, interpolation: Interpolation, backend: Backend
+    image: DataNode,
+    layers: list[RandAugmentParams],
+    increasing: bool,
+    size: int,
+    interpolation: Interpolation,
+    backend: Backend,
 ) -> DataNode:
-    """The image (uint8 HWC, size×size) after the ops of its layers. Each op runs on the samples it was drawn for."""
+    """Apply the layers to an image (uint8 HWC, size×size). Each op runs only on the samples that it was drawn for."""
     for drawn in layers:
-        context = Context(drawn.level, increasing, size, interpolation, backend)
-        if drawn.op != NOTHING:
+        context = OpArgs(drawn.level, increasing, size, interpolation, backend)
+        if drawn.op != IDENTITY_OP:
             image = _one_of(list(OPS.values()), 0, drawn.op, image, context)
     return image
 
 
-def _one_of(ops: list[Op], first: int, op: DataNode, image: DataNode, context: Context) -> DataNode:
-    """The image after `ops[op - first]`, found by halving: every condition has a cost, also where it is not met."""
+def _one_of(ops: list[Op], first: int, op: DataNode, image: DataNode, context: OpArgs) -> DataNode:
+    """Apply `ops[op - first]`, found by bisection, because every condition has a cost, also where it is false."""
     if len(ops) == 1:
         return ops[0](image, context)
     half = len(ops) // 2
@@ -137,10 +153,10 @@ def _one_of(ops: list[Op], first: int, op: DataNode, image: DataNode, context: C
     return image
 
 
-def _auto_contrast(image: DataNode, context: Context) -> DataNode:
-    """Each channel stretched to [0, 255]."""
-    low = argument(fn.reductions.min(image, axes=[0, 1]), context.backend)
-    high = argument(fn.reductions.max(image, axes=[0, 1]), context.backend)
+def _auto_contrast(image: DataNode, context: OpArgs) -> DataNode:
+    """Stretch each channel to [0, 255]."""
+    low = as_op_argument(fn.reductions.min(image, axes=[0, 1]), context.backend)
+    high = as_op_argument(fn.reductions.max(image, axes=[0, 1]), context.backend)
     low, spread = fn.cast(low, dtype=types.FLOAT), fn.cast(high - low, dtype=types.FLOAT)
     flat = fn.cast(spread == 0.0, dtype=types.FLOAT)
     return fn.crop_mirror_normalize(
@@ -153,81 +169,83 @@ def _auto_contrast(image: DataNode, context: Context) -> DataNode:
     )
 
 
-def _equalize(image: DataNode, context: Context) -> DataNode:
-    """A level goes where the share of pixels below it says. DALI's counts those up to it; inverted, it counts below."""
+def _equalize(image: DataNode, context: OpArgs) -> DataNode:
+    """Map each level by the share of pixels below it. DALI counts pixels up to the level; inversion corrects this."""
     full = types.Constant(255, types.UINT8)
     return full - fn.equalize(full - image)
 
 
-def _invert(image: DataNode, context: Context) -> DataNode:
+def _invert(image: DataNode, context: OpArgs) -> DataNode:
     return types.Constant(255, types.UINT8) - image
 
 
-def _posterize(image: DataNode, context: Context) -> DataNode:
-    """Only the first bits, 4 to 0 of them, are kept."""
-    taken = _whole(context, 4.0)
-    bits = 4.0 - taken if context.increasing else taken
+def _posterize(image: DataNode, context: OpArgs) -> DataNode:
+    """Keep the 4 to 0 most significant bits."""
+    amount = _int_magnitude(context, 4.0)
+    bits = 4.0 - amount if context.increasing else amount
     mask = fn.cast(256.0 - dali_math.pow(2.0, 8.0 - bits), dtype=types.UINT8)
-    return image & operand(mask, context.backend)
+    return image & as_operand(mask, context.backend)
 
 
-def _solarize(image: DataNode, context: Context) -> DataNode:
-    """Levels at or above the threshold are inverted."""
-    level = _whole(context, 256.0)
+def _solarize(image: DataNode, context: OpArgs) -> DataNode:
+    """Invert levels at or above the threshold."""
+    level = _int_magnitude(context, 256.0)
     threshold = fn.cast(256.0 - level if context.increasing else level, dtype=types.INT32)
-    return image ^ (types.Constant(255, types.UINT8) * (image >= operand(threshold, context.backend)))
+    return image ^ (types.Constant(255, types.UINT8) * (image >= as_operand(threshold, context.backend)))
 
 
-def _solarize_add(image: DataNode, context: Context) -> DataNode:
-    """Levels below 128 are raised by up to 110."""
-    raised = fn.cast(_whole(context, 110.0), dtype=types.UINT8)
-    return image + operand(raised, context.backend) * (image < types.Constant(128, types.UINT8))
+def _solarize_add(image: DataNode, context: OpArgs) -> DataNode:
+    """Add up to 110 to levels below 128."""
+    raised = fn.cast(_int_magnitude(context, 110.0), dtype=types.UINT8)
+    return image + as_operand(raised, context.backend) * (image < types.Constant(128, types.UINT8))
 
 
-def _colour(image: DataNode, context: Context) -> DataNode:
-    factor = operand(_enhancing_factor(context), context.backend)
+def _colour(image: DataNode, context: OpArgs) -> DataNode:
+    factor = as_operand(_enhancing_factor(context), context.backend)
     return to_uint8(factor * image + (1.0 - factor) * grey(image, channels=3, backend=context.backend))
 
 
-def _contrast(image: DataNode, context: Context) -> DataNode:
-    """About the mean grey, itself a whole level."""
-    centre = dali_math.floor(argument(mean_grey(image, context.backend), context.backend) + 0.5)
+def _contrast(image: DataNode, context: OpArgs) -> DataNode:
+    """Scale about the mean grey, rounded to a whole level."""
+    centre = dali_math.floor(as_op_argument(mean_grey(image, context.backend), context.backend) + 0.5)
     factor = _enhancing_factor(context)
     return fn.brightness_contrast(image, contrast=factor, contrast_center=centre, brightness_shift=TRUNCATE)
 
 
-def _brightness(image: DataNode, context: Context) -> DataNode:
+def _brightness(image: DataNode, context: OpArgs) -> DataNode:
     return fn.brightness_contrast(image, brightness=_enhancing_factor(context), brightness_shift=TRUNCATE)
 
 
-def _sharpness(image: DataNode, context: Context) -> DataNode:
-    """Between (factor 0) the image smoothed by Pillow's SMOOTH, and away from it."""
+def _sharpness(image: DataNode, context: OpArgs) -> DataNode:
+    """Interpolate between the image (factor 1) and its result of Pillow's SMOOTH (factor 0); extrapolate above 1."""
     factor = _enhancing_factor(context)
     smooth = types.Constant(np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13, device="cpu")
-    itself = types.Constant(np.array([[0, 0, 0], [0, 1, 0], [0, 0, 0]], np.float32), device="cpu")
-    kernel = factor * itself + (1.0 - factor) * smooth
-    return fn.filter(image, operand(kernel, context.backend), border="clamp")
+    identity = types.Constant(np.array([[0, 0, 0], [0, 1, 0], [0, 0, 0]], np.float32), device="cpu")
+    kernel = factor * identity + (1.0 - factor) * smooth
+    return fn.filter(image, as_operand(kernel, context.backend), border="clamp")
 
 
-def _rotate(image: DataNode, context: Context) -> DataNode:
-    """By up to 30 degrees about the middle, positive against the clock."""
+def _rotate(image: DataNode, context: OpArgs) -> DataNode:
+    """Rotate by up to 30 degrees about the centre; positive angles are counter-clockwise."""
     half = context.size / 2
-    return _warp(image, fn.transforms.rotation(angle=context.level * (30.0 / MOST), center=[half, half]), context)
+    return _warp(
+        image, fn.transforms.rotation(angle=context.level * (30.0 / MAX_MAGNITUDE), center=[half, half]), context
+    )
 
 
-def _shear_x(image: DataNode, context: Context) -> DataNode:
-    return _warp(image, fn.transforms.shear(shear=fn.stack(context.level * (0.3 / MOST), 0.0)), context)
+def _shear_x(image: DataNode, context: OpArgs) -> DataNode:
+    return _warp(image, fn.transforms.shear(shear=fn.stack(context.level * (0.3 / MAX_MAGNITUDE), 0.0)), context)
 
 
-def _shear_y(image: DataNode, context: Context) -> DataNode:
-    return _warp(image, fn.transforms.shear(shear=fn.stack(0.0, context.level * (0.3 / MOST))), context)
+def _shear_y(image: DataNode, context: OpArgs) -> DataNode:
+    return _warp(image, fn.transforms.shear(shear=fn.stack(0.0, context.level * (0.3 / MAX_MAGNITUDE))), context)
 
 
-def _translate_x(image: DataNode, context: Context) -> DataNode:
+def _translate_x(image: DataNode, context: OpArgs) -> DataNode:
     return _translate(image, 1, context)
 
 
-def _translate_y(image: DataNode, context: Context) -> DataNode:
+def _translate_y(image: DataNode, context: OpArgs) -> DataNode:
     return _translate(image, 0, context)
 
 
@@ -248,26 +266,26 @@ OPS: dict[str, Op] = {
     "TranslateXRel": _translate_x,
     "TranslateYRel": _translate_y,
 }
-"""The ops by timm's names (those that `inc` changes have another word, Increasing, in timm's), drawn uniformly."""
+"""Ops by timm's names, sampled uniformly. timm appends `Increasing` to the names of those that `inc` changes."""
 
-NOTHING = len(OPS)
-"""In place of an op: none is done."""
+IDENTITY_OP = len(OPS)
+"""Index where no op is applied."""
 
 
-def _enhancing_factor(context: Context) -> DataNode:
-    """1: nothing changes; 0: all of what the op works on is taken away."""
+def _enhancing_factor(context: OpArgs) -> DataNode:
+    """Return the factor of an enhancing op: 1 leaves the image unchanged, 0 removes the property completely."""
     if context.increasing:
-        return dali_math.max(0.1, 1.0 + context.level * (0.9 / MOST))
-    return dali_math.abs(context.level) * (1.8 / MOST) + 0.1
+        return dali_math.max(0.1, 1.0 + context.level * (0.9 / MAX_MAGNITUDE))
+    return dali_math.abs(context.level) * (1.8 / MAX_MAGNITUDE) + 0.1
 
 
-def _translate(image: DataNode, axis: int, context: Context) -> DataNode:
-    """By up to 0.45 of the side, exactly as Pillow: a filter for the part of a pixel, then a cut for the whole ones."""
-    pixels = context.level * (0.45 * context.size / MOST)
+def _translate(image: DataNode, axis: int, context: OpArgs) -> DataNode:
+    """Translate by up to 0.45 of the side, like Pillow: a filter shifts by subpixels, then a slice by whole pixels."""
+    pixels = context.level * (0.45 * context.size / MAX_MAGNITUDE)
     whole = dali_math.floor(pixels + 0.5)
-    places = types.Constant(np.arange(-2, 3, dtype=np.float32), device="cpu")
-    weights = _WEIGHTS[context.interpolation](dali_math.abs(places - (pixels - whole)))
-    kernel = operand(fn.reshape(weights, shape=[1, 5] if axis == 1 else [5, 1]), context.backend)
+    taps = types.Constant(np.arange(-2, 3, dtype=np.float32), device="cpu")
+    weights = _WEIGHTS[context.interpolation](dali_math.abs(taps - (pixels - whole)))
+    kernel = as_operand(fn.reshape(weights, shape=[1, 5] if axis == 1 else [5, 1]), context.backend)
     image = fn.filter(image, kernel, border="clamp")
     return fn.slice(
         image,
@@ -284,7 +302,7 @@ def _linear(distance: DataNode) -> DataNode:
 
 
 def _cubic(distance: DataNode) -> DataNode:
-    """Pillow's kernel for transforms: a = -1, where its resizing has -0.5."""
+    """Evaluate Pillow's cubic kernel for transforms, with a = -1 (its resize uses a = -0.5)."""
     x = dali_math.min(distance, 2.0)
     near = (x - 2.0) * x * x + 1.0
     far = ((5.0 - x) * x - 8.0) * x + 4.0
@@ -295,11 +313,11 @@ def _cubic(distance: DataNode) -> DataNode:
 _WEIGHTS: dict[Interpolation, Callable[[DataNode], DataNode]] = {"linear": _linear, "cubic": _cubic}
 
 
-def _warp(image: DataNode, matrix: DataNode, context: Context) -> DataNode:
-    """From each output pixel's place to the place `matrix` [2, 3] gives in the image; what lies outside is filled.
+def _warp(image: DataNode, matrix: DataNode, context: OpArgs) -> DataNode:
+    """Warp by `matrix` [2, 3], which maps output to input positions; positions outside the image get MEAN_COLOUR.
 
-    DALI fills with one grey level only, but repeats the border where it is not told to fill: so a border of
-    the fill is laid about the image.
+    DALI fills with a single grey level, but repeats the border pixels without a fill. Therefore the image is padded
+    with a border of the fill colour.
     """
     framed = fn.slice(
         image,
@@ -313,6 +331,6 @@ def _warp(image: DataNode, matrix: DataNode, context: Context) -> DataNode:
     return fn.warp_affine(framed, matrix=into_frame, size=[context.size, context.size])
 
 
-def _whole(context: Context, most: float) -> DataNode:
-    """`most` times the share of the magnitude, rounded down; what is just under a whole number counts as it."""
-    return dali_math.floor(dali_math.abs(context.level) * (most / MOST) + 1e-4)
+def _int_magnitude(context: OpArgs, most: float) -> DataNode:
+    """Return `most` · |magnitude| / 10, rounded down, with a tolerance of 1e-4 below whole numbers."""
+    return dali_math.floor(dali_math.abs(context.level) * (most / MAX_MAGNITUDE) + 1e-4)

@@ -1,20 +1,20 @@
-"""Which samples, in which order, for which rank; and the geometry that both views of a sample share."""
+"""Shard reader: samples of each rank, and their order."""
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from dali_pipelines.dali import dali_math, fn, types
-from dali_pipelines.decoder import GpuDecoder
-from dali_pipelines.photometric import Backend, DataNode
-from shards.manifest import Column, Manifest, ShardError, load_manifest
+from dali_pipelines.dali import fn
+from dali_pipelines.photometric import DataNode
+from shards.errors import ShardError
+from shards.format import Column, Manifest, load_manifest
 from shards.verify import check_quick
 
 READER = "reader"
-"""Name of the reader in every pipeline, for its metadata."""
+"""Name of the reader operator in every pipeline, for access to its metadata."""
 
 
 MASK = "mask.png"
@@ -22,24 +22,24 @@ MASK = "mask.png"
 
 
 @dataclass(frozen=True)
-class Source:
-    """The part of a split that one rank reads, checked against the manifest.
+class DataSource:
+    """Part of a split that one rank reads, checked against the manifest.
 
-    Ranks share the split by sample: rank r of w reads samples [N·r // w, N·(r + 1) // w) of the epoch's order.
+    The split is divided by samples: rank r of w reads samples [N·r // w, N·(r + 1) // w) of the epoch's order.
     """
 
     folder: Path
     manifest: Manifest
     column: Column | None
-    """Label column that is read beside the image."""
+    """Label column that is read with the image; None without labels."""
     masks: bool
-    """Whether its mask is read instead."""
+    """True where the segmentation mask is read with the image, in place of a label."""
     rank: int
     world_size: int
 
     @property
     def component(self) -> str | None:
-        """Tar component that is read beside the image; None: the image alone."""
+        """Tar component that is read with the image; None for the image alone."""
         return MASK if self.masks else self.column.component if self.column else None
 
     @property
@@ -49,27 +49,27 @@ class Source:
 
     @property
     def samples(self) -> int:
-        """Samples of one epoch that are this rank's."""
+        """Number of this rank's samples in an epoch."""
         return self.manifest.samples * (self.rank + 1) // self.world_size - self.first
 
     @property
     def most_samples(self) -> int:
-        """Samples of the rank that has most."""
+        """Number of samples of the rank that has most."""
         return -(-self.manifest.samples // self.world_size)
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the hashes of the tars in their order: equal only if the samples and their order are."""
+        """SHA-256 over the hashes of the tars in their order. It identifies the samples and their order."""
         return hashlib.sha256("".join(shard.sha256 for shard in self.manifest.shards).encode()).hexdigest()
 
 
 def open_source(
     folder: Path, split: str, *, label: str | None = None, masks: bool = False, rank: int, world_size: int
-) -> Source:
-    """Check the shards and settle on what this rank reads: images alone, with a label column, or with their masks.
+) -> DataSource:
+    """Check the shards and return this rank's source: images alone, with a label column, or with masks.
 
-    Raises ShardError for shards that differ from their manifest, a label column or masks that are not there, or fewer
-    shards than ranks.
+    Raise ShardError for shards that differ from their manifest, a missing label column, missing masks, or fewer shards
+    than ranks; raise ValueError for both a label and masks.
     """
     if masks and label is not None:
         raise ValueError("a pipeline reads labels or masks, not both")
@@ -77,36 +77,37 @@ def open_source(
     check_quick(folder, manifest)
     if len(manifest.shards) < world_size:
         raise ShardError(
-            f"{folder}: split '{split}' has {len(manifest.shards)} shards for {world_size} processes; make it again "
+            f"{folder}: split '{split}' has {len(manifest.shards)} shards for {world_size} processes; remake it "
             "with smaller shards (tools/make_shards.py), or start fewer processes"
         )
     if masks and not manifest.masks:
         raise ShardError(
-            f"{folder}: split '{split}' has no segmentation masks; make it again from a source that has them "
-            "(tools/make_shards.py --help), or name another split"
+            f"{folder}: split '{split}' has no segmentation masks; remake it from a source with masks "
+            "(tools/make_shards.py --help), or use another split"
         )
     column = manifest.column(label) if label is not None else None
-    return Source(folder, manifest, column, masks, rank, world_size)
+    return DataSource(folder, manifest, column, masks, rank, world_size)
 
 
-class Encoded(NamedTuple):
-    """What the reader hands on."""
+class EncodedSample(NamedTuple):
+    """Outputs of the reader for a sample."""
 
     jpeg: DataNode
+    """An encoded JPEG, uint8 [n]."""
     label: DataNode | None
     """ASCII digits, uint8 [n], padded with zeros to the batch's longest."""
     mask: DataNode | None
-    """An encoded PNG."""
-    origin: DataNode
+    """An encoded PNG, uint8 [n]."""
+    sample_info: DataNode
     """ASCII "tar:offset:KEY.jpg", uint8 [n], padded with zeros to the batch's longest."""
 
 
-def read(source: Source, *, shuffle_buffer: int, seed: int, prefetch: int) -> Encoded:
-    """Samples of this rank, endlessly, each epoch padded to whole batches with its last sample.
+def read(source: DataSource, *, shuffle_buffer: int, seed: int, prefetch: int) -> EncodedSample:
+    """Read this rank's samples endlessly; each epoch is padded to whole batches with its last sample.
 
-    `shuffle_buffer` 0: in the order of the shards, every epoch the same. Otherwise the tars are put into a new order
-    after each epoch (from `seed`, which must be every rank's) and samples leave a buffer of that many at random (from
-    the pipeline's seed).
+    `shuffle_buffer` 0: the order of the shards, the same in every epoch. Otherwise the tars are shuffled after each
+    epoch by `seed`, which must be the same on all ranks, and samples are drawn from a buffer of this size by the
+    pipeline's seed.
     """
     paths = [str(source.folder / shard.name) for shard in source.manifest.shards]
     indexes = [str(source.folder / shard.index) for shard in source.manifest.shards]
@@ -129,109 +130,12 @@ def read(source: Source, *, shuffle_buffer: int, seed: int, prefetch: int) -> En
         **order,
     )
     if source.component is None:
-        return Encoded(components, None, None, _origin(components))
-    jpeg, beside = components
+        return EncodedSample(components, None, None, _sample_info(components))
+    jpeg, extra = components
     if source.component == MASK:
-        return Encoded(jpeg, None, beside, _origin(jpeg))
-    return Encoded(jpeg, fn.pad(beside, fill_value=0), None, _origin(jpeg))
+        return EncodedSample(jpeg, None, extra, _sample_info(jpeg))
+    return EncodedSample(jpeg, fn.pad(extra, fill_value=0), None, _sample_info(jpeg))
 
 
-def _origin(jpeg: DataNode) -> DataNode:
+def _sample_info(jpeg: DataNode) -> DataNode:
     return fn.pad(fn.get_property(jpeg, key="source_info"), fill_value=0)
-
-
-class Crop(NamedTuple):
-    """The geometry of a sample. Pixels of the decoded image; the flip is BOOL."""
-
-    start: DataNode
-    """(y, x), int64."""
-    shape: DataNode
-    """(height, width), int64."""
-    image_shape: DataNode
-    """(height, width, channels), int64."""
-    flip: DataNode
-
-
-Interpolation = Literal["linear", "cubic"]
-"""How a crop is resized, antialiased either way. `cubic`: Pillow's bicubic (a = -0.5), which may overshoot."""
-
-
-def draw_crop(jpeg: DataNode, scale: tuple[float, float], ratio: tuple[float, float], flip_probability: float) -> Crop:
-    """Draw box and flip as torchvision's RandomResizedCrop and RandomHorizontalFlip do (paper, A.1).
-
-    `scale`: area as a share of the image, uniform. `ratio`: width / height, log-uniform. Place uniform, ten attempts.
-    """
-    image_shape = fn.peek_image_shape(jpeg)
-    start, shape = fn.random_crop_generator(
-        image_shape, random_area=list(scale), random_aspect_ratio=list(ratio), num_attempts=10
-    )
-    flip = fn.random.coin_flip(probability=flip_probability, dtype=types.BOOL)
-    return Crop(start, shape, image_shape, flip)
-
-
-def decode_box(jpeg: DataNode, crop: Crop, backend: Backend, decoder: GpuDecoder) -> DataNode:
-    """Decode and cut the box out: uint8 HWC.
-
-    Cut before any resize, as torchvision does: a resize of the box within its image would look over the box's edge.
-    On CPU the cut is part of the decode, bit for bit the same and a tenth faster; on GPU that path of nvImageCodec can
-    crash (its issue 55).
-    """
-    if backend == "cpu":
-        return fn.decoders.image_slice(jpeg, start=crop.start, shape=crop.shape, axes=[0, 1])
-    return fn.slice(decode(jpeg, backend, decoder), start=crop.start, shape=crop.shape, axes=[0, 1])
-
-
-def resize_box(
-    box: DataNode, crop: Crop, size: int, backend: Backend, interpolation: Interpolation = "linear"
-) -> DataNode:
-    """Resize to size×size with antialiasing: uint8 HWC. The flip is part of it, which reads the box from the right."""
-    interp_type = _INTERPOLATIONS[interpolation]
-    left = fn.cast(crop.flip, dtype=types.FLOAT)
-    if backend == "gpu":
-        start, end = fn.stack(0.0, left), fn.stack(1.0, 1.0 - left)
-        return fn.resize(
-            box,
-            size=[size, size],
-            roi_start=start,
-            roi_end=end,
-            roi_relative=True,
-            interp_type=interp_type,
-            minibatch_size=256,  # by default 32 images are a launch
-        )
-    columns = _columns(crop, size)
-    end = fn.stack(1.0, left + (1.0 - 2.0 * left) * columns / float(size))
-    wide = fn.stack(float(size), columns)
-    start = fn.stack(0.0, left)
-    image = fn.resize(box, size=wide, roi_start=start, roi_end=end, roi_relative=True, interp_type=interp_type)
-    return fn.slice(image, start=[0], shape=[size], axes=[1])
-
-
-_INTERPOLATIONS = {"linear": types.INTERP_LINEAR, "cubic": types.INTERP_CUBIC}
-
-
-def _columns(crop: Crop, size: int) -> DataNode:
-    """Columns to resize a box to on a CPU, at least `size`; those beyond lie outside the box and are thrown away.
-
-    DALI resizes rows and columns one after the other. Columns last, onto bytes, is twice as fast as columns first, yet
-    its estimate of the costs (made for GPUs) puts the axis first that shrinks more. With so many columns that no box
-    shrinks more along its rows, columns come last. The columns that are kept stay what they were, bit for bit but for
-    a rounding in 100,000.
-    """
-    height, width = crop.shape[0], crop.shape[1]
-    shrinks = fn.cast(height >= size, dtype=types.INT64)
-    columns = dali_math.max(size, (width * size // height + 2) * shrinks)
-    return fn.cast(columns, dtype=types.FLOAT)
-
-
-def decode(jpeg: DataNode, backend: Backend, decoder: GpuDecoder) -> DataNode:
-    """The whole image, uint8 HWC RGB, upright."""
-    if backend == "cpu":
-        return fn.decoders.image(jpeg)
-    return fn.decoders.image(
-        jpeg,
-        device="mixed",
-        hw_decoder_load=decoder.hw_load,
-        preallocate_width_hint=decoder.width_hint,
-        preallocate_height_hint=decoder.height_hint,
-        jpeg_fancy_upsampling=True,
-    )

@@ -1,29 +1,33 @@
-"""The pipelines' maths in batched torch, from written parameters: evaluation's banks and grids, and the parity tests.
+"""Batched torch replay of the pipelines' maths from recorded parameters.
 
-Every function works on the device its images are on. photometric.py and reader.py say why the maths is what it is.
+Evaluation uses it for banks and grids, and the parity tests compare it with DALI. Every function runs on the device of
+its images. photometric.py and geometry.py explain the maths.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn.functional import conv2d, interpolate, pad
 
-from dali_pipelines.augmentation import (
+from dali_pipelines.augmentations import (
+    DESTRUCTIVE_OPS,
     IDENTITY,
-    JITTER_FIELDS,
+    OPS,
     PHOTOMETRIC_FIELDS,
     SOLARIZE_THRESHOLD,
-    ColourDefinition,
-    Photometric,
+    JitterImpl,
+    PhotometricConfig,
 )
 
 _LUMA = (0.299, 0.587, 0.114)
 
 
-def draw_photometric(spec: Photometric, n: int, generator: torch.Generator) -> Float[Tensor, "n 7"]:
-    """Draw as the graph does, on the CPU, in the order of PHOTOMETRIC_FIELDS; identity values where not drawn."""
+def sample_photometric(spec: PhotometricConfig, n: int, generator: torch.Generator) -> Float[Tensor, "n p"]:
+    """Sample parameters like the DALI graph, on the CPU; columns as PHOTOMETRIC_FIELDS, identity where not applied."""
     drawn = torch.tensor(IDENTITY).repeat(n, 1)
 
     def coin(probability: float) -> Tensor:
@@ -33,40 +37,32 @@ def draw_photometric(spec: Photometric, n: int, generator: torch.Generator) -> F
         return low + (high - low) * torch.rand(n, generator=generator)
 
     jitter = coin(spec.jitter_probability)
-    for column, name in enumerate(PHOTOMETRIC_FIELDS):
-        if name in JITTER_FIELDS:
-            where, value = jitter, uniform(*spec.jitter_range(name))
-        elif name == "blur_sigma":
-            where, value = coin(spec.blur_probability), uniform(*spec.blur_sigma)
-        else:
-            probability: float = getattr(spec, f"{name}_probability")
-            where, value = coin(probability), torch.ones(n)
+    for column, op in enumerate(OPS):
+        where = jitter if op.kind == "jitter" else coin(spec.probability(op))
+        value = torch.ones(n) if op.is_switch else uniform(*spec.value_range(op))
         drawn[:, column] = torch.where(where, value, drawn[:, column])
     return drawn
 
 
-def photometric(
-    images: UInt8[Tensor, "b h w 3"], params: Float[Tensor, "b 7"], colour: ColourDefinition
+def apply_photometric(
+    images: UInt8[Tensor, "b h w 3"], params: Float[Tensor, "b p"], colour: JitterImpl
 ) -> UInt8[Tensor, "b h w 3"]:
-    """Do to each image what its row of `params` (PHOTOMETRIC_FIELDS) says, in that order. Leaves `images` alone.
+    """Apply each row of `params` (PHOTOMETRIC_FIELDS) to its image, in that order. `images` is not changed.
 
-    Exact under autocast too, which is meant for models: in bf16 matrix products would move colours by grey levels.
+    Autocast is disabled: matrix products in bf16 would change colours by whole grey levels.
     """
     with torch.autocast(images.device.type, enabled=False):
-        return _photometric(images, params.to(images.device), colour)
+        return _apply_photometric(images, params.to(images.device), colour)
 
 
-def _photometric(
-    images: UInt8[Tensor, "b h w 3"], params: Float[Tensor, "b 7"], colour: ColourDefinition
+def _apply_photometric(
+    images: UInt8[Tensor, "b h w 3"], params: Float[Tensor, "b p"], colour: JitterImpl
 ) -> UInt8[Tensor, "b h w 3"]:
     values = dict(zip(PHOTOMETRIC_FIELDS, params.float()[..., None, None, None].unbind(1), strict=True))
     x = images.float()
     x = _jitter_linear(x, values) if colour == "linear" else _jitter_torchvision(x, values)
-    x = torch.where(values["grayscale"] > 0, _grey(x), x)
-    blurred = values["blur_sigma"].flatten().nonzero().flatten()
-    if len(blurred):
-        x[blurred] = _blur(x[blurred], values["blur_sigma"].flatten()[blurred])
-    x = torch.where((values["solarize"] > 0) & (x >= SOLARIZE_THRESHOLD), 255 - x, x)
+    for op in DESTRUCTIVE_OPS:
+        x = DESTRUCTIVE_MATHS[op.name](x, values[op.field])
     return x.to(torch.uint8)
 
 
@@ -107,11 +103,26 @@ def _grey(x: Float[Tensor, "b h w 3"]) -> Float[Tensor, "b h w 1"]:
     return (x @ torch.tensor(_LUMA, device=x.device)).round()[..., None]
 
 
-def _blur(x: Float[Tensor, "b h w 3"], sigma: Float[Tensor, " b"]) -> Float[Tensor, "b h w 3"]:
-    """Along rows, then along columns, rounded after each, borders mirrored.
+def _grayscale(x: Float[Tensor, "b h w 3"], done: Float[Tensor, "b 1 1 1"]) -> Float[Tensor, "b h w 3"]:
+    return torch.where(done > 0, _grey(x), x)
 
-    The graph has as many taps as the widest sigma it may draw needs; here it is the widest of the batch. What lies
-    beyond three sigmas is 0.3% of a kernel.
+
+def _solarize(x: Float[Tensor, "b h w 3"], done: Float[Tensor, "b 1 1 1"]) -> Float[Tensor, "b h w 3"]:
+    return torch.where((done > 0) & (x >= SOLARIZE_THRESHOLD), 255 - x, x)
+
+
+def _blur_where(x: Float[Tensor, "b h w 3"], sigma: Float[Tensor, "b 1 1 1"]) -> Float[Tensor, "b h w 3"]:
+    blurred = sigma.flatten().nonzero().flatten()
+    if len(blurred):
+        x[blurred] = _blur(x[blurred], sigma.flatten()[blurred])
+    return x
+
+
+def _blur(x: Float[Tensor, "b h w 3"], sigma: Float[Tensor, " b"]) -> Float[Tensor, "b h w 3"]:
+    """Blur along rows, then along columns, with rounding after each and mirrored borders.
+
+    The number of taps follows the largest sigma of the batch; in the DALI graph, it follows the largest possible sigma.
+    The weights beyond three sigmas are 0.3% of a kernel.
     """
     b, h, w, _ = x.shape
     reach = int((3 * sigma).ceil().max())
@@ -124,8 +135,19 @@ def _blur(x: Float[Tensor, "b h w 3"], sigma: Float[Tensor, " b"]) -> Float[Tens
     return planes.reshape(b, 3, h, w).permute(0, 2, 3, 1)
 
 
-def crop(images: list[UInt8[Tensor, "_ _ 3"]], geometry: Float[Tensor, "b 7"], size: int) -> UInt8[Tensor, "b h w 3"]:
-    """Cut each image's box (GEOMETRY_FIELDS) out, resize it to size×size with antialiasing, flip where written."""
+DESTRUCTIVE_MATHS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "grayscale": _grayscale,
+    "blur": _blur_where,
+    "solarize": _solarize,
+}
+"""Maths of each destructive op: from images [b, h, w, 3] in grey levels and parameters [b, 1, 1, 1], 0 where it is not
+done, to images."""
+
+
+def apply_crop(
+    images: list[UInt8[Tensor, "_ _ 3"]], geometry: Float[Tensor, "b g"], size: int
+) -> UInt8[Tensor, "b h w 3"]:
+    """Crop each image's box (GEOMETRY_FIELDS), resize it to size×size with antialiasing, and flip where recorded."""
     views = []
     for image, row in zip(images, geometry.tolist(), strict=True):
         left, top, width, height, _, _, flip = (round(value) for value in row)

@@ -1,4 +1,4 @@
-"""Image World Models: train them (iwm/train.py), judge them (iwm/evaluate.py), use them (`iwm.load`)."""
+"""Image World Models: training (iwm/train.py), evaluation (iwm/evaluate.py), inference (`iwm.load`)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     import torch
 
-    from iwm.trained import TrainedModel
+    from iwm.export.model import PretrainedModel
 
 __all__ = ["__version__", "load"]
 
@@ -16,17 +16,18 @@ __version__ = "0.1.0"
 
 
 def load(
-    path: Path | str, device: torch.device | str = "cpu", encoder: Literal["target", "context"] | None = None
-) -> TrainedModel:
+    path: Path | str, device: torch.device | str = "cpu", encoder: Literal["teacher", "student"] | None = None
+) -> PretrainedModel:
     """Load a run's newest checkpoint, one checkpoint file, or a folder that tools/export.py wrote.
 
         model = iwm.load("runs/demo")
         model.pooled(images)                                         # [b, d]
         model.predict(images, model.action(brightness=+0.2))         # [b, n, d]
 
-    encoder: which of the two; default: the target encoder, of an exported folder the one it has. Raises
-    iwm.training.checkpoint.CheckpointError and iwm.config.ConfigError, each one line that names the remedy.
+    encoder: `teacher` (EMA target encoder) or `student` (context encoder). Default: the teacher; for an exported folder
+    the encoder that it contains. Raises iwm.training.checkpoint.CheckpointError and iwm.config.ConfigError, with one
+    line that names the remedy.
     """
-    from iwm.trained import load_trained  # torch takes seconds to import, and not all of iwm needs it
+    from iwm.export.model import load_model  # importing torch takes seconds, and parts of iwm do not need it
 
-    return load_trained(path, device, encoder)
+    return load_model(path, device, encoder)

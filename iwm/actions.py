@@ -1,98 +1,194 @@
-"""The action a_{x→y}: what changes from source to target, the vector that conditions the predictor (paper, 4.1, A.1).
+"""Action a_{x→y}, the vector that conditions the predictor (paper, 4.1 and A.1).
 
-Layout, in order:
+It encodes the change from source to target view. Layout, in order:
 
 | entry | meaning | range |
 | --- | --- | --- |
 | brightness, contrast, saturation, hue | change from source to target, divided by the strength | [-2, 2] |
-| source_grayscale, source_blur, source_solarize | 1 where it was applied to the source | {0, 1} |
-| target_grayscale, target_blur, target_solarize | the same of the target; only if it can be destroyed | {0, 1} |
+| source_grayscale, source_blur, source_solarize | 1 where the op was applied to the source | {0, 1} |
+| target_grayscale, target_blur, target_solarize | 1 where applied to the target; only if targets have them | {0, 1} |
 
-A change of nothing is all zeros. Exchanging source and target negates the first four entries.
+The null action is all zeros. Exchanging source and target negates the first four entries.
+
+Actions can also be written in words, as 'brightness +0.2, undo grayscale'. Words describe the change from a source
+without jitter: `brightness=+0.2` adds 0.2 to the brightness factor, `hue=+0.05` rotates the hue by 0.05 turns (18°).
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dali_pipelines.augmentation import PHOTOMETRIC_FIELDS, SOURCE, TARGET, Views
-from iwm.config import Action
-
-JITTER = ("brightness", "contrast", "saturation", "hue")
-DESTRUCTIVE = ("grayscale", "blur", "solarize")
-_FACTORS = 3
-"""The first three jitter parameters are factors, the fourth (hue) is an angle."""
-
-assert (*JITTER, "grayscale", "blur_sigma", "solarize") == PHOTOMETRIC_FIELDS
+from dali_pipelines.augmentations import (
+    DESTRUCTIVE_OPS,
+    IDENTITY,
+    JITTER_OPS,
+    OPS,
+    SOURCE,
+    TARGET,
+    Op,
+    PhotometricConfig,
+    Views,
+)
+from iwm.config import ActionConfig, Config, ConfigError
 
 
 @dataclass(frozen=True)
 class ActionSpec:
-    """How actions are made from params: the kind of jitter difference, its scale, and which entries there are."""
+    """Layout of a run's actions."""
 
-    jitter: str
-    scale: tuple[float, float, float, float]
+    jitter_encoding: str
+    """Encoding of jitter changes, `difference` or `log_ratio` (ActionConfig)."""
+    scale: tuple[float, ...]
+    """Divisor of each jitter entry, above 0."""
     target_flags: bool
+    """True where actions include the flags of the target's destructive ops."""
 
     @property
-    def entries(self) -> tuple[str, ...]:
-        """Name of every entry."""
-        names = (*JITTER, *(f"source_{name}" for name in DESTRUCTIVE))
-        return (*names, *(f"target_{name}" for name in DESTRUCTIVE)) if self.target_flags else names
+    def names(self) -> tuple[str, ...]:
+        """Names of the entries, in order."""
+        views = ("source", "target") if self.target_flags else ("source",)
+        return (*(op.name for op in JITTER_OPS), *(f"{view}_{op.name}" for view in views for op in DESTRUCTIVE_OPS))
 
     @property
     def size(self) -> int:
-        return len(self.entries)
+        return len(self.names)
 
 
-def action_spec(action: Action, views: Views) -> ActionSpec:
-    """The layout for a run. A jitter parameter that is never changed (strength 0) has scale 1: its entry stays zero."""
+def action_spec(action: ActionConfig, views: Views) -> ActionSpec:
+    """Return the action layout of a run. A jitter parameter with strength 0 has scale 1, and its entry stays zero."""
     scale = tuple(max(s, t) or 1.0 for s, t in zip(views.source.strengths, views.target.strengths, strict=True))
-    return ActionSpec(action.jitter, (scale[0], scale[1], scale[2], scale[3]), views.target.destructive)
+    return ActionSpec(action.jitter_encoding, scale, views.target.destructive)
 
 
 def action_between(
-    source: Float[Tensor, "b 7"], target: Float[Tensor, "b 7"], spec: ActionSpec
+    source: Float[Tensor, "b p"], target: Float[Tensor, "b p"], spec: ActionSpec
 ) -> Float[Tensor, "b k"]:
-    """Action from a source view to a target view, each given by its photometric params (PHOTOMETRIC_FIELDS order)."""
-    if spec.jitter == "log_ratio":
-        factors = torch.log(target[:, :_FACTORS] / source[:, :_FACTORS])
-        hue = target[:, _FACTORS : len(JITTER)] - source[:, _FACTORS : len(JITTER)]
-        jitter = torch.cat((factors, hue), dim=1)
-    else:
-        jitter = target[:, : len(JITTER)] - source[:, : len(JITTER)]
-    # Divided column by column: a tensor of the scales would have to be copied to the device, which waits for it.
-    scaled = torch.stack([column / scale for column, scale in zip(jitter.unbind(1), spec.scale, strict=True)], dim=1)
-    parts = [scaled, (source[:, len(JITTER) :] > 0).to(jitter.dtype)]
+    """Compute the actions [b, k] from source to target views, given as photometric params [b, PHOTOMETRIC_FIELDS]."""
+    changes = (target[:, : len(JITTER_OPS)] - source[:, : len(JITTER_OPS)]).unbind(1)
+    if spec.jitter_encoding == "log_ratio":
+        changes = tuple(
+            torch.log(target[:, column] / source[:, column]) if op.is_factor else changes[column]
+            for column, op in enumerate(JITTER_OPS)
+        )
+    # Divide column by column: copying a tensor of scales to the device would make the host wait.
+    scaled = torch.stack([change / scale for change, scale in zip(changes, spec.scale, strict=True)], dim=1)
+    parts = [scaled, (source[:, len(JITTER_OPS) :] > 0).to(scaled.dtype)]
     if spec.target_flags:
-        parts.append((target[:, len(JITTER) :] > 0).to(jitter.dtype))
+        parts.append((target[:, len(JITTER_OPS) :] > 0).to(scaled.dtype))
     return torch.cat(parts, dim=1)
 
 
 def action_from_params(params: Float[Tensor, "b p"], spec: ActionSpec) -> Float[Tensor, "b k"]:
-    """Action of every sample of a batch, from the params its pipeline wrote (dali_pipelines/augmentation.py PARAMS)."""
+    """Compute the actions [b, k] of a batch from the pipeline's params [b, PARAMS] (augmentations.py)."""
     return action_between(params[:, SOURCE], params[:, TARGET], spec)
 
 
-def describe(action: Float[Tensor, "k"], spec: ActionSpec) -> str:
-    """One action in words, as 'brightness +0.30, hue -18°, undo grayscale'; 'nothing' for the null action."""
-    values = dict(zip(spec.entries, action.tolist(), strict=True))
+def describe_action(action: Float[Tensor, "k"], spec: ActionSpec) -> str:
+    """Return one action in words, as 'brightness +0.30, hue -18°, undo grayscale'; 'nothing' for the null action."""
+    values = dict(zip(spec.names, action.tolist(), strict=True))
     words = []
-    for name, scale in zip(JITTER, spec.scale, strict=True):
-        change = values[name] * scale
+    for op, scale in zip(JITTER_OPS, spec.scale, strict=True):
+        change = values[op.name] * scale
         if abs(change) < 5e-3:
             continue
-        if name == "hue":
-            words.append(f"hue {change * 360:+.0f}°")
-        elif spec.jitter == "log_ratio":
-            words.append(f"{name} ×{torch.tensor(change).exp().item():.2f}")
+        if not op.is_factor:
+            words.append(f"{op.name} {op.in_words(change)}")
+        elif spec.jitter_encoding == "log_ratio":
+            words.append(f"{op.name} {op.in_words(torch.tensor(change).exp().item())}")
         else:
-            words.append(f"{name} {change:+.2f}")
-    words += [f"undo {name}" for name in DESTRUCTIVE if values[f"source_{name}"]]
+            words.append(f"{op.name} {change:+.2f}")
+    words += [f"undo {op.name}" for op in DESTRUCTIVE_OPS if values[f"source_{op.name}"]]
     if spec.target_flags:
-        words += [f"apply {name}" for name in DESTRUCTIVE if values[f"target_{name}"]]
+        words += [f"apply {op.name}" for op in DESTRUCTIVE_OPS if values[f"target_{op.name}"]]
     return ", ".join(words) or "nothing"
+
+
+_MIN_FACTOR = 1 / 256
+"""Lower bound of factors in the ranges of ratios, which would be infinite where factors down to 0 are sampled."""
+
+
+def jitter_ranges(config: Config) -> dict[str, tuple[float, float]]:
+    """Return the minimum and maximum change of each jitter parameter in training; (0, 0) if it never changed."""
+    return {op.name: _jitter_range(op, config) for op in JITTER_OPS}
+
+
+def _jitter_range(op: Op, config: Config) -> tuple[float, float]:
+    (s_low, s_high), (t_low, t_high) = (_sampled_range(op, view) for view in (config.views.source, config.views.target))
+    if config.action.jitter_encoding == "log_ratio" and op.is_factor:
+        return max(t_low, _MIN_FACTOR) / s_high - 1, t_high / max(s_low, _MIN_FACTOR) - 1
+    return t_low - s_high, t_high - s_low
+
+
+def _sampled_range(op: Op, view: PhotometricConfig) -> tuple[float, float]:
+    return view.value_range(op) if view.probability(op) > 0 else (op.identity, op.identity)
+
+
+def removable_ops(views: Views) -> tuple[str, ...]:
+    """Return the destructive ops of the run's source views, which the predictor could learn to undo."""
+    return tuple(op.name for op in DESTRUCTIVE_OPS if views.source.probability(op) > 0)
+
+
+def applicable_ops(views: Views) -> tuple[str, ...]:
+    """Return the destructive ops of the run's target views, which the predictor could learn to apply."""
+    return tuple(op.name for op in DESTRUCTIVE_OPS if views.target.probability(op) > 0)
+
+
+def action_schema(config: Config, spec: ActionSpec) -> list[dict[str, object]]:
+    """Return name, scale and training range (after division by the scale) of every entry of an action."""
+    entries: list[dict[str, object]] = []
+    for op, scale, (low, high) in zip(JITTER_OPS, spec.scale, jitter_ranges(config).values(), strict=True):
+        logarithm = spec.jitter_encoding == "log_ratio" and op.is_factor
+        ends = [math.log1p(end) if logarithm else end for end in (low, high)]
+        entries.append({"name": op.name, "scale": scale, "range": [round(end / scale, 6) for end in ends]})
+    for name in spec.names[len(JITTER_OPS) :]:
+        view, flag = name.split("_", 1)
+        had = flag in (removable_ops(config.views) if view == "source" else applicable_ops(config.views))
+        entries.append({"name": name, "scale": 1.0, "range": [0.0, float(had)]})
+    return entries
+
+
+def make_action(
+    config: Config, spec: ActionSpec, changes: Mapping[str, float], undo: Sequence[str], apply: Sequence[str]
+) -> Float[Tensor, "k"]:
+    """Build an action [k], on the CPU, from changes and ops given by name.
+
+    changes: change of each jitter parameter; undo: destructive ops of the source that the target lacks; apply:
+    destructive ops of the target.
+
+    Raises ConfigError, which lists the valid choices, for a name or value that did not occur in the run's training.
+    """
+    if config.action.conditioning == "none":
+        raise ConfigError("action: this model was trained with action.conditioning none and does not take actions")
+    source, target = list(IDENTITY), list(IDENTITY)
+    column = {op.name: number for number, op in enumerate(OPS)}
+    ranges = jitter_ranges(config)
+    for name, change in changes.items():
+        if name not in ranges:
+            raise ConfigError(f"action: '{name}' does not exist; choose from {', '.join(ranges)}, undo and apply")
+        low, high = ranges[name]
+        if not low - 1e-6 <= change <= high + 1e-6:
+            allowed = (
+                f"from {low:+.2f} to {high:+.2f}" if high > low else "only 0, because it never changed in training"
+            )
+            raise ConfigError(f"action: {name} {change:+g} is outside the model's training range: {allowed}")
+        target[column[name]] += change
+    for word, names, allowed_names, view in (
+        ("undo", undo, removable_ops(config.views), source),
+        ("apply", apply, applicable_ops(config.views), target),
+    ):
+        if isinstance(names, str):
+            raise ConfigError(f"action: {word} must be a tuple of names, as {word}=('{names}',)")
+        for name in names:
+            if name not in allowed_names:
+                raise ConfigError(
+                    f"action: this model cannot {word} '{name}'; it was trained to {word}: "
+                    f"{', '.join(allowed_names) or 'nothing'}"
+                )
+            view[column[name]] = 1.0
+    return action_between(torch.tensor([source]), torch.tensor([target]), spec)[0]

@@ -1,4 +1,4 @@
-"""Differences between the supported torch releases (2.11 to 2.15), each met here alone."""
+"""Differences between the supported torch releases (2.11 to 2.15), each handled only here."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 
 import torch
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 SYNC_BUFFERS = next(
@@ -16,16 +17,28 @@ SYNC_BUFFERS = next(
 """DDP's option to broadcast buffers before each forward pass; renamed in 2.13."""
 
 REPLANS_CUDNN_VARLEN = torch.__version__ >= "2.14" and torch.__version__ < "2.15"
-"""True on 2.14, whose `varlen_attn` plans cuDNN's graph anew in each call, 42 ms (pytorch#191576). Releases before it
-have flash alone, later ones keep the plan. (torch.__version__ compares as a version.)"""
+"""True on 2.14, whose `varlen_attn` plans cuDNN's graph again in each call, which takes 42 ms (pytorch#191576). Earlier
+releases have flash attention only, later ones cache the plan. (torch.__version__ compares as a version.)"""
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 """True where Triton came with torch, as it does with torch's builds for CUDA."""
 
 
 def allow_graphs(limit: int) -> None:
-    """Let each function have `limit` compiled graphs, in this process; beyond it torch runs without compiling.
+    """Set the number of compiled graphs per function in this process, beyond which torch runs without compiling.
 
-    For all functions: torch 2.11 has no such option of torch.compile.
+    The limit holds for all functions, because torch 2.11 has no such option of torch.compile.
     """
     torch._dynamo.config.recompile_limit = limit
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all its work; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def computed_in(x: Tensor) -> torch.dtype:
+    """The precision of a matrix product of x: autocast's where it is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

@@ -1,277 +1,320 @@
-"""The whole configuration of a run: typed, printable, storable, and refused where it makes no sense.
+"""Typed configuration of a training run.
 
-A recipe (iwm/recipes.py) is a function that returns a `Config`; the command line overrides single fields; what results
-is stored in the run's folder and in every checkpoint. Sections of the paper are named beside the values it fixes.
+A recipe (iwm/recipes.py) is a function that returns a `Config`, and the command line overrides single fields. The
+result is stored in the run's folder and in every checkpoint. Sections in brackets are those of the paper.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from cattrs import ClassValidationError, transform_error
 from cattrs.preconf.pyyaml import make_converter
 
-from dali_pipelines.augmentation import Views
+from dali_pipelines.augmentations import AugmentationError, Views
 from dali_pipelines.decoder import GPU_DECODER
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be run; the message names the field and the remedy."""
+from iwm.ranges import ConfigError as ConfigError
+from iwm.ranges import Range, check_ranges
 
 
 @dataclass(frozen=True)
-class Data:
-    """Where images come from and how many make a step."""
+class DataConfig:
+    """Data, batch size and input pipeline."""
 
-    shards: Path = Path("shards/imagenet")
-    """Folder made by tools/make_shards.py."""
+    shards: Path = Path("data/imagenet")
+    """Folder of shards, made by tools/make_shards.py."""
     train: str = "train"
-    """Split that is trained on."""
+    """Split used for training."""
     val: str | None = "val"
-    """Split that health is watched on; None: health is not watched."""
-    batch: int = 2048
-    """Images per optimiser step, over all processes (the paper gives none; I-JEPA's)."""
-    micro_batch: int | None = None
-    """Most images per process in one pass; the rest is accumulated. None: the whole share of a process in one pass."""
-    threads: int = 0
-    """CPU threads of each process's pipeline; 0: the cores that may be used, shared by the machine's processes, less
-    two for torch's operators where the model is on a GPU."""
-    prefetch: int = 2
-    """Batches prepared ahead."""
-    hw_decoder_load: float = GPU_DECODER.hw_load
-    """On a GPU: share of the images, 0 to 1, that its JPEG engine decodes; the rest goes to nvJPEG's kernels."""
-    decoder_width_hint: int = GPU_DECODER.width_hint
-    """On a GPU: width in pixels that the JPEG engine gets memory for in advance; wider images cost a reallocation."""
-    decoder_height_hint: int = GPU_DECODER.height_hint
-    """The same of the height. `benchmarks/throughput.py tune` measures these five and writes a file for --tuned."""
+    """Split of held-out images. MRR, feature deviation and RankMe are measured on them during training.
+    None: these are not measured."""
+    global_batch_size: Annotated[int, Range(min=1)] = 2048
+    """Images per optimiser step, over all processes. The paper does not state it; 2,048 is that of I-JEPA."""
+    micro_batch_size: Annotated[int | None, Range(min=1)] = None
+    """Maximum number of images per process in one forward and backward pass. None: one pass per step.
+    Gradients are accumulated over the passes of a step."""
+    num_threads: Annotated[int, Range(min=0)] = 0
+    """CPU threads of each process's input pipeline. 0: the process's share of the available cores.
+    Where the model is on a GPU, two of these are left to torch's operators."""
+    prefetch_queue_depth: Annotated[int, Range(min=1)] = 2
+    """Number of batches prepared in advance."""
+    hw_decoder_load: Annotated[float, Range(min=0, max=1)] = GPU_DECODER.hw_decoder_load
+    """On a GPU: share of the images (0 to 1) decoded by the hardware JPEG engine.
+    The kernels of nvJPEG decode the others."""
+    decoder_width_hint: Annotated[int, Range(min=0)] = GPU_DECODER.width_hint
+    """On a GPU: image width (pixels) for which decoder memory is allocated in advance.
+    Wider images cost a reallocation."""
+    decoder_height_hint: Annotated[int, Range(min=0)] = GPU_DECODER.height_hint
+    """On a GPU: image height (pixels) for which decoder memory is allocated in advance.
+    The command `benchmarks/throughput.py tune` measures the last five options and prints the best values."""
 
 
 @dataclass(frozen=True)
-class Encoder:
-    """The ViT of context and target encoder. Defaults: ViT-B/16 (A.1)."""
+class EncoderConfig:
+    """ViT of the context encoder and the target encoder. Defaults: ViT-B/16 (A.1)."""
 
-    width: int = 768
+    embed_dim: int = 768
+    """Width of the tokens, a multiple of 4 and of num_heads."""
     depth: int = 12
-    heads: int = 12
-    patch: int = 16
-    """Side of a patch in pixels."""
+    """Number of blocks."""
+    num_heads: Annotated[int, Range(min=1)] = 12
+    """Number of attention heads."""
+    patch_size: Annotated[int, Range(min=1)] = 16
+    """Side of a patch (pixels)."""
     mlp_ratio: float = 4.0
+    """Hidden width of the MLP, as a multiple of embed_dim."""
     init: Literal["ijepa", "xavier"] = "ijepa"
-    """`ijepa`: truncated normal 0.02, rescaled by depth. `xavier`: better for narrow models (width under about 256)."""
+    """Initialisation of the encoders and the predictor.
+    `ijepa`: truncated normal with standard deviation 0.02, rescaled by depth.
+    `xavier`: Xavier uniform, better for narrow models (width below about 256)."""
 
 
 @dataclass(frozen=True)
-class Predictor:
-    """The world model: IWM(depth, width) (section 4.2). Defaults: IWM 18×384."""
+class PredictorConfig:
+    """Predictor, the world model IWM(depth, width) (section 4.2). Defaults: IWM 18×384."""
 
-    width: int = 384
+    embed_dim: int = 384
+    """Width of the tokens, a multiple of 4 and of num_heads."""
     depth: int = 18
-    heads: int = 12
+    """Number of blocks."""
+    num_heads: Annotated[int, Range(min=1)] = 12
+    """Number of attention heads."""
     mlp_ratio: float = 4.0
+    """Hidden width of the MLP, as a multiple of embed_dim."""
 
 
 @dataclass(frozen=True)
-class Action:
-    """What the predictor is told of the change from source to target (sections 4.1, 4.2; A.1)."""
+class ActionConfig:
+    """Conditioning of the predictor on the action, the change from source to target (sections 4.1, 4.2; A.1)."""
 
     conditioning: Literal["none", "sequence", "feature"] = "feature"
-    """`feature`: mixed into the mask tokens by three fully-connected layers. `sequence`: one token per component."""
-    jitter: Literal["difference", "log_ratio"] = "difference"
-    """`difference`: target − source, the paper's. `log_ratio`: log of the factors' ratio (hue: difference)."""
+    """Kind of conditioning. `none`: the predictor does not receive the action.
+    `feature`: three fully-connected layers mix the action into the mask tokens.
+    `sequence`: the action is appended as one token per component."""
+    jitter_encoding: Literal["difference", "log_ratio"] = "difference"
+    """Encoding of the change of brightness, contrast and saturation. Hue is always encoded as a difference.
+    `difference`: target − source, as in the paper. `log_ratio`: log(target / source)."""
 
 
 @dataclass(frozen=True)
-class Masking:
-    """Which patches the source loses and the predictor restores (A.1)."""
+class MaskingConfig:
+    """Masks: patches that are dropped from the source and predicted (A.1)."""
 
-    kind: Literal["iwm", "ijepa"] = "iwm"
-    """`iwm`: the union of the blocks is dropped and predicted in one pass. `ijepa`: each block is predicted separately,
-    from a context block that excludes all of them."""
-    blocks: int = 4
-    area: tuple[float, float] = (0.15, 0.2)
-    """Share of the image that one block covers."""
-    aspect: tuple[float, float] = (0.75, 1.5)
-    """Height / width of a block."""
-    context_area: tuple[float, float] = (0.85, 1.0)
-    """Share of the image that I-JEPA's square context block covers, before the target blocks are taken out."""
+    type: Literal["iwm", "ijepa"] = "iwm"
+    """Kind of masks. `iwm`: the union of the blocks is dropped and predicted in one pass.
+    `ijepa`: each block is predicted separately, from a context block that excludes all of them."""
+    num_blocks: Annotated[int, Range(min=1)] = 4
+    """Number of blocks per image."""
+    block_scale: Annotated[tuple[float, float], Range(above=0, below=1)] = (0.15, 0.2)
+    """Range of a block's area as a share of the image (0 to 1)."""
+    block_aspect_ratio: tuple[float, float] = (0.75, 1.5)
+    """Range of a block's aspect ratio (height / width)."""
+    context_scale: tuple[float, float] = (0.85, 1.0)
+    """For `ijepa`: range of the square context block's area as a share of the image (0 to 1).
+    The target blocks are then removed from it."""
 
 
 @dataclass(frozen=True)
-class Loss:
-    """Distance between prediction and target features (section 3)."""
+class LossConfig:
+    """Distance between predictions and target features (section 3)."""
 
-    kind: Literal["l2", "smooth_l1"] = "l2"
-    """`l2`: squared distance. `smooth_l1`: I-JEPA's."""
+    type: Literal["l2", "smooth_l1"] = "l2"
+    """`l2`: squared error. `smooth_l1`: smooth L1, as in I-JEPA."""
     predict: Literal["masked", "all"] = "masked"
-    """`masked`: the dropped patches (figure S1). `all`: every patch of the target (the formula read literally)."""
-    target_norm: bool = True
-    """Layer-norm (no affine) of the target features, I-JEPA's; False: features as they are."""
+    """Patches in the loss. `masked`: the dropped patches (figure S1).
+    `all`: every patch of the target, a literal reading of the paper's formula; needs masking.type iwm."""
+    normalize_targets: bool = True
+    """Layer-normalise the target features (no affine parameters), as in I-JEPA."""
     reduction: Literal["mean", "sum"] = "mean"
-    """Over the predicted tokens of an image: mean, or the paper's sum. Over features and images always the mean."""
+    """Reduction over the predicted tokens of an image: the mean, or the sum as in the paper.
+    The reduction over features and images is always the mean."""
 
 
 @dataclass(frozen=True)
-class Optim:
-    """AdamW and its schedules (A.1; values the paper leaves open are I-JEPA's)."""
+class OptimConfig:
+    """AdamW and its schedules (A.1). Values that the paper does not state are those of I-JEPA."""
 
-    kernels: Literal["auto", "apex", "torch"] = "auto"
-    """`apex`: FusedAdam, needs apex built with its CUDA kernels. `auto`: apex where present, else torch's AdamW."""
+    implementation: Literal["auto", "apex", "torch"] = "auto"
+    """Kernels of AdamW. `apex`: FusedAdam, which needs apex built with its CUDA kernels.
+    `torch`: torch's fused AdamW. `auto`: apex if available, else torch."""
     lr: float = 1e-3
+    """Learning rate after the warm-up. A cosine then lowers it to final_lr."""
     start_lr: float = 2e-4
+    """Learning rate at the start of the linear warm-up."""
     final_lr: float = 1e-6
+    """Learning rate at the end of the schedule."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of the first and second moment."""
     weight_decay: float = 0.04
+    """Weight decay at the start. A cosine changes it to final_weight_decay."""
     final_weight_decay: float = 0.4
-    """Cosine from weight_decay to here; biases, norms, positions and single tokens are never decayed."""
-    clip: float | None = None
-    """Largest global gradient norm; None: not clipped, as in the paper."""
-    ema: float = 0.996
-    final_ema: float = 1.0
-    """Momentum of the target encoder, linear between the two."""
+    """Weight decay at the end of the schedule. Biases, norms, positions and single tokens are never decayed."""
+    grad_clip: float | None = None
+    """Maximum global gradient norm. None: no clipping, as in the paper."""
+    ema_momentum: float = 0.996
+    """Momentum of the target encoder's EMA at the start. It changes linearly to final_ema_momentum."""
+    final_ema_momentum: float = 1.0
+    """Momentum of the target encoder's EMA at the end of the schedule."""
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """How long, and how the schedules are laid over it (A.1)."""
+class ScheduleConfig:
+    """Length of the run and of its schedules (A.1)."""
 
-    epochs: float = 300.0
-    warmup_epochs: float = 40.0
-    stretch: float = 1.25
-    """Schedules are made this much longer than the run, so training ends before their end."""
-    steps: int | None = None
-    """Optimiser steps in all; replaces epochs, with the warm-up's share of the run unchanged."""
+    epochs: Annotated[float, Range(above=0)] = 300.0
+    """Length of the run (epochs)."""
+    warmup_epochs: Annotated[float, Range(min=0)] = 40.0
+    """Length of the learning rate's linear warm-up (epochs), less than epochs."""
+    scale: float = 1.25
+    """Length of the schedules as a multiple of the run's length (I-JEPA's ipe_scale).
+    Above 1, training ends before the schedules do."""
+    steps: Annotated[int | None, Range(min=1)] = None
+    """Length of the run in optimiser steps, in place of epochs. None: use epochs.
+    The warm-up keeps its share of the run."""
 
 
-AttentionKind = Literal["auto", "triton", "fused", "plain"]
-ResidualKind = Literal["auto", "bf16", "fp32"]
+AttentionImpl = Literal["auto", "triton", "sdpa", "eager"]
+ResidualDtype = Literal["auto", "bf16", "fp32"]
 
 
 @dataclass(frozen=True)
-class Train:
-    """How the step is computed."""
+class TrainConfig:
+    """Computation of the training step: device, precision, kernels and parallelism."""
 
     seed: int = 0
+    """Seed of the model's initialisation, the sample order, the augmentations and the masks."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int = 0
-    """Threads of torch's CPU operators in each process; 0: its share of the machine's cores, with a GPU 2. On a CPU
-    small models are faster with 1, for their operators are too short to divide, and the pipeline has the other
-    cores."""
+    """Device of the model. `auto`: a GPU if there is one, else the CPU."""
+    num_threads: Annotated[int, Range(min=0)] = 0
+    """Threads of torch's CPU operators in each process.
+    With 0, there are 2 where the model is on a GPU, else the process's share of the cores.
+    On a CPU small models are faster with 1 thread: their operators are too short to parallelise.
+    The pipeline then uses the other cores."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """`bf16`: autocast; parameters, optimiser and EMA stay float32."""
+    """Precision of the computation. `fp32`: float32 throughout.
+    `bf16`: bf16 autocast; parameters, optimiser state and EMA stay in float32."""
     compile: bool = True
-    """torch.compile each block of encoders and predictor."""
-    attention: AttentionKind = "auto"
-    """`triton`: the project's own kernels for bf16 sequences of at most 256 tokens on a GPU, else as `fused`. `fused`:
-    scaled_dot_product_attention. `plain`: matmul, softmax, matmul; faster on a CPU. `auto`: `triton` on a Hopper GPU,
-    which they were measured on, `fused` on another GPU, `plain` on a CPU."""
+    """Compile each block of the encoders and the predictor with torch.compile."""
+    attention_impl: AttentionImpl = "auto"
+    """Attention kernels.
+    `triton`: the project's kernels for bf16 sequences of at most 256 tokens on a GPU, otherwise as `sdpa`.
+    `sdpa`: torch's scaled_dot_product_attention. `eager`: matmul, softmax, matmul; faster on a CPU.
+    `auto`: `triton` on a Hopper GPU, where the kernels were measured, `sdpa` on other GPUs, `eager` on a CPU."""
     activation_checkpointing: bool = False
-    """Keep only what enters each block and compute the rest again in the backward pass: much less memory, a third more
-    work. For ViT-L and larger batches."""
+    """Store only the input of each block and recompute the other activations in the backward pass.
+    This needs much less memory and a third more computation. Use it for ViT-L and large batches."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """How several processes share a model. `ddp`: each has all of it. `fsdp`: parameters, gradients and moments are
-    divided (FSDP2), for encoders that do not fit otherwise."""
-    residual: ResidualKind = "auto"
-    """Precision of the residual stream under bf16 autocast. `bf16`: fewer bytes, a faster step. `fp32`: I-JEPA's code.
-    `auto`: bf16 on a GPU, fp32 on a CPU."""
+    """Parallelism over processes. `ddp`: each process has the whole model.
+    `fsdp`: parameters, gradients and moments are sharded (FSDP2), for encoders too large for one GPU's memory."""
+    residual_dtype: ResidualDtype = "auto"
+    """Precision of the residual stream under bf16 autocast. `auto`: bf16 on a GPU, fp32 on a CPU.
+    `bf16`: less memory traffic and a faster step. `fp32`: as in I-JEPA's code."""
     cuda_graph: bool = True
-    """On a GPU: capture the forward and backward passes of a compiled step as one CUDA graph and replay it. On several
-    processes the step is taken kernel by kernel."""
+    """On one GPU: capture the forward and backward passes of a compiled step as one CUDA graph and replay it.
+    With several processes the step always runs kernel by kernel."""
     priority_stream: bool = True
-    """On a GPU: run the step on a CUDA stream of higher priority than the pipeline's."""
-    nonfinite_limit: int = 10
-    """Steps in a row with a non-finite gradient before the run stops; each such step is skipped and counted."""
+    """On a GPU: run the step on a CUDA stream of higher priority than that of the pipeline."""
+    max_nonfinite_steps: int = 10
+    """Number of consecutive steps with a non-finite gradient after which the run stops.
+    Each such step is skipped and counted."""
     deterministic: bool = False
-    """Deterministic kernels on a GPU (slower), for exact resume there; a CPU run is deterministic anyway."""
+    """Use deterministic, slower kernels on a GPU, for exact resume. Runs on a CPU are always deterministic."""
 
 
 @dataclass(frozen=True)
-class Log:
-    """What is written down, and how often (in optimiser steps)."""
+class LogConfig:
+    """Metrics, checkpoints and validation during training."""
 
-    every: int = 50
-    """Steps between two lines of metrics.jsonl; the device is read only then."""
-    checkpoint_every: int = 1000
-    keep: int = 2
-    """Checkpoints kept beside the newest ones of `milestone_every`."""
-    milestone_every: int | None = None
-    """Steps between checkpoints that are never deleted."""
-    health_every: int = 1000
-    """Steps between two measurements of MRR, feature deviation and RankMe on held-out images."""
-    health_images: int = 16
-    health_bank: int = 64
-    """Augmented views per image of the small bank; the reported MRR uses 256 (iwm/evaluate.py mrr)."""
+    interval: Annotated[int, Range(min=1)] = 50
+    """Interval between two lines of metrics.jsonl (optimiser steps). The host waits for the device only then."""
+    checkpoint_interval: Annotated[int, Range(min=1)] = 1000
+    """Interval between two checkpoints (optimiser steps)."""
+    keep_last_k: Annotated[int, Range(min=1)] = 2
+    """Number of newest checkpoints to keep. Older ones are deleted, except those of keep_every."""
+    keep_every: Annotated[int | None, Range(min=1)] = None
+    """Interval between checkpoints that are never deleted (optimiser steps).
+    None: only the newest keep_last_k are kept."""
+    eval_interval: int = 1000
+    """Interval between two measurements of MRR, feature deviation and RankMe on held-out images (optimiser steps)."""
+    eval_images: int = 16
+    """Number of held-out images for MRR."""
+    eval_bank_size: int = 64
+    """Number of augmented views per image in the MRR bank. The reported MRR uses 256 (iwm/evaluate.py mrr)."""
     tensorboard: bool = True
+    """Write metrics also to TensorBoard files in the run's folder."""
 
 
 @dataclass(frozen=True)
 class Config:
-    data: Data = field(default_factory=Data)
+    """All settings of a training run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
     views: Views = field(default_factory=Views)
-    encoder: Encoder = field(default_factory=Encoder)
-    predictor: Predictor = field(default_factory=Predictor)
-    action: Action = field(default_factory=Action)
-    masking: Masking = field(default_factory=Masking)
-    loss: Loss = field(default_factory=Loss)
-    optim: Optim = field(default_factory=Optim)
-    schedule: Schedule = field(default_factory=Schedule)
-    train: Train = field(default_factory=Train)
-    log: Log = field(default_factory=Log)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    predictor: PredictorConfig = field(default_factory=PredictorConfig)
+    action: ActionConfig = field(default_factory=ActionConfig)
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    log: LogConfig = field(default_factory=LogConfig)
 
     @property
-    def grid(self) -> int:
-        """Patches along one side of a view."""
-        return self.views.size // self.encoder.patch
+    def grid_size(self) -> int:
+        """Number of patches along one side of a view."""
+        return self.views.size // self.encoder.patch_size
 
     def check(self) -> None:
-        """Raise ConfigError where fields contradict each other."""
+        """Raise ConfigError where a field is out of its range or fields contradict each other."""
+        check_ranges(self, "")
         c = self
+        try:
+            c.views.check()
+        except AugmentationError as error:
+            raise ConfigError(f"views.{error}") from error
         _need(
-            c.views.size % c.encoder.patch == 0,
-            f"views.size {c.views.size} is not a multiple of encoder.patch {c.encoder.patch}",
+            c.views.size % c.encoder.patch_size == 0,
+            f"views.size {c.views.size} is not a multiple of encoder.patch_size {c.encoder.patch_size}",
         )
         for name, width, heads in (
-            ("encoder", c.encoder.width, c.encoder.heads),
-            ("predictor", c.predictor.width, c.predictor.heads),
+            ("encoder", c.encoder.embed_dim, c.encoder.num_heads),
+            ("predictor", c.predictor.embed_dim, c.predictor.num_heads),
         ):
-            _need(width % heads == 0, f"{name}.width {width} is not a multiple of {name}.heads {heads}")
-            _need(width % 4 == 0, f"{name}.width {width} is not a multiple of 4, which 2-D sin-cos positions need")
-        _need(c.grid >= 3, f"a grid of {c.grid}×{c.grid} patches is too small to mask: enlarge views.size")
+            _need(width % heads == 0, f"{name}.embed_dim {width} is not a multiple of {name}.num_heads {heads}")
+            _need(width % 4 == 0, f"{name}.embed_dim {width} is not a multiple of 4, which 2-D sin-cos positions need")
         _need(
-            c.masking.kind == "iwm" or c.loss.predict == "masked",
-            "loss.predict all needs masking.kind iwm: I-JEPA predicts its blocks",
+            c.grid_size >= 3,
+            f"views.size {c.views.size}: a grid of {c.grid_size}×{c.grid_size} patches is too small to mask; increase "
+            "views.size or decrease encoder.patch_size",
         )
         _need(
-            c.masking.kind == "iwm" or c.masking.blocks * c.masking.area[1] < c.masking.context_area[0],
-            "masking: the ijepa target blocks can cover the whole context block; lower blocks or area",
-        )
-        _need(c.masking.blocks >= 1 and 0 < c.masking.area[0] <= c.masking.area[1] < 1, "masking.area is no share")
-        _need(
-            c.train.parallel == "ddp" or c.optim.kernels != "apex",
-            "optim.kernels apex cannot work on divided parameters; use --optim.kernels auto with --train.parallel fsdp",
-        )
-        _need(c.train.threads >= 0, f"train.threads {c.train.threads} must be positive (or 0, for all cores)")
-        _need(c.data.batch >= 1, f"data.batch {c.data.batch} must be positive")
-        _need(c.data.threads >= 0, f"data.threads {c.data.threads} must be positive (or 0, for this process's cores)")
-        _need(c.data.prefetch >= 1, f"data.prefetch {c.data.prefetch} must be at least 1")
-        _need(
-            0 <= c.data.hw_decoder_load <= 1,
-            f"data.hw_decoder_load {c.data.hw_decoder_load} is no share: it must be between 0 and 1",
+            c.masking.type == "iwm" or c.loss.predict == "masked",
+            "loss.predict all: masking.type ijepa predicts only its blocks; use --masking.type iwm or "
+            "--loss.predict masked",
         )
         _need(
-            min(c.data.decoder_width_hint, c.data.decoder_height_hint) >= 0,
-            "data.decoder_width_hint and data.decoder_height_hint are pixels: they must not be negative",
+            c.masking.type == "iwm" or c.masking.num_blocks * c.masking.block_scale[1] < c.masking.context_scale[0],
+            "masking: the target blocks of type ijepa can cover the whole context block; decrease "
+            "masking.num_blocks or masking.block_scale",
         )
         _need(
-            c.schedule.steps is None or c.schedule.steps >= 1,
-            f"schedule.steps {c.schedule.steps} must be positive (or None, to go by epochs)",
+            c.masking.block_scale[0] <= c.masking.block_scale[1],
+            f"masking.block_scale {c.masking.block_scale[0]} {c.masking.block_scale[1]}: must be two increasing shares",
         )
-        _need(c.schedule.epochs > 0, f"schedule.epochs {c.schedule.epochs} must be positive")
-        _need(0 <= c.schedule.warmup_epochs < c.schedule.epochs, "schedule.warmup_epochs must be below schedule.epochs")
-        _need(c.log.every >= 1 and c.log.checkpoint_every >= 1, "log.every and log.checkpoint_every must be positive")
-        _need(c.log.keep >= 1, "log.keep must be at least 1: the newest checkpoint is what a cut run goes on from")
+        _need(
+            c.train.parallel == "ddp" or c.optim.implementation != "apex",
+            "optim.implementation apex: apex does not support sharded parameters; use --optim.implementation auto with "
+            "--train.parallel fsdp",
+        )
+        _need(
+            c.schedule.warmup_epochs < c.schedule.epochs,
+            f"schedule.warmup_epochs {c.schedule.warmup_epochs} must be less than schedule.epochs {c.schedule.epochs}",
+        )
 
 
 def _need(condition: bool, message: str) -> None:
@@ -285,12 +328,12 @@ _converter.register_unstructure_hook(Path, str)
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """As nested plain types, for YAML and for checkpoints."""
+    """Return the configuration as nested plain types, for YAML and checkpoints."""
     return _converter.unstructure(config)
 
 
 def from_dict(raw: dict[str, Any]) -> Config:
-    """The inverse of `to_dict`; ConfigError names unknown keys and wrong types."""
+    """Return the configuration of `to_dict`. Raises ConfigError, which names unknown keys and wrong types."""
     try:
         return _converter.structure(raw, Config)
     except ClassValidationError as error:
@@ -305,10 +348,27 @@ def from_yaml(text: str) -> Config:
     return from_dict(yaml.safe_load(text))
 
 
-def differences(one: Config, other: Config) -> dict[str, tuple[Any, Any]]:
-    """Fields in which two configurations differ, as {"section.field": (one, other)}."""
-    flat_one, flat_other = _flatten(to_dict(one)), _flatten(to_dict(other))
-    return {key: (flat_one[key], flat_other[key]) for key in flat_one if flat_one[key] != flat_other[key]}
+def config_diff(one: Config, other: Config) -> dict[str, tuple[Any, Any]]:
+    """Return the fields in which two configurations differ, as {"section.field": (one, other)}."""
+    return flat_diff(_flatten(to_dict(one)), _flatten(to_dict(other)))
+
+
+def flat_diff(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the entries in which two flat mappings differ, as {name: (one, other)}, with None for a missing name."""
+    names = dict.fromkeys((*one, *other))
+    return {name: (one.get(name), other.get(name)) for name in names if one.get(name) != other.get(name)}
+
+
+def split_changes(
+    changed: Mapping[str, tuple[Any, Any]], allowed: Collection[str]
+) -> tuple[dict[str, tuple[Any, Any]], dict[str, tuple[Any, Any]]]:
+    """Split changed settings into those that are allowed on resume and those that are refused.
+
+    allowed: names, or prefixes that end in `.` or `_`.
+    """
+    prefixes = tuple(name for name in allowed if name.endswith((".", "_")))
+    accepted = {name: pair for name, pair in changed.items() if name in allowed or name.startswith(prefixes)}
+    return accepted, {name: pair for name, pair in changed.items() if name not in accepted}
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,129 +1,96 @@
 """Evaluate a checkpoint: python iwm/evaluate.py PROTOCOL --checkpoint RUN_OR_FILE [--SECTION.FIELD VALUE ...]
 
-Writes RUN/eval/PROTOCOL.json, prints a table and renews RUN/report.html. Protocols that train (linear, attentive, …)
-also run under torchrun, keep what they trained in RUN/eval/PROTOCOL/, and go on from there when they are cut. `table`
-prints the paper's tables with the results of these, as python iwm/evaluate.py table --runs RUN [RUN ...]
+Writes RUN/eval/PROTOCOL.json, prints its tables and regenerates RUN/report.html. Protocols that train (linear,
+attentive, …) also run under torchrun and save their training in RUN/eval/PROTOCOL/; rerun the same command to resume.
+`table` prints the paper's downstream tables with your results: python iwm/evaluate.py table --runs RUN [RUN ...]
 """
 
 from __future__ import annotations
 
-import dali_pipelines.command  # noqa: F401  # isort: skip  # first: it ends the command where DALI is missing
+import dali_pipelines.command  # noqa: F401  # isort: skip  # first: it exits with a message if DALI is missing
 
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated, Any, Union
 
 import torch
 import tyro
 from rich.console import Console
 
-from dali_pipelines.endless import StateError
-from iwm.config import ConfigError, Train
-from iwm.downstream import (
-    attentive,
-    finetune_encoder,
-    finetune_end_to_end,
-    finetune_predictor,
-    linear,
-    multitask,
-    segmentation,
-)
-from iwm.downstream.bench import open_bench
+from iwm.config import ConfigError, TrainConfig
+from iwm.downstream.context import open_run
 from iwm.downstream.pretrained import load_pretrained
-from iwm.downstream.settings import Training
-from iwm.downstream.table import markdown, paper_tables
-from iwm.evaluation import explore, grids, knn, maps, marginal, mrr, retrieval, similarity, undo
-from iwm.evaluation.settings import Settings
-from iwm.evaluation.subject import Subject, load_subject
+from iwm.downstream.registry import PROTOCOLS, lookup
+from iwm.downstream.settings import TrainSettings
+from iwm.evaluation.common import EvalContext, EvalSettings, load_eval_context
+from iwm.evaluation.knn import KNNSettings
+from iwm.evaluation.marginalisation import MarginalisationSettings
+from iwm.evaluation.registry import EVALUATORS
+from iwm.evaluation.result_table import ResultTable
+from iwm.ranges import check_ranges
 from iwm.report.page import write_report
-from iwm.report.run_folder import ReportError
+from iwm.report.paper_tables import markdown, paper_tables
+from iwm.report.runs import ReportError
 from iwm.training.checkpoint import CheckpointError, versions
-from iwm.training.distributed import device_name, world
-from iwm.training.memory import keep_freed_memory
-from iwm.training.resume import locked
-from iwm.training.signals import stop_on_signal
+from iwm.training.distributed import init_distributed
+from iwm.training.runtime import configure_cpu, device_name, stop_on_signal
+from iwm.training.train_state import run_lock
 from shards.atomic import write_atomically
+from shards.errors import run_command
 from shards.listing import LABEL
-from shards.manifest import ShardError
-
-PROTOCOLS: dict[str, ModuleType] = {
-    "mrr": mrr,
-    "retrieval": retrieval,
-    "grids": grids,
-    "undo": undo,
-    "explore": explore,
-    "similarity": similarity,
-    "marginal": marginal,
-    "maps": maps,
-    "knn": knn,
-}
-"""Those that show the world model. A protocol is a module with a `Settings` that extends evaluation.settings', a
-function `evaluate(subject, settings, output) -> dict` and `table(dict)` for the terminal. To add one: write it, name it
-here."""
-
-TRAINED: dict[str, ModuleType] = {
-    "linear": linear,
-    "attentive": attentive,
-    "finetune-encoder": finetune_encoder,
-    "finetune-predictor": finetune_predictor,
-    "finetune-end-to-end": finetune_end_to_end,
-    "multitask": multitask,
-    "segmentation": segmentation,
-}
-"""Those that leverage it: they train, on one process or several. Here `evaluate(bench, settings, wish) -> dict | None`,
-None where a signal ended the training early."""
 
 
-def evaluate(name: str, settings: Settings) -> dict[str, Any]:
-    """Run a protocol on a checkpoint, write its JSON and renew the run's page. Returns the result, whose keys are the
-    protocol's own beside protocol, checkpoint, data, settings, seed, device, precision, versions and seconds."""
-    subject = _open(settings)
-    result = _judge(subject, name, settings)
-    _renew_page(subject.run)
+def evaluate(name: str, settings: EvalSettings) -> dict[str, Any]:
+    """Run an evaluator on a checkpoint, write its JSON and regenerate the run's page.
+
+    Returns the result: the evaluator's keys plus protocol, checkpoint, data, settings, seed, device,
+    precision, versions, seconds and tables.
+    """
+    check_ranges(settings)
+    context = _load_context(settings)
+    result = _evaluate(context, name, settings)
+    _write_page(context.run)
     return result
 
 
-def _open(settings: Settings) -> Subject:
-    subject = load_subject(settings)
-    if subject.device.type == "cpu":
-        keep_freed_memory()
-        if subject.config.train.threads:
-            torch.set_num_threads(subject.config.train.threads)  # a small model is slower with more
-    return subject
+def _load_context(settings: EvalSettings) -> EvalContext:
+    context = load_eval_context(settings)
+    if context.device.type == "cpu":
+        configure_cpu(context.config.train.num_threads)
+    return context
 
 
-def _judge(subject: Subject, name: str, settings: Settings) -> dict[str, Any]:
+def _evaluate(context: EvalContext, name: str, settings: EvalSettings) -> dict[str, Any]:
     start = time.perf_counter()
-    output = settings.output or subject.run / "eval" / f"{name}.json"
+    output = settings.output or context.run / "eval" / f"{name}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
-    precision = subject.config.train.precision if settings.precision == "auto" else settings.precision
-    with torch.autocast(subject.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        figures = PROTOCOLS[name].evaluate(subject, settings, output)
-    figures = {"checkpoint": str(subject.checkpoint), "data": _data(subject), **figures}
-    return _publish(name, PROTOCOLS[name], figures, settings, output, subject.device_name, precision, start)
+    precision = context.config.train.precision if settings.precision == "auto" else settings.precision
+    with torch.autocast(context.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        figures = EVALUATORS[name].run(context, settings, output)
+    figures = {"checkpoint": str(context.checkpoint), "data": _data(context), **figures}
+    return _publish(name, EVALUATORS[name].tables, figures, settings, output, context.device_name, precision, start)
 
 
-def _data(subject: Subject) -> dict[str, str]:
-    return {"shards": str(subject.shards), "split": subject.split}
+def _data(context: EvalContext) -> dict[str, str]:
+    return {"shards": str(context.shards), "split": context.split}
 
 
 def _publish(
     name: str,
-    protocol: ModuleType,
+    tables: Callable[[dict[str, Any]], list[ResultTable]],
     figures: dict[str, Any],
-    settings: Settings,
+    settings: EvalSettings,
     output: Path,
     device: str,
     precision: str,
     start: float,
 ) -> dict[str, Any]:
-    """Write the result and print its table."""
+    """Write the result with its tables as JSON, and print the tables."""
     result = {
         "protocol": name,
         **figures,
@@ -134,6 +101,8 @@ def _publish(
         "versions": versions(),
         "seconds": round(time.perf_counter() - start, 2),
     }
+    result_tables = tables(result)
+    result["tables"] = [asdict(table) for table in result_tables]
     try:
         content = json.dumps(result, indent=1, allow_nan=False, default=str)
     except ValueError as error:
@@ -142,133 +111,139 @@ def _publish(
         ) from error
     write_atomically(output, (content + "\n").encode())
     console = _console()
-    console.print(protocol.table(result))
+    for table in result_tables:
+        console.print(table.rich())
     console.print(f"written: {output}", soft_wrap=True)
     return result
 
 
-def train_and_evaluate(name: str, settings: Training) -> dict[str, Any] | None:
-    """Run a protocol that trains, on this process's share; the first process writes the JSON and renews the page.
+def train_and_evaluate(name: str, settings: TrainSettings) -> dict[str, Any] | None:
+    """Run a protocol that trains, in each process; the main process writes the JSON and regenerates the page.
 
-    None where a signal ended the training early: the same command goes on.
+    Returns None on other processes, and if a signal stopped the training; rerun the same command to resume.
     """
     start = time.perf_counter()
-    with world(Train(device=settings.device, threads=settings.threads), "--") as here, stop_on_signal() as wish:
+    with (
+        init_distributed(TrainConfig(device=settings.device, num_threads=settings.num_threads), "--") as dist,
+        stop_on_signal() as stop,
+    ):
         settings.check()
-        pretrained = load_pretrained(settings, here.device)
+        pretrained = load_pretrained(settings, dist.device)
         output = settings.output or pretrained.run / "eval" / f"{name}.json"
-        with locked(output.with_suffix(""), "--output") if here.main else nullcontext():
-            bench = open_bench(name, settings, pretrained, output, here)
-            figures = TRAINED[name].evaluate(bench, settings, wish)
-        if figures is None or not here.main:
+        with run_lock(output.with_suffix(""), "--output") if dist.is_main else nullcontext():
+            context = open_run(name, settings, pretrained, output, dist)
+            figures = lookup(name).command.run(context, settings, stop)
+        if figures is None or not dist.is_main:
             return None
         precision = "bf16" if pretrained.bf16 else "fp32"
         figures = {
             "checkpoint": str(pretrained.checkpoint),
             "data": {"shards": str(pretrained.shards), "split": pretrained.val},
             **figures,
-            "processes": here.size,
+            "processes": dist.size,
         }
-        result = _publish(name, TRAINED[name], figures, settings, output, device_name(here.device), precision, start)
+        result = _publish(
+            name, lookup(name).command.tables, figures, settings, output, device_name(dist.device), precision, start
+        )
         if pretrained.config is not None:
-            _renew_page(pretrained.run)
+            _write_page(pretrained.run)
         return result
 
 
 def _console() -> Console:
-    """Return the terminal, without emoji: a task may be named FOLDER:label, which Rich would print as a picture."""
+    """Return the terminal console without emoji codes, because a task may be named FOLDER:label."""
     return Console(emoji=False)
 
 
-def _renew_page(run: Path) -> None:
+def _write_page(run: Path) -> None:
     _console().print(f"page: {write_report(run)}", soft_wrap=True)
 
 
 @dataclass(frozen=True)
-class Everything(Settings):
-    """All that shows what a world model can do: every protocol here, one after another, each with its own defaults."""
+class WorldModelSettings(EvalSettings):
+    """Run all evaluators of the world model (mrr to knn) one after another, with their default options."""
 
     label: str = LABEL
-    """Column of labels for what needs one: linear accuracy (`marginal`) and nearest neighbours."""
+    """Label column for the evaluators that need labels: `marginalisation` (linear accuracy) and `knn`."""
 
 
-def evaluate_everything(settings: Everything) -> None:
-    """Run every protocol. One that does not go with the run or its data is told and left out.
+def evaluate_everything(settings: WorldModelSettings) -> None:
+    """Run every evaluator. One that is invalid for the run or its data is reported and skipped.
 
-    Raises ConfigError at the end where there was one, and at once for --output, of which there is no single one.
+    Raises ConfigError at the end if one was skipped, and at once for --output.
     """
     if settings.output is not None:
-        raise ConfigError("--output: every protocol writes a file of its own, under RUN/eval; leave it out")
-    common = {each.name: getattr(settings, each.name) for each in fields(Settings)}
-    subject, left_out = _open(settings), []
+        raise ConfigError("--output: every evaluator writes its own file in RUN/eval; omit this option")
+    common = {field.name: getattr(settings, field.name) for field in fields(EvalSettings)}
+    context, skipped = _load_context(settings), []
     try:
-        for name, protocol in PROTOCOLS.items():
-            own = protocol.Settings(**common)
-            if isinstance(own, marginal.Settings):
+        for name, evaluator in EVALUATORS.items():
+            own = evaluator.settings(**common)
+            if isinstance(own, MarginalisationSettings):
                 own = replace(own, probe=replace(own.probe, label=settings.label))
-            elif isinstance(own, knn.Settings):
+            elif isinstance(own, KNNSettings):
                 own = replace(own, label=settings.label)
             try:
-                _judge(subject, name, own)
+                _evaluate(context, name, own)
             except ConfigError as error:
                 print(f"{name}: {error}", file=sys.stderr)
-                left_out.append(name)
+                skipped.append(name)
     finally:
-        _renew_page(subject.run)
-    if left_out:
-        raise ConfigError(f"left out, for the reasons above: {', '.join(left_out)}")
+        _write_page(context.run)
+    if skipped:
+        raise ConfigError(f"skipped, for the reasons above: {', '.join(skipped)}")
 
 
 @dataclass(frozen=True)
-class Tables:
-    """The paper's downstream tables with what these runs have in eval/ below or beside: only what was run."""
+class TableOptions:
+    """Print the paper's downstream tables with the results of these runs. Tables without results are omitted."""
 
     runs: tuple[Path, ...]
-    """Folders of runs, as runs/demo."""
+    """Run folders, for example runs/demo."""
     markdown: Path | None = None
-    """Markdown file to write them to as well."""
+    """Markdown file to which the tables are also written."""
 
 
-def show_tables(settings: Tables) -> None:
-    """Print the tables, and write them where --markdown says. Raises ReportError, which names folder or file."""
+def show_tables(settings: TableOptions) -> None:
+    """Print the tables and write them to --markdown. Raises ReportError, which names the folder or file."""
     if not settings.runs:
-        raise ReportError("--runs: name at least one run's folder, as --runs runs/demo")
-    made = paper_tables(settings.runs)
-    for grid in made:
-        _console().print(grid.for_terminal())
+        raise ReportError("--runs: name at least one run folder, for example --runs runs/demo")
+    tables = paper_tables(settings.runs)
+    for table in tables:
+        _console().print(table.rich())
     if settings.markdown is not None:
-        write_atomically(settings.markdown, markdown(made).encode())
+        write_atomically(settings.markdown, markdown(tables).encode())
         _console().print(f"written: {settings.markdown}", soft_wrap=True)
 
 
 def parse(arguments: Sequence[str] | None = None) -> tuple[str, Any]:
-    """A command's name and its settings, from `arguments` or the command line."""
-    protocols = PROTOCOLS | TRAINED
-    settings_of: dict[str, Any] = {name: protocol.Settings for name, protocol in protocols.items()}
-    settings_of |= {"world-model": Everything, "table": Tables}
+    """Parse `arguments` or the command line; return the command's name and its settings."""
+    settings_of: dict[str, Any] = {name: evaluator.settings for name, evaluator in EVALUATORS.items()}
+    settings_of |= {name: protocol.command.settings for name, protocol in PROTOCOLS.items()}
+    settings_of |= {"world-model": WorldModelSettings, "table": TableOptions}
     commands: Any = Union[  # noqa: UP007  a union made of a variable's items cannot be written with |
         tuple(Annotated[settings, tyro.conf.subcommand(name)] for name, settings in settings_of.items())
     ]
     settings = tyro.cli(commands, args=arguments, description=__doc__, prog="iwm/evaluate.py")
-    return next(name for name, its in settings_of.items() if type(settings) is its), settings
+    return next(name for name, kind in settings_of.items() if type(settings) is kind), settings
 
 
 def main() -> None:
     name, settings = parse()
     try:
-        if isinstance(settings, Everything):
+        if isinstance(settings, WorldModelSettings):
             evaluate_everything(settings)
-        elif isinstance(settings, Tables):
+        elif isinstance(settings, TableOptions):
             show_tables(settings)
-        elif isinstance(settings, Training):
+        elif isinstance(settings, TrainSettings):
             train_and_evaluate(name, settings)
         else:
             evaluate(name, settings)
-    except (CheckpointError, ConfigError, ReportError, ShardError, StateError, OSError) as error:
-        sys.exit(f"iwm/evaluate.py: {error}")
     except torch.OutOfMemoryError as error:
-        sys.exit(f"iwm/evaluate.py: the device has too little memory ({error}); lower --bank.chunk or --micro-batch")
+        raise ConfigError(
+            f"the device is out of memory ({error}); lower --bank.batch-size or --micro-batch-size"
+        ) from error
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main, "iwm/evaluate.py"))

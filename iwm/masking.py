@@ -1,11 +1,11 @@
-"""Which patches the source keeps and which are predicted: I-JEPA's block sampler, vectorised (paper, A.1).
+"""Block masks of visible and predicted patches, vectorised (paper, A.1).
 
-A mask is a pure function of (seed, step, index of the sample in the global batch): no hidden state, so nothing needs to
-be saved, any sample's mask can be made again, and a batch has the same masks however many processes share it. Numbers
-come from integer hashing, which is the same on every device.
+A mask is a pure function of (seed, step, index of the sample in the global batch). There is no hidden state: nothing
+needs to be saved, any mask can be regenerated, and a batch has the same masks for any number of processes. Random
+numbers come from integer hashing, which gives the same results on every device.
 
-Unlike I-JEPA's code, each sample draws its own block sizes (I-JEPA draws one per batch), blocks reach the last row and
-column as well, and no visible patch is thrown away to make a batch rectangular.
+Differences from I-JEPA's code: each sample draws its own block sizes (I-JEPA draws one per batch), blocks can reach the
+last row and column, and no visible patch is discarded to make a batch rectangular.
 """
 
 from __future__ import annotations
@@ -19,46 +19,50 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
-from iwm.config import Masking
-from iwm.packing import Packing, Room, pack, room, to_device
+from iwm.config import MaskingConfig
+from iwm.packing import BufferSize, Packing, buffer_size, copy_to_device, pack_tokens
 
 
 class Masks(NamedTuple):
-    """`visible`: patches that the context encoder sees. `queried`: patches that are predicted, one row per separate
-    prediction: 1 row of all masked patches (`iwm`), or one row per target block (`ijepa`). Patches are in row-major
-    order.
-    """
+    """Masks of a batch, over patches in row-major order."""
 
     visible: Bool[Tensor, "b n"]
-    queried: Bool[Tensor, "b m n"]
+    """True where the context encoder sees the patch."""
+    predicted: Bool[Tensor, "b m n"]
+    """True where the patch is predicted, one row per prediction: one row of all masked patches (`iwm`), or one row per
+    target block (`ijepa`)."""
 
 
-def sample_masks(masking: Masking, grid: int, seed: int, step: int, index: Int64[Tensor, "b"]) -> Masks:
-    """Masks for the samples at `index` of the global batch of `step`, on index's device, grid×grid patches each.
+def sample_masks(masking: MaskingConfig, grid: int, seed: int, step: int, index: Int64[Tensor, "b"]) -> Masks:
+    """Sample masks of grid×grid patches for the samples `index` of the global batch of `step`, on index's device.
 
     Every sample keeps at least one visible patch.
     """
-    k = masking.blocks
-    draws = uniform(seed, step, index, 4 * k + 3)
-    blocks = _blocks(draws[:, : 4 * k].unflatten(1, (k, 4)), grid, masking.area, masking.aspect)
+    k = masking.num_blocks
+    draws = hashed_uniform(seed, step, index, 4 * k + 3)
+    blocks = _blocks(draws[:, : 4 * k].unflatten(1, (k, 4)), grid, masking.block_scale, masking.block_aspect_ratio)
     union = blocks.any(dim=1)
-    if masking.kind == "iwm":
-        # On a tiny grid the blocks can cover everything; then the last one is left out.
+    if masking.type == "iwm":
+        # On a tiny grid the blocks can cover all patches; the last block is then left out.
         union = torch.where(union.all(dim=1, keepdim=True), blocks[:, :-1].any(dim=1), union)
-        return Masks(visible=~union, queried=union[:, None])
+        return Masks(visible=~union, predicted=union[:, None])
     size_and_place = torch.stack((draws[:, -3], torch.zeros_like(draws[:, -3]), draws[:, -2], draws[:, -1]), dim=-1)
-    context = _blocks(size_and_place[:, None], grid, masking.context_area, (1.0, 1.0))[:, 0]
+    context = _blocks(size_and_place[:, None], grid, masking.context_scale, (1.0, 1.0))[:, 0]
     visible = context & ~union
-    # The same for I-JEPA's context: without a patch left, it is everything but the target blocks, or but the first.
+    # Likewise for I-JEPA: if no context patch is left, the context is all patches outside the target blocks, or outside
+    # the first one.
     visible = torch.where(visible.any(dim=1, keepdim=True), visible, ~union)
     visible = torch.where(visible.any(dim=1, keepdim=True), visible, ~blocks[:, 0])
-    return Masks(visible=visible, queried=blocks)
+    return Masks(visible=visible, predicted=blocks)
 
 
 def _blocks(
     draws: Float64[Tensor, "b k 4"], grid: int, area: tuple[float, float], aspect: tuple[float, float]
 ) -> Bool[Tensor, "b k n"]:
-    """Rectangles from four uniform numbers each: area (share of the grid), aspect (height / width), top, left."""
+    """Return the masks of rectangles, each from four uniform numbers: area, aspect ratio, top, left.
+
+    area: range of the share of the grid; aspect: range of height / width.
+    """
     cells = (area[0] + draws[..., 0] * (area[1] - area[0])) * grid * grid
     ratio = aspect[0] + draws[..., 1] * (aspect[1] - aspect[0])
     height = (cells * ratio).sqrt().round().clamp(1, grid)
@@ -72,60 +76,67 @@ def _blocks(
 
 
 class PackedMasks(NamedTuple):
-    """Masks as a training step takes them, on its device."""
+    """Masks with their packings, as a training step takes them."""
 
     visible: Bool[Tensor, "b n"]
-    queried: Bool[Tensor, "b m n"]
+    predicted: Bool[Tensor, "b m n"]
     context: Packing
-    """Of the visible patches of each image, in grids of n: what the context encoder sees."""
+    """Packing of each image's visible patches (the context encoder's input), in grids of n."""
     rows: Packing | None
-    """Of what the predictor sees in each of the b · m predictions, in grids of n places and the extra tokens behind
-    them; None where that is all of them, as it is for `iwm`."""
+    """Packing of the predictor's input in each of the b · m predictions, in grids of n patches and the extra tokens
+    after them; None where it is all tokens, as for `iwm`."""
 
     def to(self, device: torch.device) -> PackedMasks:
-        """On the device; the host does not wait for the copies."""
-        return self.apply(partial(to_device, device=device))
+        """Copy to the device without making the host wait."""
+        return self.apply(partial(copy_to_device, device=device))
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> PackedMasks:
-        """These masks with `function` of each tensor in its place."""
+        """Apply `function` to each tensor and return the new masks."""
         rows = None if self.rows is None else Packing(*map(function, self.rows))
-        return PackedMasks(function(self.visible), function(self.queried), Packing(*map(function, self.context)), rows)
+        return PackedMasks(
+            function(self.visible), function(self.predicted), Packing(*map(function, self.context)), rows
+        )
 
     def tensors(self) -> list[Tensor]:
-        """All of its tensors, in order."""
-        return [self.visible, self.queried, *self.context, *(self.rows or ())]
+        """Return all tensors, in order."""
+        return [self.visible, self.predicted, *self.context, *(self.rows or ())]
 
 
-def pack_masks(masks: Masks, rooms: Rooms | None, extra: int) -> PackedMasks:
-    """Pack masks that were drawn on the host. rooms: static shapes for a compiled step; extra: tokens of the predictor
-    that stand for no patch (sequence conditioning)."""
-    context = pack(masks.visible, rooms.context if rooms else None)
-    seen = (masks.visible[:, None] | masks.queried).flatten(0, 1)
+def pack_masks(masks: Masks, sizes: MaskBufferSizes | None, extra: int) -> PackedMasks:
+    """Pack masks that were drawn on the host.
+
+    sizes: static shapes for a compiled step; None: exact sizes. extra: number of the predictor's tokens that are not
+    patches (sequence conditioning).
+    """
+    context = pack_tokens(masks.visible, sizes.context if sizes else None)
+    seen = (masks.visible[:, None] | masks.predicted).flatten(0, 1)
     if seen.all():
-        return PackedMasks(masks.visible, masks.queried, context, None)
-    rows = pack(F.pad(seen, (0, extra), value=True), rooms.rows if rooms else None)
-    return PackedMasks(masks.visible, masks.queried, context, rows)
+        return PackedMasks(masks.visible, masks.predicted, context, None)
+    rows = pack_tokens(F.pad(seen, (0, extra), value=True), sizes.rows if sizes else None)
+    return PackedMasks(masks.visible, masks.predicted, context, rows)
 
 
-class Rooms(NamedTuple):
-    """Static shapes of PackedMasks."""
+class MaskBufferSizes(NamedTuple):
+    """Static buffer sizes of PackedMasks."""
 
-    context: Room
-    rows: Room
+    context: BufferSize
+    rows: BufferSize
 
 
 @lru_cache
-def rooms(masking: Masking, grid: int, extra: int, images: int) -> Rooms:
-    """Buffers for batches of `images`, after the statistics of these masks."""
+def mask_buffer_sizes(masking: MaskingConfig, grid: int, extra: int, images: int) -> MaskBufferSizes:
+    """Return the buffer sizes for batches of `images`, from the token statistics of these masks."""
     tokens = token_statistics(masking, grid)
-    context = room(tokens.visible, tokens.visible_deviation, images, grid * grid)
-    predicted = tokens.predicted + masking.blocks * extra
-    return Rooms(context, room(predicted, tokens.predicted_deviation, images, grid * grid + extra))
+    context = buffer_size(tokens.visible, tokens.visible_deviation, images, grid * grid)
+    predicted = tokens.predicted + masking.num_blocks * extra
+    return MaskBufferSizes(context, buffer_size(predicted, tokens.predicted_deviation, images, grid * grid + extra))
 
 
 class TokenStatistics(NamedTuple):
-    """Mean and standard deviation over images of the patches that the context encoder sees, and of those that the
-    predictor sees in all predictions of an image together."""
+    """Mean and standard deviation over images of the number of patches in each network's input.
+
+    visible: input of the context encoder. predicted: input of the predictor, summed over an image's predictions.
+    """
 
     visible: float
     visible_deviation: float
@@ -134,16 +145,16 @@ class TokenStatistics(NamedTuple):
 
 
 @lru_cache
-def token_statistics(masking: Masking, grid: int, images: int = 4096) -> TokenStatistics:
-    """Measured on masks of seed 0."""
+def token_statistics(masking: MaskingConfig, grid: int, images: int = 4096) -> TokenStatistics:
+    """Measure the token statistics on masks of seed 0."""
     masks = sample_masks(masking, grid, seed=0, step=0, index=torch.arange(images))
     visible = masks.visible.sum(1).double()
-    predicted = (masks.visible[:, None] | masks.queried).sum((1, 2)).double()
+    predicted = (masks.visible[:, None] | masks.predicted).sum((1, 2)).double()
     return TokenStatistics(visible.mean().item(), visible.std().item(), predicted.mean().item(), predicted.std().item())
 
 
-def uniform(seed: int, step: int, index: Int64[Tensor, "b"], draws: int) -> Float64[Tensor, "b {draws}"]:
-    """Numbers in [0, 1) that depend on (seed, step, index, position) alone, the same on every device.
+def hashed_uniform(seed: int, step: int, index: Int64[Tensor, "b"], draws: int) -> Float64[Tensor, "b {draws}"]:
+    """Return numbers in [0, 1) that depend on (seed, step, index, position) alone, the same on every device.
 
     SplitMix64 in counter mode (Steele, Lea and Flood, 2014), in wrapping int64 arithmetic.
     """
@@ -160,5 +171,5 @@ def _mix(state: Int64[Tensor, "..."]) -> Int64[Tensor, "..."]:
 
 
 def _shift(state: Int64[Tensor, "..."], bits: int) -> Int64[Tensor, "..."]:
-    """Logical right shift: torch's own carries the sign along."""
+    """Shift right logically; torch's own shift is arithmetic (it extends the sign)."""
     return (state >> bits) & ((1 << (64 - bits)) - 1)

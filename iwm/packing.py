@@ -1,10 +1,11 @@
-"""Rows of different lengths in one buffer of fixed size: what makes every token that is processed a token needed.
+"""Packing: rows of different lengths in one buffer of fixed size, almost without padding.
 
-Which patches are visible differs from image to image (103 to 109 of 196 on average, standard deviation 14). Padding
-rows to a common width would process twice the patches; cutting them to the shortest throws a third of them away.
-Packed, they lie one after another, and attention keeps to each row (iwm/models/attention.py).
+The number of visible patches differs from image to image (103 to 109 of 196 on average, standard deviation 14). Padding
+rows to a common width would process twice the patches; cutting them to the shortest row would discard a third of them.
+Packed rows are concatenated, and attention is restricted to each row (iwm/models/attention.py).
 
-Packings are made on the host, where masks are drawn: so the host knows the number of tokens without asking the device.
+Packings are computed on the host, where masks are drawn, so the host knows the number of tokens without synchronising
+with the device.
 """
 
 from __future__ import annotations
@@ -16,84 +17,89 @@ import torch
 from jaxtyping import Bool, Float, Int32, Int64
 from torch import Tensor
 
-MARGIN = 4.0
-"""Standard deviations of the batch's number of tokens that a buffer has room for above the mean: about one batch in
-30,000 needs more, and gets it (pack)."""
+CAPACITY_SIGMAS = 4.0
+"""Buffer size above the mean, in standard deviations of a batch's number of tokens. About one batch in 30,000 needs
+more; pack_tokens then enlarges the buffer."""
 
 
 class Packing(NamedTuple):
-    """Where the tokens of a grid of `rows` × `places` lie in a buffer. Tokens beyond the grid's own are filling: they
-    make sequences of their own, are computed, and reach nothing.
+    """Index of the tokens of a grid of `rows` × `places` in a buffer.
+
+    Tokens beyond the grid's own are padding: they form separate sequences, are computed, and affect no result.
     """
 
-    place: Int64[Tensor, "t"]
-    """Of each token, its place in the flattened grid; rows · places, one beyond the last, for filling."""
-    offsets: Int32[Tensor, "s1"]
-    """Where each sequence begins, and where the last one ends: rows of the grid, then of filling."""
-    slot: Int64[Tensor, "t"]
-    """Of each token, its place in the flattened `present`."""
-    present: Bool[Tensor, "s w"]
-    """Sequences padded to one width: which entries are tokens. What attention without variable lengths needs."""
+    token_index: Int64[Tensor, "t"]
+    """Position of each token in the flattened grid; padding has rows · places, one beyond the last."""
+    cu_seqlens: Int32[Tensor, "s1"]
+    """Start of each sequence and end of the last: the rows of the grid, then the padding sequences."""
+    padded_index: Int64[Tensor, "t"]
+    """Position of each token in the flattened `padding_mask`."""
+    padding_mask: Bool[Tensor, "s w"]
+    """True where an entry of the sequences, padded to one width, is a token; for attention without variable lengths."""
 
     def to(self, device: torch.device) -> Packing:
-        """On the device; the host does not wait for the copy."""
-        return Packing(*(to_device(part, device) for part in self))
+        """Copy to the device without making the host wait."""
+        return Packing(*(copy_to_device(part, device) for part in self))
 
 
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy from the host that it does not wait for, from pinned memory."""
+def copy_to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to the device from pinned memory, without making the host wait."""
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
-class Room(NamedTuple):
-    """The static shape of a buffer."""
+class BufferSize(NamedTuple):
+    """Static shape of a buffer."""
 
     tokens: int
-    fillings: int
-    """Sequences that filling is divided into, so that none is longer than a row."""
-    unit: int
-    """What both grow by where a batch does not fit."""
+    num_padding_sequences: int
+    """Number of sequences that the padding is split into, so that none is longer than a row."""
+    growth: int
+    """Step in which the buffer is enlarged for a batch that does not fit (tokens)."""
 
 
-def room(mean: float, deviation: float, images: int, longest: int) -> Room:
-    """The buffer for a batch of images whose tokens have this mean and standard deviation each, in rows of at most
-    `longest`."""
+def buffer_size(mean: float, deviation: float, images: int, longest: int) -> BufferSize:
+    """Return the buffer size for a batch of images in rows of at most `longest` tokens.
+
+    mean, deviation: mean and standard deviation of the number of tokens per image.
+    """
     unit = deviation * images**0.5
-    tokens = _round_up(images * mean + MARGIN * unit)
-    return Room(tokens, max(1, math.ceil(2 * MARGIN * unit / longest)), _round_up(unit))
+    tokens = _round_up(images * mean + CAPACITY_SIGMAS * unit)
+    return BufferSize(tokens, max(1, math.ceil(2 * CAPACITY_SIGMAS * unit / longest)), _round_up(unit))
 
 
 def _round_up(tokens: float) -> int:
-    """To a multiple of 8, which tensor cores like."""
+    """Round up to a multiple of 8, the alignment for tensor cores."""
     return 8 * math.ceil(tokens / 8)
 
 
-def pack(present: Bool[Tensor, "r n"], fixed: Room | None) -> Packing:
-    """Pack the tokens of a grid, row after row; on the host.
+def pack_tokens(present: Bool[Tensor, "r n"], fixed: BufferSize | None) -> Packing:
+    """Pack the tokens of a grid row by row, on the host.
 
-    fixed: a static shape, enlarged for the rare batch that does not fit it (for which the step is compiled once more):
-    no token is ever left out. None: exactly as many tokens as there are, the longest row as the width.
+    fixed: a static shape. It is enlarged for the rare batch that does not fit, for which the step is compiled once
+    more; no token is ever left out. None: exactly the present tokens, with the longest row as the width.
     """
     rows, places = present.shape
     counts = present.sum(dim=1)
     total = int(counts.sum())
-    tokens, fillings, width = (total, 0, int(counts.max())) if fixed is None else (fixed.tokens, fixed.fillings, places)
+    tokens, num_padding, width = (
+        (total, 0, int(counts.max())) if fixed is None else (fixed.tokens, fixed.num_padding_sequences, places)
+    )
     if fixed is not None:
-        tokens += max(0, math.ceil((total - tokens) / fixed.unit)) * fixed.unit
-        fillings = max(fillings, math.ceil((tokens - total) / places))
+        tokens += max(0, math.ceil((total - tokens) / fixed.growth)) * fixed.growth
+        num_padding = max(num_padding, math.ceil((tokens - total) / places))
     place = torch.full((tokens,), rows * places)
     place[:total] = present.flatten().nonzero()[:, 0]
     ends = counts.cumsum(0)
-    filled = total + torch.arange(1, fillings + 1) * (tokens - total) // max(1, fillings)
-    offsets = torch.cat((ends.new_zeros(1), ends, filled))
+    padding_ends = total + torch.arange(1, num_padding + 1) * (tokens - total) // max(1, num_padding)
+    offsets = torch.cat((ends.new_zeros(1), ends, padding_ends))
     lengths = offsets.diff()
     sequence = torch.repeat_interleave(torch.arange(len(lengths)), lengths, output_size=tokens)
     slot = sequence * width + torch.arange(tokens) - offsets[sequence]
     return Packing(place, offsets.int(), slot, torch.arange(width) < lengths[:, None])
 
 
-class Take(torch.autograd.Function):
-    """Rows `place` of x, each taken once at most: so the gradient is a copy, not the sum that indexing makes of it."""
+class _GatherUnique(torch.autograd.Function):
+    """Gather of distinct rows, whose gradient is a copy rather than the sum that indexing would compute."""
 
     @staticmethod
     def forward(x: Float[Tensor, "r d"], place: Int64[Tensor, "t"]) -> Float[Tensor, "t d"]:
@@ -111,21 +117,23 @@ class Take(torch.autograd.Function):
         return gradient.new_zeros(ctx.rows, gradient.shape[1]).index_copy(0, place, gradient), None
 
 
-def take(x: Float[Tensor, "r d"], place: Int64[Tensor, "t"]) -> Float[Tensor, "t d"]:
-    """Rows of x at distinct places."""
-    taken: Tensor = Take.apply(x, place)
+def gather_unique(x: Float[Tensor, "r d"], place: Int64[Tensor, "t"]) -> Float[Tensor, "t d"]:
+    """Gather the rows of x at distinct places."""
+    taken: Tensor = _GatherUnique.apply(x, place)
     return taken
 
 
-def lay(x: Float[Tensor, "t d"], place: Int64[Tensor, "t"], onto: Float[Tensor, "r d"]) -> Float[Tensor, "r d"]:
-    """`onto` with a packing's tokens in their places; filling falls on a spare row, which is cut off."""
-    return _with_spare(onto).index_copy(0, place, x)[:-1]
+def scatter_tokens(
+    x: Float[Tensor, "t d"], place: Int64[Tensor, "t"], onto: Float[Tensor, "r d"]
+) -> Float[Tensor, "r d"]:
+    """Scatter a packing's tokens into `onto` (out of place); padding goes to an extra row, which is dropped."""
+    return _pad_one_row(onto).index_copy(0, place, x)[:-1]
 
 
-def pick(x: Float[Tensor, "r d"], place: Int64[Tensor, "t"]) -> Float[Tensor, "t d"]:
-    """The rows of x that a packing has tokens for; filling is zero."""
-    return take(_with_spare(x), place)
+def gather_tokens(x: Float[Tensor, "r d"], place: Int64[Tensor, "t"]) -> Float[Tensor, "t d"]:
+    """Gather the rows of x that a packing has tokens for; padding is zero."""
+    return gather_unique(_pad_one_row(x), place)
 
 
-def _with_spare(x: Float[Tensor, "r d"]) -> Float[Tensor, "r1 d"]:
+def _pad_one_row(x: Float[Tensor, "r d"]) -> Float[Tensor, "r1 d"]:
     return torch.cat((x, x.new_zeros(1, x.shape[1])))

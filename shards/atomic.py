@@ -1,4 +1,4 @@
-"""Files that are whole on the disk or not there at all, also after a kill or a power cut."""
+"""Atomic file writes, safe against a kill or a power cut."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside `path`, fsync, rename: a reader sees the old file or the whole new one, also after a power cut."""
+    """Write a temporary file next to `path`, fsync and rename it: readers see the old file or the complete new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with open(temporary, "wb") as file:
         file.write(content)
@@ -18,7 +18,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until renames in the folder are on the disk."""
+    """Fsync the folder, so that renames in it are on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""An image file of any format becomes what a shard holds, a JPEG; or a reason why not."""
+"""Conversion of images to baseline JPEGs and of masks to 8-bit PNGs."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from shards import jpeg
-from shards.rejection import Rejected
+from shards.format import RejectedSample
 
 RESIZED: dict[str, Any] = {"quality": 90, "colorsubsampling": "420"}
-"""Encoding of a resized image. Photographs arrive with subsampled chroma; made smaller, they keep what they had."""
+"""Encoding of a resized image. Most photographs are stored with subsampled chroma already."""
 
 CONVERTED: dict[str, Any] = {"quality": 95, "colorsubsampling": "444"}
-"""Encoding of an image that keeps its size but is no good baseline JPEG: near lossless, chroma at full resolution."""
+"""Encoding of an image that keeps its size but needs conversion: near lossless, chroma at full resolution."""
 
-UNDECODABLE = (
+DECODE_ERRORS = (
     OSError,
     ValueError,
     SyntaxError,
@@ -37,10 +37,10 @@ UNDECODABLE = (
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,
 )
-"""What Pillow's plugins raise on damaged files. They document nothing: this is what their sources and fuzzing show."""
+"""Exceptions of Pillow's plugins on damaged files: undocumented, found in their source code and by fuzzing."""
 
 GREY_16 = ("I;16", "I;16L", "I;16B", "I;16N", "I")
-"""Pillow's modes of 16-bit grey files (`I` is wider, and what some plugins open them as)."""
+"""Pillow's modes of 16-bit grey images. `I` has 32 bits; some plugins use it for 16-bit files."""
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -51,73 +51,73 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF orientation → what makes the image upright."""
+"""EXIF orientation → transposition to the upright image."""
 
 
 @dataclass(frozen=True)
-class ImageRules:
-    """What is asked of every image."""
+class ImageOptions:
+    """Resizing and size limits of images."""
 
     resize: int | None = None
-    """Shorter side in pixels to which larger images are reduced (antialiased, JPEG quality 90); none is enlarged.
-    None keeps every size, and the bytes of every good baseline RGB JPEG."""
+    """Shorter side (pixels) to which larger images are reduced, antialiased, with JPEG quality 90. Smaller images are
+    not enlarged. None keeps every size, and every upright baseline YCbCr JPEG byte for byte."""
     min_side: int = 16
-    """Smallest shorter side in pixels; what is smaller is rejected."""
+    """Minimum of the shorter side (pixels); smaller images are rejected."""
     max_pixels: int = 89_478_485
-    """Largest image in pixels; what is larger is rejected before it costs memory."""
+    """Maximum of width × height (pixels); larger images are rejected before they are decoded."""
 
 
-class NormalImage(NamedTuple):
-    """`jpeg`: the file for the shard. `source_size` upright and as read, `size` as written: (width, height)."""
+class EncodedImage(NamedTuple):
+    """`jpeg`: the encoded file. Upright (width, height) of the image: `source_size` as read, `size` as written."""
 
     jpeg: bytes
     source_size: tuple[int, int]
     size: tuple[int, int]
 
 
-def normalise(data: bytes, rules: ImageRules) -> NormalImage:
-    """Decode an image of any format that Pillow reads and give the JPEG for the shard: baseline, RGB, upright.
+def to_baseline_jpeg(data: bytes, rules: ImageOptions) -> EncodedImage:
+    """Convert an image of any format that Pillow reads to an upright, baseline JPEG with YCbCr colours.
 
-    A file that is one already comes back byte for byte, unless it is larger than `rules.resize`. Raises Rejected for
-    what cannot be decoded whole, is below `min_side` or above `max_pixels`.
+    A file that is such a JPEG is returned byte for byte, unless its shorter side is above `rules.resize`. Raise
+    RejectedSample for an image that cannot be decoded completely, is below `min_side` or above `max_pixels`.
     """
     if not data:
-        raise Rejected("empty file")
-    return _normalise_jpeg(data, rules) if data.startswith(jpeg.START) else _normalise_other(data, rules)
+        raise RejectedSample("empty file")
+    return _jpeg_to_baseline(data, rules) if data.startswith(jpeg.START) else _decoded_to_baseline(data, rules)
 
 
-def normalise_mask(data: bytes, image: NormalImage) -> bytes:
-    """A segmentation mask as an 8-bit grey PNG: its values are the ids, its size is the image's (nearest neighbour).
+def to_png_mask(data: bytes, image: EncodedImage) -> bytes:
+    """Convert a segmentation mask to an 8-bit grey PNG of class ids, resized to `image.size` by nearest neighbour.
 
-    `data` is a palette, grey or bilevel image, drawn on the image as it is displayed. Raises Rejected for colours, for
-    another size than the image's, and for ids above 255.
+    `data` is a palette, grey or bilevel image that matches the upright source image. Raise RejectedSample for colours,
+    for a size other than `image.source_size`, and for ids outside 0 to 255.
     """
     mask = _open(data)
     if mask.mode not in ("P", "L", "1", *GREY_16):
-        raise Rejected(f"mode {mask.mode} holds colours; ids need a palette or grey image")
+        raise RejectedSample(f"mode {mask.mode} has colours; ids need a palette or grey image")
     if mask.size != image.source_size:
-        raise Rejected("its size is {}x{}, the image's {}x{}".format(*mask.size, *image.source_size))
+        raise RejectedSample("its size is {}x{}, the image's {}x{}".format(*mask.size, *image.source_size))
     ids = np.asarray(mask)
     if ids.min() < 0 or ids.max() > 255:
-        raise Rejected(f"its ids go from {ids.min()} to {ids.max()}; a shard holds 0 to 255")
+        raise RejectedSample(f"its ids are {ids.min()} to {ids.max()}; they must be from 0 to 255")
     encoded = io.BytesIO()
     Image.fromarray(ids.astype(np.uint8)).resize(image.size, Image.Resampling.NEAREST).save(encoded, "PNG")
     return encoded.getvalue()
 
 
-def _normalise_jpeg(data: bytes, rules: ImageRules) -> NormalImage:
+def _jpeg_to_baseline(data: bytes, rules: ImageOptions) -> EncodedImage:
     header = jpeg.read_header(data)
     _check_size(header.size, rules)
     target = _target_size(header.size, rules.resize)
-    # Twice the target leaves the antialiased resize enough to work with: 56 dB against reducing in one go.
+    # libjpeg reduces to no less than twice the target; the antialiased resize then differs little: 56 dB PSNR.
     at_least = None if target == header.size else (2 * target[0], 2 * target[1])
     if header.colorspace in ("CMYK", "YCCK"):
         inks = jpeg.decode(data, "CMYK", at_least)
         image = Image.fromarray(255 - inks if header.adobe else inks, "CMYK").convert("RGB")
     else:
         pixels = jpeg.decode(data, "RGB", at_least)
-        if header.is_normal and target == header.size:
-            return NormalImage(data, header.size, header.size)
+        if header.is_baseline_rgb and target == header.size:
+            return EncodedImage(data, header.size, header.size)
         image = Image.fromarray(pixels)
     sizes = (header.size, target)
     if header.orientation in _UPRIGHT:
@@ -127,17 +127,17 @@ def _normalise_jpeg(data: bytes, rules: ImageRules) -> NormalImage:
     return _encode(image, *sizes)
 
 
-def _normalise_other(data: bytes, rules: ImageRules) -> NormalImage:
+def _decoded_to_baseline(data: bytes, rules: ImageOptions) -> EncodedImage:
     image = _open(data, rules)
     try:
         image = _to_rgb(_upright(image))
-    except UNDECODABLE as error:
-        raise Rejected(f"{image.format} of mode {image.mode} cannot be made RGB: {error}") from error
+    except DECODE_ERRORS as error:
+        raise RejectedSample(f"{image.format} of mode {image.mode} cannot be made RGB: {error}") from error
     return _encode(image, image.size, _target_size(image.size, rules.resize))
 
 
-def _open(data: bytes, rules: ImageRules | None = None) -> Image.Image:
-    """Open with Pillow and decode; of an animation, the first frame."""
+def _open(data: bytes, rules: ImageOptions | None = None) -> Image.Image:
+    """Open an image with Pillow and decode it; of an animation, decode the first frame."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -147,18 +147,18 @@ def _open(data: bytes, rules: ImageRules | None = None) -> Image.Image:
                 _check_size(image.size, rules)
             image.load()
         except UnidentifiedImageError:
-            raise Rejected("not an image of a known format") from None
-        except UNDECODABLE as error:
-            raise Rejected(f"cannot be decoded: {error}") from error
+            raise RejectedSample("not an image of a known format") from None
+        except DECODE_ERRORS as error:
+            raise RejectedSample(f"cannot be decoded: {error}") from error
     return image
 
 
-def _check_size(size: tuple[int, int], rules: ImageRules) -> None:
+def _check_size(size: tuple[int, int], rules: ImageOptions) -> None:
     width, height = size
     if width * height > rules.max_pixels:
-        raise Rejected(f"{width}x{height} is over the limit of {rules.max_pixels:,} pixels (max_pixels)")
+        raise RejectedSample(f"{width}x{height} is over the limit of {rules.max_pixels:,} pixels (max_pixels)")
     if min(size) < rules.min_side:
-        raise Rejected(f"{width}x{height} is smaller than {rules.min_side} pixels (min_side)")
+        raise RejectedSample(f"{width}x{height} is smaller than {rules.min_side} pixels (min_side)")
 
 
 def _target_size(size: tuple[int, int], resize: int | None) -> tuple[int, int]:
@@ -169,22 +169,24 @@ def _target_size(size: tuple[int, int], resize: int | None) -> tuple[int, int]:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation; an EXIF block that cannot be read says nothing."""
+    """Apply the EXIF orientation; ignore an EXIF block that cannot be read."""
     try:
         return ImageOps.exif_transpose(image)
-    except UNDECODABLE:
+    except DECODE_ERRORS:
         return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode to RGB: 16-bit grey scaled to 8 bits, what is transparent laid on white, colour profiles not applied."""
+    """Convert any mode to RGB: scale 16-bit grey to 8 bits, put transparency on white, ignore colour profiles."""
     if image.mode in GREY_16:
         grey = np.asarray(image).astype(np.int64)
         if grey.min() < 0 or grey.max() > 65535:
-            raise Rejected(f"integer pixels from {grey.min()} to {grey.max()}: only 0 to 65535 has a defined meaning")
+            raise RejectedSample(
+                f"integer pixels from {grey.min()} to {grey.max()}: only 0 to 65535 has a defined meaning"
+            )
         return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
-        raise Rejected("floating-point pixels: their range has no defined meaning")
+        raise RejectedSample("floating-point pixels: their range has no defined meaning")
     if image.has_transparency_data:
         straight = image.convert("LA") if image.mode == "La" else image
         white = Image.new("RGBA", image.size, "white")
@@ -192,11 +194,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _encode(image: Image.Image, source_size: tuple[int, int], size: tuple[int, int]) -> NormalImage:
+def _encode(image: Image.Image, source_size: tuple[int, int], size: tuple[int, int]) -> EncodedImage:
     encoding = CONVERTED
     if size != source_size:
         image, encoding = image.resize(size, Image.Resampling.BICUBIC), RESIZED
     try:
-        return NormalImage(simplejpeg.encode_jpeg(np.asarray(image), colorspace="RGB", **encoding), source_size, size)
+        return EncodedImage(simplejpeg.encode_jpeg(np.asarray(image), colorspace="RGB", **encoding), source_size, size)
     except ValueError as error:
-        raise Rejected("{}x{} does not fit into a JPEG: {}".format(*size, error)) from error
+        raise RejectedSample("{}x{} does not fit into a JPEG: {}".format(*size, error)) from error

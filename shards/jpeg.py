@@ -1,7 +1,7 @@
-"""Reading JPEGs strictly: what the header says, and every pixel or a reason why not.
+"""Strict JPEG reading: headers, and pixels with every libjpeg warning as an error.
 
-simplejpeg turns libjpeg's warnings into errors. A JPEG that is damaged in the middle is only warned about by libjpeg,
-and Pillow, OpenCV and DALI hand over the garbage picture without a word.
+libjpeg only warns about a JPEG that is damaged in the middle, and Pillow, OpenCV and DALI then return a corrupted image
+without an error. simplejpeg turns these warnings into errors.
 """
 
 from __future__ import annotations
@@ -15,44 +15,44 @@ import simplejpeg
 from jaxtyping import UInt8
 from PIL import Image
 
-from shards.rejection import Rejected
+from shards.format import RejectedSample
 
 START = b"\xff\xd8"
-"""The bytes with which every JPEG begins."""
+"""First two bytes of every JPEG (SOI marker)."""
 
 _BASELINE, _EXIF, _ADOBE, _SCAN = 0xC0, 0xE1, 0xEE, 0xDA
 _NO_FRAME = (0xC4, 0xC8, 0xCC)
-"""Markers among the frames' numbers (0xC0 to 0xCF) that are no frames: Huffman tables, reserved, arithmetic coding."""
+"""Markers from 0xC0 to 0xCF that are not frame headers: Huffman tables, reserved, arithmetic coding."""
 _ORIENTATION = 0x0112
 
 
 class JpegHeader(NamedTuple):
-    """What stands before the pixels. `size` is (width, height) as stored, before the EXIF orientation."""
+    """Properties from a JPEG's header. `size` is (width, height) as stored, before the EXIF orientation."""
 
     size: tuple[int, int]
     colorspace: str
-    """As libjpeg understands it: YCbCr, RGB, Gray, CMYK or YCCK."""
+    """Colour space as detected by libjpeg: YCbCr, RGB, Gray, CMYK or YCCK."""
     baseline: bool
-    """Sequential Huffman coding with 8 bits a sample: what hardware decoders take. Progressive is not."""
+    """True for sequential Huffman coding with 8 bits per sample, as hardware decoders need; False for progressive."""
     scan_components: int
-    """Components in the first scan; fewer than three in a colour image that stores its channels one after another."""
+    """Number of components in the first scan; less than three where a colour image stores its channels separately."""
     orientation: int | None
-    """EXIF orientation, 1 where there is none, None where the EXIF block cannot be read."""
+    """EXIF orientation (1 to 8); 1 where there is none, None where the EXIF block cannot be read."""
     adobe: bool
-    """Whether Adobe's marker is there: inks are then stored inverted."""
+    """True where Adobe's marker is present; CMYK values are then stored inverted."""
 
     @property
-    def is_normal(self) -> bool:
-        """A JPEG as shards hold it, which every decoder reads alike: baseline, one YCbCr scan, upright."""
+    def is_baseline_rgb(self) -> bool:
+        """True for the form used in shards, which every decoder reads alike: baseline, one YCbCr scan, upright."""
         return self.baseline and self.colorspace == "YCbCr" and self.scan_components == 3 and self.orientation == 1
 
 
 def read_header(data: bytes) -> JpegHeader:
-    """Walk the segments up to the first scan. Raises Rejected, with libjpeg's words, where they are not in order."""
+    """Read the segments up to the first scan. Raise RejectedSample, with libjpeg's message, for an invalid header."""
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data, strict=True)
     except ValueError as error:
-        raise Rejected(f"damaged or unusual JPEG: {error}") from error
+        raise RejectedSample(f"damaged or unusual JPEG: {error}") from error
     orientation: int | None = 1
     baseline, adobe = False, False
     for marker, segment in _segments(data):
@@ -64,24 +64,24 @@ def read_header(data: bytes) -> JpegHeader:
             baseline = marker == _BASELINE and segment[0] == 8
         elif marker == _SCAN:
             return JpegHeader((width, height), colorspace, baseline, segment[0], orientation, adobe)
-    raise Rejected("damaged JPEG: no image data")
+    raise RejectedSample("damaged JPEG: no image data")
 
 
 def decode(data: bytes, colorspace: str = "RGB", at_least: tuple[int, int] | None = None) -> UInt8[np.ndarray, "h w c"]:
-    """Decode the whole JPEG; raises Rejected, with libjpeg's words, for any damage that libjpeg notices.
+    """Decode the whole JPEG. Raise RejectedSample, with libjpeg's message, for any damage that libjpeg detects.
 
-    `at_least` (width, height) lets libjpeg reduce the image while it decodes, by half or more and to no less than that:
-    all data is still read and checked, at a fraction of the time.
+    `at_least` (width, height) lets libjpeg reduce the image during decoding, by a factor of two or more, to no less
+    than that size. All data is still read and checked, in a fraction of the time.
     """
     reduction = {"min_width": at_least[0], "min_height": at_least[1], "min_factor": 2} if at_least else {}
     try:
         return simplejpeg.decode_jpeg(data, colorspace, strict=True, **reduction)
     except ValueError as error:
-        raise Rejected(f"damaged JPEG: {error}") from error
+        raise RejectedSample(f"damaged JPEG: {error}") from error
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """(marker, content) of each segment, to the first scan's header; libjpeg has found them to be in order."""
+    """Yield (marker, content) of each segment up to the first scan's header. libjpeg has validated them before."""
     position = len(START)
     while position + 4 <= len(data) and data[position] == 0xFF:
         marker = data[position + 1]

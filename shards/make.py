@@ -1,4 +1,4 @@
-"""From a source to a split of a shard folder: list, plan, let the workers write, check the sums, write the manifest."""
+"""Making of one split of a shard folder: list, plan, write in workers, write the manifest."""
 
 from __future__ import annotations
 
@@ -17,105 +17,103 @@ import simplejpeg
 from rich.console import Console
 from tyro.conf import Positional, arg
 
-from shards import sources
-from shards.display import show_progress
-from shards.images import CONVERTED, RESIZED, ImageRules
-from shards.manifest import (
+from shards.errors import ShardError
+from shards.format import (
     MANIFEST,
+    REJECTED,
     Column,
     Manifest,
-    ShardError,
     list_splits,
     load_manifest,
     remove_split,
     save_manifest,
+    save_rejections,
 )
-from shards.plan import Cut, Plan, make_plan
-from shards.pool import available_cores, run_tasks
-from shards.rejection import REJECTED, save_rejections
-from shards.subset import Subset, read_subset
+from shards.images import CONVERTED, RESIZED, ImageOptions
+from shards.plan import ShardPlan, ShardSize, Subset, plan_shards, read_subset
+from shards.sources.detect import SourceKind, SourceOptions, detect, list_source
 from shards.verify import check_quick
-from shards.workspace import Workspace, explain_write_errors
-from shards.writer import Job, ShardTask, write_shard
+from shards.workers import available_cores, run_tasks, show_progress
+from shards.writer import ShardJob, ShardTask, SplitWorkdir, explain_write_errors, write_shard
 
 MAX_PIXELS = 178_956_970
-"""Pillow itself refuses to open anything larger."""
+"""Largest image that Pillow opens (pixels)."""
 
 
 @dataclass(frozen=True)
-class MakeShards:
-    """Make one split of a shard folder. Stopped at any moment, the same command goes on where it was.
+class ShardingOptions:
+    """Make one split of a shard folder. After an interruption, rerun the same command to resume.
 
     A second form checks a finished folder: make_shards.py verify OUT
     """
 
     src: Positional[Annotated[str, arg(metavar="SRC")]]
-    """A folder with a folder of images per class, or of images with --masks; an ImageNet tar; a CSV file with the
-    columns path, label, further labels and perhaps mask; a .txt list of images; a .json of COCO-like annotations; or
-    WebDataset tars: their folder, a brace pattern or a glob."""
+    """The source: a folder with one folder of images per class; a folder of images, with --masks; an ImageNet tar; a
+    CSV file with the columns path, label, further labels and optionally mask; a .txt list of images; a .json file of
+    COCO-like annotations; or WebDataset tars, as their folder, a brace pattern or a glob."""
     out: Positional[Annotated[Path, arg(metavar="OUT")]]
-    """The shard folder, made if need be. It can hold several splits."""
+    """The shard folder, created where it does not exist. It can hold several splits."""
     split: str
-    """Name of the split, as train or val: the shards are called SPLIT-000000.tar and so on."""
-    source: Literal["auto"] | sources.Kind = "auto"
-    """What SRC is; auto looks at it."""
+    """Name of the split, for example train or val. The shards are named SPLIT-000000.tar and so on."""
+    source: Literal["auto"] | SourceKind = "auto"
+    """Kind of the source. With auto, it is detected from SRC."""
     seed: int = 0
-    """Of the shuffle over all samples of the split."""
+    """Seed of the shuffle over all samples of the split."""
     workers: int | None = None
-    """Processes, each making one shard at a time; None for one per core. The result does not depend on it."""
-    rules: ImageRules = field(default_factory=ImageRules)
-    cut: Cut = field(default_factory=Cut)
-    beside: sources.Companions = field(default_factory=sources.Companions)
+    """Number of worker processes; None for one per core. The result does not depend on it."""
+    image: ImageOptions = field(default_factory=ImageOptions)
+    shard: ShardSize = field(default_factory=ShardSize)
+    extra: SourceOptions = field(default_factory=SourceOptions)
     subset: Path | None = None
-    """A text file that names a part of the images, one a line: only they are taken. Each must be there."""
+    """Text file with one image name per line: only these images are used. Each must exist in the source."""
     classes_from: Path | None = None
-    """Another shard folder whose classes to take over, so that labels mean the same in both. Splits of one folder
+    """Another shard folder whose classes are used, so that a label has the same meaning in both. Splits of one folder
     always share their classes."""
     overwrite: bool = False
-    """If OUT holds this split already, made with other settings or damaged, throw that away."""
+    """Delete and remake the split if OUT has it with other settings or damaged."""
 
 
-def make_shards(options: MakeShards, console: Console) -> Manifest:
-    """Make one split, or finish what an interrupted run of the same settings began; returns its manifest.
+def make_shards(options: ShardingOptions, console: Console) -> Manifest:
+    """Make one split, or resume an interrupted run with the same settings; return the manifest.
 
-    Raises ShardError for every mistake, naming it and the remedy. Whatever happens, nothing half-written bears a
-    final name, and the same command goes on where it stopped.
+    Raise ShardError, with the remedy, for invalid options, unusable sources, and read or write errors. Files get their
+    final names only when they are complete, so a run can resume after any interruption.
     """
     _check_options(options)
-    workspace = Workspace(options.out, options.split)
+    workspace = SplitWorkdir(options.out, options.split)
     with console.status(f"listing {options.src}"), _explain_read_errors(options.src):
-        kind = sources.detect(options.src, options.beside) if options.source == "auto" else options.source
-        listing = sources.list_source(options.src, kind, options.beside)
+        kind = detect(options.src, options.extra) if options.source == "auto" else options.source
+        listing = list_source(options.src, kind, options.extra)
         subset = read_subset(options.subset) if options.subset else None
         if subset:
             listing = subset.of(listing, options.src)
-        plan = make_plan(listing, _known_columns(options), options.seed, options.rules.resize, options.cut)
+        plan = plan_shards(listing, _known_columns(options), options.seed, options.image.resize, options.shard)
     settings = _settings(options, kind, subset, plan)
     console.print(
         f"{options.split}: {plan.read:,} {'of the subset ' if subset else ''}found in {options.src} ({kind}), "
         f"{len(plan.rejections):,} of them rejected "
-        f"unread, {plan.hidden:,} hidden files left out; {plan.shards} shards to make"
+        f"without reading them, {plan.hidden:,} hidden files ignored; {plan.shards} shards to make"
     )
     with workspace.lock():
-        standing = _standing(workspace, settings, options.overwrite)
-        if standing:
-            console.print(f"{options.out} holds this split already, made with these settings: nothing to do")
-            return standing
+        existing = _existing_split(workspace, settings, options.overwrite)
+        if existing:
+            console.print(f"{options.out} already has this split with the same settings: nothing to do")
+            return existing
         return _make(options, workspace, plan, settings, console)
 
 
 def _make(
-    options: MakeShards, workspace: Workspace, plan: Plan, settings: dict[str, Any], console: Console
+    options: ShardingOptions, workspace: SplitWorkdir, plan: ShardPlan, settings: dict[str, Any], console: Console
 ) -> Manifest:
     with explain_write_errors(options.out):
         workspace.remove_partials()
         workspace.save_settings(settings)
     todo = [number for number in range(plan.shards) if workspace.load_record(number) is None]
     if len(todo) < plan.shards:
-        console.print(f"going on: {plan.shards - len(todo)} of {plan.shards} shards stand")
+        console.print(f"resuming: {plan.shards - len(todo)} of {plan.shards} shards are finished")
     _warn_of_small_disk(options.out, plan.estimated_bytes * len(todo) // plan.shards, console)
     reports = run_tasks(
-        partial(write_shard, Job(workspace, plan.columns, options.rules)),
+        partial(write_shard, ShardJob(workspace, plan.columns, options.image)),
         (ShardTask(number, plan.shard(number)) for number in todo),
         workers=min(options.workers or available_cores(), max(len(todo), 1)),
         name=lambda task: f"shard {workspace.shard_name(task.number)}",
@@ -135,8 +133,8 @@ def _make(
     return manifest
 
 
-def _finish(options: MakeShards, workspace: Workspace, plan: Plan, settings: dict[str, Any]) -> Manifest:
-    """Add up the records. The manifest comes last: where it names a split, all of the split is there."""
+def _finish(options: ShardingOptions, workspace: SplitWorkdir, plan: ShardPlan, settings: dict[str, Any]) -> Manifest:
+    """Write rejections and manifest from the records. The manifest comes last: a split that it names is complete."""
     records = [workspace.load_record(number) for number in range(plan.shards)]
     whole = [record for record in records if record]
     shards = [record.shard for record in whole if record.shard]
@@ -144,8 +142,8 @@ def _finish(options: MakeShards, workspace: Workspace, plan: Plan, settings: dic
     samples = sum(shard.samples for shard in shards)
     if len(whole) < plan.shards or samples + len(rejections) != plan.read:
         raise ShardError(
-            f"read {plan.read:,} is not written {samples:,} + rejected {len(rejections):,}: somebody else changed "
-            f"files of {options.out}; run the same command again"
+            f"read {plan.read:,} is not written {samples:,} + rejected {len(rejections):,}: another process changed "
+            f"files of {options.out}; rerun the same command"
         )
     if not shards:
         workspace.clear()
@@ -169,8 +167,8 @@ def _finish(options: MakeShards, workspace: Workspace, plan: Plan, settings: dic
     return manifest
 
 
-def _check_options(options: MakeShards) -> None:
-    rules, cut = options.rules, options.cut
+def _check_options(options: ShardingOptions) -> None:
+    rules, cut = options.image, options.shard
     limits = {
         "--split": (bool(re.fullmatch(r"[A-Za-z0-9_-]+", options.split)), "letters, digits, '_' and '-' only"),
         "--workers": (options.workers is None or options.workers >= 1, "at least 1"),
@@ -181,18 +179,18 @@ def _check_options(options: MakeShards) -> None:
         "--shard-mb": (cut.shard_mb > 0, "above 0"),
         "--min-shards": (cut.min_shards >= 1, "at least 1"),
     }
-    for option, (fine, demand) in limits.items():
-        if not fine:
-            raise ShardError(f"{option} must be {demand}")
-    for name, folder in (("SRC", Path(options.src)), ("--masks", options.beside.masks)):
+    for option, (valid, requirement) in limits.items():
+        if not valid:
+            raise ShardError(f"{option} must be {requirement}")
+    for name, folder in (("SRC", Path(options.src)), ("--masks", options.extra.masks)):
         if folder and folder.is_dir() and options.out.resolve().is_relative_to(folder.resolve()):
-            raise ShardError(f"OUT ({options.out}) lies inside {name} ({folder}): it would become part of the source")
+            raise ShardError(f"OUT ({options.out}) is inside {name} ({folder}): use a folder outside the source")
 
 
-def _known_columns(options: MakeShards) -> list[Column] | None:
-    """Label columns that the split must share, from `classes_from` and from OUT's other splits."""
+def _known_columns(options: ShardingOptions) -> list[Column] | None:
+    """Return the label columns that the split must share with `classes_from` and OUT's other splits, or None."""
     if options.classes_from and not list_splits(options.classes_from):
-        raise ShardError(f"--classes-from: {options.classes_from} has no {MANIFEST}; give a folder of finished shards")
+        raise ShardError(f"--classes-from: {options.classes_from} has no {MANIFEST}; use a folder of finished shards")
     known: list[Column] | None = None
     for folder in filter(None, (options.classes_from, options.out)):
         for split in list_splits(folder):
@@ -201,49 +199,50 @@ def _known_columns(options: MakeShards) -> list[Column] | None:
             columns = load_manifest(folder, split).columns
             if known is not None and columns != known:
                 raise ShardError(
-                    f"split '{split}' of {folder} has other classes than {options.classes_from} (--classes-from)"
+                    f"split '{split}' of {folder} has other classes than {options.classes_from} (--classes-from); "
+                    "omit the option, or use another OUT"
                 )
             known = columns
     return known
 
 
-def _settings(options: MakeShards, kind: str, subset: Subset | None, plan: Plan) -> dict[str, Any]:
-    """Everything that the shards' bytes depend on."""
+def _settings(options: ShardingOptions, kind: str, subset: Subset | None, plan: ShardPlan) -> dict[str, Any]:
+    """Return everything that the shards' bytes depend on."""
     return {
         "source": kind,
         "subset": subset.description if subset else None,
         "contents": plan.digest,
         "seed": options.seed,
-        **asdict(options.rules),
-        **asdict(options.cut),
+        **asdict(options.image),
+        **asdict(options.shard),
         "encoding": {"resized": RESIZED, "converted": CONVERTED},
         "software": {"pillow": PIL.__version__, "simplejpeg": simplejpeg.__version__, "numpy": np.__version__},
     }
 
 
-def _standing(workspace: Workspace, settings: dict[str, Any], overwrite: bool) -> Manifest | None:
-    """The split's manifest where it is finished; None where there is work to do, going on or from nothing.
+def _existing_split(workspace: SplitWorkdir, settings: dict[str, Any], overwrite: bool) -> Manifest | None:
+    """Return the manifest of a split that is finished; None for one that is to be started or resumed.
 
-    Raises ShardError where OUT belongs to other settings; with `overwrite`, throws that away instead.
+    Raise ShardError where OUT has the split with other settings or damaged; with `overwrite`, delete it instead.
     """
     out, split = workspace.out, workspace.split
     try:
         if split in list_splits(out):
             manifest = load_manifest(out, split)
-            # Other versions of the codecs would give other bytes, but these shards are no worse for that.
+            # Other codec versions give other bytes, but the finished shards stay valid.
             made_with = {**manifest.settings, "software": settings["software"]}
-            _compare(made_with, settings, f"{out} holds split '{split}'")
+            _compare(made_with, settings, f"{out} has split '{split}'")
             check_quick(out, manifest)
             workspace.clear()
             return manifest
         begun = workspace.load_settings()
         if begun is not None:
-            _compare(begun, settings, f"{out} holds an interrupted run for split '{split}'")
+            _compare(begun, settings, f"{out} has an interrupted run for split '{split}'")
         elif workspace.shard_files():
             raise ShardError(f"{workspace.shard_files()[0]} belongs to no manifest")
     except ShardError as error:
         if not overwrite:
-            raise ShardError(f"{error}; use another OUT, or --overwrite to throw away what is there") from None
+            raise ShardError(f"{error}; use another OUT, or --overwrite to replace the split") from None
         if split in list_splits(out):
             remove_split(out, split)
         for path in workspace.shard_files():
@@ -264,7 +263,7 @@ def _warn_of_small_disk(out: Path, needed: int, console: Console) -> None:
     free = shutil.disk_usage(out).free
     if needed > free:
         console.print(
-            f"about {needed / 1e9:.1f} GB to write, {free / 1e9:.1f} GB free on the disk of {out}", style="yellow"
+            f"about {needed / 1e9:.1f} GB to write, only {free / 1e9:.1f} GB free on the disk of {out}", style="yellow"
         )
 
 
@@ -274,4 +273,4 @@ def _explain_read_errors(source: str) -> Iterator[None]:
         yield
     except OSError as error:
         path = error.filename or source
-        raise ShardError(f"cannot read {path}: {error.strerror}; correct the source or its permissions") from error
+        raise ShardError(f"cannot read {path}: {error.strerror}; correct the path or the permissions") from error

@@ -1,54 +1,61 @@
-"""What will be in which shard. It follows from the source and the settings alone, before any image is read.
+"""Shard plan: the assignment of samples to shards, and subsets of a source.
 
-That is what makes the result the same for any number of workers, and after any number of kills: a shard is a function
-of its place in the plan.
+The plan depends on the source and the settings alone and is made before any image is read. Each shard is a function of
+its index in the plan. Therefore the result is the same for any number of workers and after any number of kills.
+
+A subset is the part of a source that a text file names, such as SimCLR's lists of 1% and 10% of ImageNet.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
+from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 
-from shards.listing import Listing, Sample, fit_key
-from shards.manifest import Column, ShardError
-from shards.rejection import Rejection
+from shards.errors import ShardError
+from shards.format import Column, RejectionRecord
+from shards.listing import Sample, SampleList, fit_key
 
 NAME_LENGTH = 100
-"""Bytes that a tar header has for a member's name."""
+"""Size of the name field in a tar header (bytes)."""
 
 TAR_BLOCK = 512
+"""Block size of a tar (bytes)."""
 
 
 @dataclass(frozen=True)
-class Cut:
-    """How the samples are divided into shards, all of them with the same number of samples but for one."""
+class ShardSize:
+    """Division into shards, whose numbers of samples differ by at most one."""
 
     shard_mb: float = 64.0
-    """Size of a shard, roughly, in millions of bytes."""
+    """Approximate size of a shard (megabytes, 10⁶ bytes)."""
     min_shards: int = 8
-    """Make at least that many shards (where there are that many samples), for the loaders of as many processes."""
+    """Minimum number of shards, if there are as many samples. Each training process needs at least one shard."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """`samples` in their shuffled order; shard number i holds those from `bounds[i]` to `bounds[i + 1]`."""
+class ShardPlan:
+    """Samples in shuffled order; shard i holds `samples[bounds[i] : bounds[i + 1]]`."""
 
     columns: list[Column]
     masks: bool
     samples: list[Sample]
     bounds: list[int]
-    rejections: list[Rejection]
+    rejections: list[RejectionRecord]
     hidden: int
     estimated_bytes: int
     digest: str
-    """SHA-256 of all keys, sizes and labels in the source's order."""
+    """SHA-256 of all label columns, keys, sizes and labels, in the source's order."""
 
     @property
     def read(self) -> int:
-        """Everything the source gave: samples and rejections."""
+        """Number of samples and rejections."""
         return len(self.samples) + len(self.rejections)
 
     @property
@@ -59,15 +66,17 @@ class Plan:
         return self.samples[self.bounds[index] : self.bounds[index + 1]]
 
 
-def make_plan(listing: Listing, known: list[Column] | None, seed: int, resize: int | None, cut: Cut) -> Plan:
-    """Shorten long keys, reject the later of two equal ones, shuffle all samples, cut them into shards.
+def plan_shards(
+    listing: SampleList, known: list[Column] | None, seed: int, resize: int | None, cut: ShardSize
+) -> ShardPlan:
+    """Shorten long keys, reject samples with a duplicate key, shuffle the others and divide them into shards.
 
-    `known`: the label columns of the folder's other splits, whose classes are then taken over. Raises ShardError where
-    these do not cover the listing's, and for a source without samples.
+    `known`: label columns of the folder's other splits, which are used for this split too. Raise ShardError where they
+    do not contain every class of the source, and for a source without samples.
     """
     if not listing.samples:
         first = f" (first: {listing.rejections[0].path} {listing.rejections[0].reason})" if listing.rejections else ""
-        raise ShardError(f"the source holds no samples; {len(listing.rejections)} rejected{first}")
+        raise ShardError(f"the source has no samples; {len(listing.rejections)} rejected{first}")
     columns = listing.columns if known is None else _agree(listing.columns, known)
     components = [column.component for column in columns] + ["jpg"] + ["mask.png"] * listing.masks
     unique, duplicates = _reject_duplicates(listing.samples, NAME_LENGTH - 1 - max(map(len, components)))
@@ -75,9 +84,9 @@ def make_plan(listing: Listing, known: list[Column] | None, seed: int, resize: i
     order = np.random.default_rng(seed).permutation(len(unique))
     size = _size_estimate(resize, len(components))
     total = sum(size(sample) for sample in unique)
-    wanted = max(round(total / (cut.shard_mb * 1e6)), cut.min_shards, 1)
-    bounds = np.linspace(0, len(unique), min(wanted, len(unique)) + 1).astype(int).tolist()
-    return Plan(
+    shards = max(round(total / (cut.shard_mb * 1e6)), cut.min_shards, 1)
+    bounds = np.linspace(0, len(unique), min(shards, len(unique)) + 1).astype(int).tolist()
+    return ShardPlan(
         columns,
         listing.masks,
         [unique[place] for place in order],
@@ -89,19 +98,19 @@ def make_plan(listing: Listing, known: list[Column] | None, seed: int, resize: i
     )
 
 
-def _reject_duplicates(samples: list[Sample], key_length: int) -> tuple[list[Sample], list[Rejection]]:
+def _reject_duplicates(samples: list[Sample], key_length: int) -> tuple[list[Sample], list[RejectionRecord]]:
     kept: dict[str, Sample] = {}
     duplicates = []
     for sample in samples:
         key = fit_key(sample.key, key_length)
         first = kept.setdefault(key, sample if key == sample.key else sample._replace(key=key))
         if first.image is not sample.image:
-            duplicates.append(Rejection(sample.image.name, f"has the key '{key}' of {first.image.name}"))
+            duplicates.append(RejectionRecord(sample.image.name, f"has the key '{key}' of {first.image.name}"))
     return list(kept.values()), duplicates
 
 
 def _agree(columns: list[Column], known: list[Column]) -> list[Column]:
-    """The known columns, in the listing's order: splits of one folder must number their classes alike."""
+    """Return the known columns in the source's order, so that all splits of a folder use the same class indices."""
     by_name = {column.name: column for column in known}
     if set(by_name) != {column.name for column in columns}:
         raise ShardError(
@@ -112,7 +121,7 @@ def _agree(columns: list[Column], known: list[Column]) -> list[Column]:
         extra = sorted(set(column.classes) - set(by_name[column.name].classes))
         if extra:
             raise ShardError(
-                f"label column '{column.name}': class {extra[0]!r} ({len(extra)} such) is not among the "
+                f"label column '{column.name}': class {extra[0]!r} ({len(extra)} unknown in all) is not among the "
                 f"{len(by_name[column.name].classes)} classes of the shard folder's other splits: "
                 "make the split that has all classes first, or use another OUT"
             )
@@ -120,8 +129,8 @@ def _agree(columns: list[Column], known: list[Column]) -> list[Column]:
 
 
 def _size_estimate(resize: int | None, components: int) -> Callable[[Sample], int]:
-    """Bytes that a sample will take in its tar. Known beforehand for kept files, guessed for resized ones."""
-    # At quality 90 photographs take about two bits a pixel; 4/3 is their usual shape.
+    """Return a function from a sample to its estimated size in a tar (bytes)."""
+    # At quality 90 photographs take about two bits per pixel; their most frequent aspect is 4/3.
     most = float("inf") if resize is None else resize * resize * 4 / 3 / 4
     overhead = components * 2 * TAR_BLOCK
 
@@ -137,3 +146,77 @@ def _digest(samples: list[Sample], columns: list[Column]) -> str:
         mask = sample.mask.size if sample.mask else None
         digest.update(repr((sample.key, sample.image.size, sample.labels, mask)).encode())
     return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Subset of a source: sorted unique image names from a text file."""
+
+    file: Path
+    names: list[str]
+
+    @property
+    def description(self) -> str:
+        """Number of names and their hash, for the settings in the manifest."""
+        digest = hashlib.sha256("\n".join(self.names).encode("utf-8", "surrogateescape")).hexdigest()
+        return f"{len(self.names):,} names, SHA-256 {digest[:16]}"
+
+    def of(self, listing: SampleList, source: str) -> SampleList:
+        """Return the list reduced to the subset's images, in the list's order and with all its classes.
+
+        A name matches an image where one of the two paths ends with the other, folder by folder, without extensions
+        like .JPEG: `n01440764/n01440764_44.JPEG` matches `n01440764_44`. Raise ShardError for names that match no image
+        and for a name that matches several.
+        """
+        by_file: dict[str, list[tuple[list[str], Sample]]] = defaultdict(list)
+        file_names = {path[-1] for name in self.names for path in _readings(name)}
+        for sample in listing.samples:
+            path = unquote(sample.key, errors="surrogateescape").split("/")
+            if path[-1] in file_names:
+                by_file[path[-1]].append((path, sample))
+        chosen: set[str] = set()
+        missing = []
+        for name in self.names:
+            samples = _fitting(name, by_file)
+            if len(samples) > 1:
+                first, second = samples[0].image.name, samples[1].image.name
+                raise ShardError(f"{self.file}: {name} matches {first} and {second} of {source}: name its folder too")
+            chosen.update(sample.key for sample in samples)
+            if not samples:
+                missing.append(name)
+        if missing:
+            raise ShardError(
+                f"{self.file}: {len(missing):,} of {len(self.names):,} names are not in {source} "
+                f"(first: {', '.join(missing[:3])}): use the list that belongs to this source"
+            )
+        return replace(listing, samples=[sample for sample in listing.samples if sample.key in chosen])
+
+
+def read_subset(file: Path) -> Subset:
+    """Read one name per line, without leading slashes and empty lines. Raise ShardError for a missing or empty file."""
+    if not file.is_file():
+        raise ShardError(f"--subset {file}: no such file; correct the path")
+    lines = os.fsdecode(file.read_bytes()).splitlines()
+    names = sorted({line.strip().lstrip("/") for line in lines} - {""})
+    if not names:
+        raise ShardError(f"--subset {file} is empty: it must have one image name per line")
+    return Subset(file, names)
+
+
+def _fitting(name: str, by_file: dict[str, list[tuple[list[str], Sample]]]) -> list[Sample]:
+    for path in _readings(name):
+        fits = [(its, sample) for its, sample in by_file.get(path[-1], ()) if _ends_alike(path, its)]
+        if fits:
+            exact = [sample for its, sample in fits if its == path]
+            return exact or [sample for _, sample in fits]
+    return []
+
+
+def _readings(name: str) -> tuple[list[str], list[str]]:
+    """Split a name into its folders, without and with its extension: text after a dot may belong to the name."""
+    return os.path.splitext(name)[0].split("/"), name.split("/")
+
+
+def _ends_alike(one: list[str], other: list[str]) -> bool:
+    shorter = min(len(one), len(other))
+    return one[-shorter:] == other[-shorter:]

@@ -1,4 +1,7 @@
-"""Do the shards still hold what their manifest says? A quick look at every training start, a whole one on demand."""
+"""Verification of shards against their manifest.
+
+check_quick runs at every training start. verify_shards is the full check of `tools/make_shards.py verify`.
+"""
 
 from __future__ import annotations
 
@@ -16,22 +19,32 @@ from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 
 from shards import jpeg
-from shards.display import show_progress
-from shards.index import Entry, index_lines, parse_index, parse_sample
-from shards.manifest import Column, Manifest, Shard, ShardError, list_splits, load_manifest
-from shards.pool import Tally, available_cores, run_tasks
-from shards.rejection import Rejected, load_rejections
-from shards.tars import list_members
-from shards.workspace import Workspace
+from shards.errors import ShardError
+from shards.format import (
+    Column,
+    Entry,
+    Manifest,
+    RejectedSample,
+    Shard,
+    index_lines,
+    list_splits,
+    load_manifest,
+    load_rejections,
+    parse_index,
+    parse_sample,
+)
+from shards.listing import list_members
+from shards.workers import ProgressCount, available_cores, run_tasks, show_progress
+from shards.writer import SplitWorkdir
 
 REMEDY = "copy it again, or remake the split with tools/make_shards.py"
 
 
 def check_quick(folder: Path, manifest: Manifest) -> None:
-    """Raise ShardError at the first shard that is missing, resized, or beside an index that is not its own.
+    """Raise ShardError at the first shard that is missing, has another size, or does not match its index.
 
-    Reads the small index files whole and two headers of each tar: about 0.2 ms a shard, so that every training start
-    can afford it. Damage inside a tar that leaves its size alone is found by `python tools/make_shards.py verify` only.
+    Read each index and two headers of each tar: about 0.2 ms per shard, for every training start. Only
+    `python tools/make_shards.py verify` finds damage inside a tar that does not change its size.
     """
     for shard in manifest.shards:
         tar, index = folder / shard.name, folder / shard.index
@@ -42,12 +55,12 @@ def check_quick(folder: Path, manifest: Manifest) -> None:
             raise ShardError(f"{index} is not the index that belongs to {shard.name} (index_sha256): {REMEDY}")
         lines = index_lines(content, index)
         if len(lines) != shard.samples or not lines:
-            raise ShardError(f"{index} lists {len(lines)} samples, the manifest says {shard.samples}: {REMEDY}")
+            raise ShardError(f"{index} lists {len(lines)} samples, expected {shard.samples}: {REMEDY}")
         _check_ends(tar, [parse_sample(line, index)[0] for line in (lines[0], lines[-1])])
 
 
 def _check_ends(tar: Path, entries: list[Entry]) -> None:
-    """A tar swapped for another of the same size still has other members where the index points."""
+    """Raise ShardError where the tar has other members at these offsets, as another tar of the same size does."""
     with open(tar, "rb") as file:
         for entry in entries:
             header = os.pread(file.fileno(), tarfile.BLOCKSIZE, entry.offset - tarfile.BLOCKSIZE)
@@ -56,7 +69,7 @@ def _check_ends(tar: Path, entries: list[Entry]) -> None:
 
 
 class Checked(NamedTuple):
-    """What was looked at since the last report, what is wrong with it, and the keys met."""
+    """Progress report of a check: samples checked since the last report, problems found, keys of the shard."""
 
     samples: int
     problems: list[str]
@@ -64,15 +77,15 @@ class Checked(NamedTuple):
 
 
 def verify_shards(folder: Path, *, decode: bool, workers: int | None, console: Console) -> list[str]:
-    """Check every split of a shard folder against its manifest; returns what is wrong, each line naming file and field.
+    """Check every split of a shard folder against its manifest; return the problems, each with file and field.
 
-    Hashes and sizes of all files, index against tar, counts, labels within their classes, keys unique in the split,
-    stray files, read = written + rejected, and with `decode` every pixel of every image. Raises ShardError where there
-    is no manifest that could be checked.
+    Check hashes and sizes of all files, index against tar, counts, labels within their classes, unique keys per split,
+    unlisted files, read = written + rejected, and with `decode` all pixels of every image. Raise ShardError where there
+    is no manifest.
     """
     splits = [load_manifest(folder, split) for split in list_splits(folder)]
     if not splits:
-        raise ShardError(f"{folder} has no manifest.json: it is no shard folder, or its first split is not finished")
+        raise ShardError(f"{folder} has no manifest.json: correct the folder, or finish a split (tools/make_shards.py)")
     problems = [
         f"manifest.json: split '{manifest.split}' has other classes than '{splits[0].split}': remake one of them"
         for manifest in splits
@@ -98,17 +111,17 @@ def verify_shards(folder: Path, *, decode: bool, workers: int | None, console: C
     return problems
 
 
-def _collect(reports: Iterable[Checked], seen: set[str], problems: list[str]) -> Iterator[Tally]:
+def _collect(reports: Iterable[Checked], seen: set[str], problems: list[str]) -> Iterator[ProgressCount]:
     for report in reports:
-        double = [key for key in report.keys if key in seen]
+        duplicates = [key for key in report.keys if key in seen]
         seen.update(report.keys)
-        found = report.problems + [f"key '{key}' occurs in two shards" for key in double]
+        found = report.problems + [f"key '{key}' occurs in two shards" for key in duplicates]
         problems += found
-        yield Tally(report.samples, len(found))
+        yield ProgressCount(report.samples, len(found))
 
 
 def _check_sums(folder: Path, manifest: Manifest) -> list[str]:
-    """What the manifest says of the split as a whole."""
+    """Check the totals in the manifest and look for unlisted files; return the problems."""
     split = f"manifest.json, split '{manifest.split}'"
     problems: list[str] = []
     sums = {"samples": sum(s.samples for s in manifest.shards), "bytes": sum(s.bytes for s in manifest.shards)}
@@ -119,9 +132,9 @@ def _check_sums(folder: Path, manifest: Manifest) -> list[str]:
         problems.append(str(error))
     for name, total in sums.items():
         if getattr(manifest, name) != total:
-            problems.append(f"{split}: {name} is {getattr(manifest, name):,}, added up it is {total:,}")
+            problems.append(f"{split}: {name} is {getattr(manifest, name):,}, but the sum is {total:,}")
     listed = {name for shard in manifest.shards for name in (shard.name, shard.index)}
-    workspace = Workspace(folder, manifest.split)
+    workspace = SplitWorkdir(folder, manifest.split)
     problems += [
         f"{path} is not in the manifest: remove it" for path in workspace.shard_files() if path.name not in listed
     ]
@@ -131,7 +144,7 @@ def _check_sums(folder: Path, manifest: Manifest) -> list[str]:
 def _check_shard(
     folder: Path, columns: list[Column], masks: bool, decode: bool, shard: Shard
 ) -> Generator[Checked, None, None]:
-    """Check one shard, in a worker process."""
+    """Check one shard, in a worker process; yield progress with the problems found."""
     tar, index = folder / shard.name, folder / shard.index
     try:
         _check_size(tar, shard.bytes)
@@ -141,7 +154,7 @@ def _check_shard(
         with open(tar, "rb") as file:
             tar_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         problems = [
-            f"{path}: {field} is {found[:12]}…, the manifest says {expected[:12]}…: {REMEDY}"
+            f"{path}: {field} is {found[:12]}…, expected {expected[:12]}…: {REMEDY}"
             for path, field, found, expected in (
                 (tar, "sha256", tar_sha256, shard.sha256),
                 (index, "index_sha256", hashlib.sha256(content).hexdigest(), shard.index_sha256),
@@ -149,7 +162,7 @@ def _check_shard(
             if found != expected
         ]
         if len(samples) != shard.samples:
-            problems.append(f"{index} lists {len(samples):,} samples, the manifest says {shard.samples:,}: {REMEDY}")
+            problems.append(f"{index} lists {len(samples):,} samples, expected {shard.samples:,}: {REMEDY}")
         entries = [(entry.name, entry.offset, entry.size) for sample in samples for entry in sample]
         if entries != list(list_members(tar)):
             problems.append(f"{index} does not describe the members of {tar}: {REMEDY}")
@@ -174,7 +187,7 @@ def _check_sample(
     tar: int, sample: list[Entry], expected: list[str], columns: list[Column], decode: bool
 ) -> Iterator[str]:
     if [entry.component for entry in sample] != expected:
-        yield f"its components are {[entry.component for entry in sample]}, they should be {expected}"
+        yield f"its components are {[entry.component for entry in sample]}, must be {expected}"
         return
     if len({entry.key for entry in sample}) > 1:
         yield "its components have several keys"
@@ -182,13 +195,13 @@ def _check_sample(
     for column in columns:
         label = content[column.component].decode("ascii", "replace")
         if not label.isdecimal() or int(label) >= len(column.classes):
-            yield f"label {label!r} ({column.component}) is no index into {len(column.classes)} classes"
+            yield f"label {label!r} ({column.component}) is not an index into {len(column.classes)} classes"
     if decode:
         try:
-            if not jpeg.read_header(content["jpg"]).is_normal:
+            if not jpeg.read_header(content["jpg"]).is_baseline_rgb:
                 yield "its jpg is not a baseline, upright, YCbCr JPEG"
             height, width, _ = jpeg.decode(content["jpg"]).shape
-        except Rejected as reason:
+        except RejectedSample as reason:
             yield f"its jpg: {reason}"
             return
         if "mask.png" in content:
@@ -203,13 +216,13 @@ def _check_mask(png: bytes, size: tuple[int, int]) -> Iterator[str]:
         yield f"its mask.png cannot be decoded: {error}"
         return
     if mask.format != "PNG" or mask.mode != "L" or mask.size != size:
-        yield f"its mask.png is {mask.format} {mask.mode} {mask.size}, it should be PNG L {size}"
+        yield f"its mask.png is {mask.format} {mask.mode} {mask.size}, must be PNG L {size}"
 
 
 def _check_size(path: Path, expected: int) -> None:
     try:
         size = path.stat().st_size
     except FileNotFoundError:
-        raise ShardError(f"{path} is missing, the manifest lists it: {REMEDY}") from None
+        raise ShardError(f"{path} is missing, but the manifest lists it: {REMEDY}") from None
     if size != expected:
-        raise ShardError(f"{path} has {size:,} bytes, the manifest says {expected:,}: {REMEDY}")
+        raise ShardError(f"{path} has {size:,} bytes, expected {expected:,}: {REMEDY}")

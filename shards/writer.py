@@ -1,53 +1,156 @@
-"""Writing one shard: read, normalise, tar, index, hash, and only then its final name. Runs in a worker process."""
+"""Shard writing in worker processes, and the working folder of an unfinished split.
+
+A shard is read, converted, written to a tar with its index, and hashed; only then its files get their final names.
+Until the split is complete, OUT has a hidden folder with the settings and one record per finished shard.
+"""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
+import json
 import os
+import re
 import tarfile
 import time
-from collections.abc import Generator
-from dataclasses import dataclass
-from typing import BinaryIO, NamedTuple
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 
-from shards.atomic import sync_folder
-from shards.images import ImageRules, normalise, normalise_mask
-from shards.index import Entry, format_index
-from shards.listing import Sample
-from shards.manifest import Column, Shard
-from shards.pool import Tally
-from shards.reading import Reader
-from shards.rejection import Rejected, Rejection
-from shards.workspace import Record, Workspace, explain_write_errors
-
-REPORT_EVERY = 0.2
-"""Seconds between two reports from inside a shard."""
+from shards.atomic import sync_folder, write_atomically
+from shards.errors import ShardError
+from shards.format import Column, Entry, RejectedSample, RejectionRecord, Shard, format_index
+from shards.images import ImageOptions, to_baseline_jpeg, to_png_mask
+from shards.listing import Sample, TarReader
+from shards.workers import ProgressCount
 
 
 @dataclass(frozen=True)
-class Job:
-    """What all shards of a split have in common."""
+class ShardRecord:
+    """Record of a finished shard. `shard` is None where all of its samples were rejected."""
 
-    workspace: Workspace
+    shard: Shard | None
+    rejections: list[RejectionRecord]
+
+
+@dataclass(frozen=True)
+class SplitWorkdir:
+    """Working folder of an unfinished split inside the shard folder `out`."""
+
+    out: Path
+    split: str
+
+    @property
+    def folder(self) -> Path:
+        return self.out / f".{self.split}.unfinished"
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Create the folder and lock it for this process; the lock of a killed process is released by the system."""
+        with explain_write_errors(self.out):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.folder, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ShardError(
+                    f"another run is making '{self.split}' in {self.out}: wait for it, or stop it"
+                ) from None
+            yield
+        finally:
+            with suppress(OSError):  # not empty: it has finished work to resume from
+                self.folder.rmdir()
+            os.close(descriptor)
+
+    def shard_name(self, number: int) -> str:
+        return f"{self.split}-{number:06d}"
+
+    def load_settings(self) -> dict[str, Any] | None:
+        """Return the settings of the run that was interrupted here; None where there was none."""
+        path = self.folder / "settings.json"
+        return json.loads(path.read_bytes()) if path.exists() else None
+
+    def save_settings(self, settings: dict[str, Any]) -> None:
+        write_atomically(self.folder / "settings.json", json.dumps(settings).encode())
+
+    def save_record(self, number: int, record: ShardRecord) -> None:
+        write_atomically(self.folder / f"{number:06d}.json", json.dumps(asdict(record)).encode())
+
+    def load_record(self, number: int) -> ShardRecord | None:
+        """Return the record of a finished shard whose files still have their sizes, else None."""
+        path = self.folder / f"{number:06d}.json"
+        if not path.exists():
+            return None
+        raw = json.loads(path.read_bytes())
+        record = ShardRecord(
+            raw["shard"] and Shard(**raw["shard"]), [RejectionRecord(*row) for row in raw["rejections"]]
+        )
+        shard = record.shard
+        files = [(shard.name, shard.bytes), (shard.index, shard.index_bytes)] if shard else []
+        whole = all((self.out / name).exists() and (self.out / name).stat().st_size == size for name, size in files)
+        return record if whole else None
+
+    def remove_partials(self) -> None:
+        """Remove the partial files of killed workers."""
+        for partial in [*self.folder.glob("*.partial"), *self.folder.glob(".*.partial")]:
+            partial.unlink(missing_ok=True)
+
+    def shard_files(self) -> list[Path]:
+        """Return the paths of all tars and indices in `out` named after this split, from any run."""
+        pattern = re.compile(rf"{re.escape(self.split)}-\d{{6}}\.(tar|idx)")
+        return sorted(path for path in self.out.iterdir() if pattern.fullmatch(path.name))
+
+    def clear(self) -> None:
+        """Delete all files in the folder; the folder itself is deleted when the lock is released."""
+        for path in self.folder.iterdir():
+            path.unlink()
+
+
+@contextmanager
+def explain_write_errors(folder: Path) -> Iterator[None]:
+    """Convert an OSError about writing to a ShardError with a remedy."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            remedy = "free disk space, then rerun the same command: finished shards are kept"
+        else:
+            remedy = "fix this, then rerun the same command: finished shards are kept"
+        raise ShardError(f"cannot write to {error.filename or folder}: {error.strerror}; {remedy}") from error
+
+
+REPORT_EVERY = 0.2
+"""Time between two progress reports from inside a shard (seconds)."""
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """Parameters that all shards of a split share."""
+
+    workspace: SplitWorkdir
     columns: list[Column]
-    rules: ImageRules
+    rules: ImageOptions
 
 
 class ShardTask(NamedTuple):
-    """Shard number `number` of the plan, made of these samples."""
+    """Shard `number` of the plan and its samples."""
 
     number: int
     samples: list[Sample]
 
 
-def write_shard(job: Job, task: ShardTask) -> Generator[Tally, None, None]:
-    """Make one shard and leave its record in the workspace; yields what was done since the last tally.
+def write_shard(job: ShardJob, task: ShardTask) -> Generator[ProgressCount, None, None]:
+    """Write one shard and its record in the working folder; yield the progress since the last report.
 
-    Raises ShardError for a source file that cannot be read and for a disk that cannot be written.
+    Raise ShardError for a source file that cannot be read and for a write error.
     """
     workspace, name = job.workspace, job.workspace.shard_name(task.number)
     partial_tar, partial_index = (workspace.folder / f"{name}.{kind}.{os.getpid()}.partial" for kind in ("tar", "idx"))
-    rejections: list[Rejection] = []
+    rejections: list[RejectionRecord] = []
     index: list[list[Entry]] = []
     with explain_write_errors(workspace.out):
         with open(partial_tar, "wb", buffering=1 << 20) as file:
@@ -71,47 +174,47 @@ def write_shard(job: Job, task: ShardTask) -> Generator[Tally, None, None]:
             os.replace(partial_tar, workspace.out / shard.name)
             os.replace(partial_index, workspace.out / shard.index)
             sync_folder(workspace.out)
-        workspace.save_record(task.number, Record(shard if index else None, rejections))
+        workspace.save_record(task.number, ShardRecord(shard if index else None, rejections))
 
 
 def _fill(
-    tar: TarWriter, job: Job, task: ShardTask, index: list[list[Entry]], rejections: list[Rejection]
-) -> Generator[Tally, None, None]:
+    tar: TarWriter, job: ShardJob, task: ShardTask, index: list[list[Entry]], rejections: list[RejectionRecord]
+) -> Generator[ProgressCount, None, None]:
     done, rejected, reported = 0, 0, time.monotonic()
     indices = [{name: str(place) for place, name in enumerate(column.classes)} for column in job.columns]
-    with Reader() as reader:
+    with TarReader() as reader:
         reader.prefetch([sample.image for sample in task.samples])
         for sample in task.samples:
             try:
                 components = _components(job, indices, sample, reader)
-            except Rejected as reason:
-                rejections.append(Rejection(sample.image.name, str(reason)))
+            except RejectedSample as reason:
+                rejections.append(RejectionRecord(sample.image.name, str(reason)))
                 rejected += 1
             else:
                 index.append([tar.add(sample.key, component, data) for component, data in components.items()])
             done += 1
             if time.monotonic() - reported > REPORT_EVERY:
-                yield Tally(done, rejected)
+                yield ProgressCount(done, rejected)
                 done, rejected, reported = 0, 0, time.monotonic()
-    yield Tally(done, rejected)
+    yield ProgressCount(done, rejected)
 
 
-def _components(job: Job, indices: list[dict[str, str]], sample: Sample, reader: Reader) -> dict[str, bytes]:
-    """Component → content, in the order in which they are written."""
-    image = normalise(reader.read(sample.image), job.rules)
+def _components(job: ShardJob, indices: list[dict[str, str]], sample: Sample, reader: TarReader) -> dict[str, bytes]:
+    """Return component → content, in the order of writing. Raise RejectedSample for an unusable image or mask."""
+    image = to_baseline_jpeg(reader.read(sample.image), job.rules)
     components = {"jpg": image.jpeg}
     for column, index, label in zip(job.columns, indices, sample.labels, strict=True):
         components[column.component] = index[label].encode()
     if sample.mask:
         try:
-            components["mask.png"] = normalise_mask(reader.read(sample.mask), image)
-        except Rejected as reason:
-            raise Rejected(f"its mask {sample.mask.name}: {reason}") from reason
+            components["mask.png"] = to_png_mask(reader.read(sample.mask), image)
+        except RejectedSample as reason:
+            raise RejectedSample(f"its mask {sample.mask.name}: {reason}") from reason
     return components
 
 
 class TarWriter:
-    """A tar whose bytes depend on names and contents only (no times, no owners), hashed while it is written."""
+    """Writer of tars whose bytes depend on names and contents only (no times, no owners), hashed during writing."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -119,7 +222,7 @@ class TarWriter:
         self.sha256 = hashlib.sha256()
 
     def add(self, key: str, component: str, data: bytes) -> Entry:
-        """Append one component of a sample."""
+        """Append one component of a sample and return its index entry."""
         info = tarfile.TarInfo(f"{key}.{component}")
         info.size = len(data)
         self._write(info.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict"))
@@ -129,7 +232,7 @@ class TarWriter:
         return entry
 
     def close(self) -> None:
-        """Write the end mark, filled up to a whole record as tar does, and wait until all of it is on the disk."""
+        """Write the end mark, padded to a whole record as tar does, and fsync the file."""
         self._write(bytes(2 * tarfile.BLOCKSIZE))
         self._write(bytes(-self.size % tarfile.RECORDSIZE))
         _sync(self.file)

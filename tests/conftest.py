@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from shards.make import MakeShards, make_shards
-from shards.plan import Cut
+from shards.make import ShardingOptions, make_shards
+from shards.plan import ShardSize
 
 # Before torch is loaded.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -29,6 +29,8 @@ def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
             path = folder / split / kind / f"{number:03d}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(path, quality=95)
-        options = MakeShards(str(folder / split), folder / "shards", split, workers=1, cut=Cut(min_shards=4))
+        options = ShardingOptions(
+            str(folder / split), folder / "shards", split, workers=1, shard=ShardSize(min_shards=4)
+        )
         make_shards(options, Console(quiet=True))
     return folder / "shards"

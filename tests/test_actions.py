@@ -1,11 +1,11 @@
-"""The action's layout: nothing is zeros, exchange negates the jitter, each flag alone moves one entry."""
+"""Action layout: no change is zeros, exchanging views negates the jitter, each flag changes one entry."""
 
 import pytest
 import torch
 
-from dali_pipelines.augmentation import IDENTITY, PARAMS, PHOTOMETRIC_FIELDS, SCENARIOS, SOURCE, TARGET, Views
-from iwm.actions import ActionSpec, action_between, action_from_params, action_spec, describe
-from iwm.config import Action
+from dali_pipelines.augmentations import IDENTITY, PARAMS, PHOTOMETRIC_FIELDS, SCENARIOS, SOURCE, TARGET, Views
+from iwm.actions import ActionSpec, action_between, action_from_params, action_spec, describe_action
+from iwm.config import ActionConfig
 
 KINDS = ("difference", "log_ratio")
 
@@ -21,7 +21,7 @@ def random_views(n: int) -> torch.Tensor:
 
 
 def spec(kind: str, scenario: str = "default") -> ActionSpec:
-    return action_spec(Action(jitter=kind), SCENARIOS[scenario])
+    return action_spec(ActionConfig(jitter_encoding=kind), SCENARIOS[scenario])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -47,8 +47,8 @@ def test_exchanging_source_and_target_negates_the_action(kind: str) -> None:
 def test_each_destructive_op_changes_one_entry(change: dict[str, float], entry: str) -> None:
     s = spec("difference")
     action = action_between(view(**change), view(), s)[0]
-    assert action.nonzero().flatten().tolist() == [s.entries.index(entry)]
-    assert action[s.entries.index(entry)] == 1
+    assert action.nonzero().flatten().tolist() == [s.names.index(entry)]
+    assert action[s.names.index(entry)] == 1
 
 
 @pytest.mark.parametrize("parameter", PHOTOMETRIC_FIELDS[:4])
@@ -57,7 +57,7 @@ def test_the_largest_jitter_is_one_in_its_own_entry_alone(parameter: str) -> Non
     strength = dict(zip(PHOTOMETRIC_FIELDS, SCENARIOS["strong"].source.strengths, strict=False))[parameter]
     changed = view(**{parameter: strength + (0.0 if parameter == "hue" else 1.0)})
     expected = torch.zeros(7)
-    expected[s.entries.index(parameter)] = 1.0
+    expected[s.names.index(parameter)] = 1.0
     torch.testing.assert_close(action_between(view(), changed, s)[0], expected)
 
 
@@ -75,14 +75,14 @@ def test_params_of_a_batch_give_the_action_between_its_views() -> None:
 
 def test_a_destroyed_target_adds_its_flags() -> None:
     source = Views().source
-    s = action_spec(Action(), Views(source=source, target=source))
+    s = action_spec(ActionConfig(), Views(source=source, target=source))
     action = action_between(view(), view(solarize=1.0), s)[0]
     assert s.size == 10
-    assert action.nonzero().flatten().tolist() == [s.entries.index("target_solarize")]
+    assert action.nonzero().flatten().tolist() == [s.names.index("target_solarize")]
 
 
 def test_an_action_is_described_in_words() -> None:
     s = spec("difference")
     action = action_between(view(grayscale=1.0), view(brightness=1.3, hue=-0.05), s)[0]
-    assert describe(action, s) == "brightness +0.30, hue -18°, undo grayscale"
-    assert describe(torch.zeros(7), s) == "nothing"
+    assert describe_action(action, s) == "brightness +0.30, hue -18°, undo grayscale"
+    assert describe_action(torch.zeros(7), s) == "nothing"

@@ -1,4 +1,4 @@
-"""Configurations: stored and read back whole, unknown keys refused, contradictions named; names clash with nothing."""
+"""Configurations: YAML round trip, unknown keys, contradictory fields, and module names that shadow no library."""
 
 import sys
 from dataclasses import replace
@@ -8,8 +8,19 @@ from pathlib import Path
 import pytest
 
 import iwm
-from dali_pipelines.augmentation import SCENARIOS, Views
-from iwm.config import Config, ConfigError, Data, Encoder, Masking, differences, from_dict, from_yaml, to_dict, to_yaml
+from dali_pipelines.augmentations import SCENARIOS, PhotometricConfig, Views
+from iwm.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    EncoderConfig,
+    MaskingConfig,
+    config_diff,
+    from_dict,
+    from_yaml,
+    to_dict,
+    to_yaml,
+)
 from iwm.recipes import RECIPES, with_scenario
 
 
@@ -27,18 +38,27 @@ def test_an_unknown_key_is_refused_by_name() -> None:
 
 
 def test_differences_name_the_field_and_both_values() -> None:
-    other = replace(Config(), data=Data(batch=512))
-    assert differences(Config(), other) == {"data.batch": (2048, 512)}
+    other = replace(Config(), data=DataConfig(global_batch_size=512))
+    assert config_diff(Config(), other) == {"data.global_batch_size": (2048, 512)}
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (Config(views=Views(size=100)), r"views.size 100 is not a multiple of encoder.patch 16"),
-        (Config(encoder=Encoder(width=100, heads=3)), r"encoder.width 100 is not a multiple of encoder.heads 3"),
+        (Config(views=Views(size=100)), r"views.size 100 is not a multiple of encoder.patch_size 16"),
+        (
+            Config(encoder=EncoderConfig(embed_dim=100, num_heads=3)),
+            r"encoder.embed_dim 100 is not a multiple of encoder.num_heads 3",
+        ),
         (Config(views=Views(size=32)), "too small to mask"),
-        (Config(masking=Masking(kind="ijepa", blocks=6)), "cover the whole context block"),
-        (Config(data=Data(batch=0)), r"data.batch 0 must be positive"),
+        (Config(masking=MaskingConfig(type="ijepa", num_blocks=6)), "cover the whole context block"),
+        (Config(views=Views(source=PhotometricConfig(hue=-0.1))), r"views.source: brightness.* must not be negative"),
+        (
+            Config(views=Views(target=PhotometricConfig(blur_probability=2.0))),
+            r"views.target: blur_probability 2.0 must be from 0 to 1",
+        ),
+        (Config(views=Views(crop_scale=(0.5, 0.3))), r"views.crop_scale 0.5 0.3 must be two increasing shares"),
+        (Config(data=DataConfig(global_batch_size=0)), r"data.global_batch_size 0: must be at least 1"),
     ],
 )
 def test_contradictions_are_named(config: Config, message: str) -> None:
@@ -55,8 +75,8 @@ def test_a_scenario_changes_colours_alone() -> None:
 
 
 def test_no_module_of_iwm_shadows_a_library() -> None:
-    """`torchrun iwm/train.py` puts iwm/ first on the path, where each of its modules is a top-level name."""
-    here = {path.stem for path in Path(iwm.__path__[0]).iterdir() if path.suffix == ".py" or path.is_dir()}
-    here -= {"__init__", "__pycache__"}
-    assert here & set(sys.stdlib_module_names) == set()
-    assert here & set(packages_distributions()) == set()
+    """`torchrun iwm/train.py` puts iwm/ first on the path, so that each of its modules is a top-level name."""
+    dist = {path.stem for path in Path(iwm.__path__[0]).iterdir() if path.suffix == ".py" or path.is_dir()}
+    dist -= {"__init__", "__pycache__"}
+    assert dist & set(sys.stdlib_module_names) == set()
+    assert dist & set(packages_distributions()) == set()

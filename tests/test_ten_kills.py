@@ -1,4 +1,4 @@
-"""Ten kill -9 at random moments, half while shards are made and half in training: nothing is lost, nothing differs.
+"""Ten kill -9 at random moments of making shards and training lose nothing and change no result.
 
 python -m pytest -m long -s tests/test_ten_kills.py
 """
@@ -44,11 +44,11 @@ def test_ten_kills_leave_shards_byte_for_byte_and_parameters_bit_for_bit_the_sam
     print(f"shards: {len(files)} files byte for byte those of an uninterrupted run")
 
     def training(run: Path) -> list[str]:
-        return command(whole, run, STEPS, "--data.val", "None", "--log.checkpoint-every", "5")
+        return command(whole, run, STEPS, "--data.val", "None", "--log.checkpoint-interval", "5")
 
     whole_run, cut_run = tmp_path / "run", tmp_path / "run-cut"
     kill_until_done(training, whole_run, cut_run, rng)
-    one, other = checkpoints.newest(whole_run), checkpoints.newest(cut_run)
+    one, other = checkpoints.load_newest(whole_run), checkpoints.load_newest(cut_run)
     assert one is not None
     assert other is not None
     assert one.step == other.step == STEPS
@@ -59,7 +59,7 @@ def test_ten_kills_leave_shards_byte_for_byte_and_parameters_bit_for_bit_the_sam
 
 
 def kill_until_done(job: Callable[[Path], list[str]], whole: Path, cut: Path, rng: random.Random) -> None:
-    """Run a job into `whole` undisturbed, and into `cut` with KILLS kills at random moments of its work."""
+    """Run a job without interruption into `whole`, and with KILLS kills at random moments into `cut`."""
     began = time.monotonic()
     finish([*job(whole)[:2], "--help"])
     startup = time.monotonic() - began
@@ -79,7 +79,7 @@ def kill_until_done(job: Callable[[Path], list[str]], whole: Path, cut: Path, rn
             moments.append(f"{moment:.2f}")
         else:
             assert process.returncode == 0, output
-            shutil.rmtree(cut)  # done before it could be killed: begin again
+            shutil.rmtree(cut)  # finished before it could be killed: start over
     print(f"killed after {', '.join(moments)} s")
     finish(job(cut))
 
@@ -89,7 +89,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def draw_images(folder: Path, count: int) -> Path:
-    """JPEGs of 500×375 in three classes, smooth with noise, as photographs are to a decoder."""
+    """Write JPEGs of 500×375 in three classes, smooth with noise, which decode like photographs."""
     rng = np.random.default_rng(0)
     for number in range(count):
         coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize(

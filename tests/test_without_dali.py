@@ -1,5 +1,4 @@
-"""A trained model without DALI and the packages of commands: everything of `iwm.load` works, the rest says what is
-missing."""
+"""Without DALI and the packages of commands: `iwm.load` works fully, commands name the missing package."""
 
 import os
 import subprocess
@@ -39,7 +38,7 @@ print(sorted(set(sys.modules) & {packages}))
 
 
 def run(command: list[str], folder: Path, packages: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
-    """Run Python with packages that cannot be imported."""
+    """Run Python with `packages` blocked from import."""
     blocked = folder / "blocked"
     blocked.mkdir()
     (blocked / "sitecustomize.py").write_text(BLOCK.format(packages=set(packages)))
@@ -52,17 +51,17 @@ def run(command: list[str], folder: Path, packages: tuple[str, ...]) -> subproce
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fresh model of the recipe `demo`, as tools/export.py writes it."""
+    """Export an untrained model of the recipe `demo`, as tools/export.py does."""
     import torch
 
-    from iwm.exported import Exported, Origin, write_exported
+    from iwm.export.folder import ExportedModel, Provenance, write_export
     from iwm.models.world_model import WorldModel
     from iwm.recipes import demo
 
     torch.manual_seed(0)
     model, folder = WorldModel(demo()), tmp_path_factory.mktemp("exported") / "model"
     encoder, predictor = model.target_encoder.state_dict(), model.predictor.state_dict()
-    write_exported(Exported(demo(), "target", Origin("demo/fresh.pt", 0, 0), encoder, predictor), "card", folder)
+    write_export(ExportedModel(demo(), "target", Provenance("demo/fresh.pt", 0, 0), encoder, predictor), "card", folder)
     return folder
 
 

@@ -1,14 +1,12 @@
-"""The demo: photographs → shards → pretraining → MRR with its controls → grids, explorer, maps → report.
+"""Demo: photographs → shards → pretraining → MRR with its controls → grids, explorer, maps → report.
 
-    python tools/demo.py [--out runs/demo] [--data data/demo]        # what `make demo` runs
+    python tools/demo.py [--out runs/demo] [--data data/demo]        # the command of `make demo`
 
-Every stage is a command that is printed before it runs and that works by itself. Run again, it keeps the stages that
-are finished and goes on in the middle of the one that was cut off. Paths are relative to the repository.
+Each stage is one command, which is printed before it runs and also works alone. Rerun the same command to resume:
+finished stages are skipped, and an interrupted one is resumed. Paths are relative to the repository.
 """
 
 from __future__ import annotations
-
-import dali_pipelines.command  # noqa: F401  # isort: skip  # first: it ends the command where DALI is missing
 
 import json
 import os
@@ -23,47 +21,43 @@ import tyro
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from stages import Stage, run_command, run_stages, run_tool
+from stages import Stage, run_child, run_stages, run_tool
 
-from iwm.evaluate import PROTOCOLS
 from iwm.recipes import demo
-from iwm.report.page import write_report
-from iwm.report.run_folder import is_current
-from iwm.training.checkpoint import path_of
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = Path("docs/images")
 CONTROL_SCENARIO = "destructive"
-"""Table S2's row without jitter: the control is trained with it and asked about jitter all the same."""
+"""Scenario without jitter (table S2). The control is trained with it and evaluated with jitter."""
 CONTROL_FILE = "mrr-no-jitter.json"
-"""The control's figures, beside the world model's own."""
+"""Name of the control's result in the eval folder of the world model."""
 BANK_SCENARIO = "default"
-"""The bank that the control is asked about: the jitter that the world model is trained with."""
+"""Scenario of the control's bank, with the jitter of the world model's training."""
 LABEL = "colour"
-"""What linear accuracy is taken of: objects' colours. Their shapes are beyond a model of this size."""
+"""Label column of the linear accuracy: the objects' colours. A model of this size cannot learn their shapes."""
 PRETRAIN = "Pretrain the world model"
 EXPECTED = {"at least": 0.25, "at most": 0.035}
-"""Pooled MRR: of the world model at least, of a control at most."""
+"""Bounds of the pooled MRR (0 to 1): `at least` for the world model, `at most` for a control."""
 
 
 @dataclass(frozen=True)
-class Options:
-    """Train a small Image World Model on embedded data and measure what it learned, in under ten minutes."""
+class DemoOptions:
+    """Train and evaluate a small Image World Model on generated data in under ten minutes."""
 
     out: Path = Path("runs/demo")
-    """Folder of the run; its report.html is what to look at."""
+    """Folder of the run. The report is report.html in it."""
     data: Path = Path("data/demo")
-    """Folder of the demo's data and shards."""
+    """Folder of the demo's images and shards."""
     steps: int | None = None
-    """Training steps; default: the recipe's."""
+    """Training steps. Default: the number in the recipe."""
     control_steps: int = 1000
-    """Training steps of the control without jitter."""
+    """Training steps of the control, which is trained without jitter."""
     tiles: tuple[int, int] = (4096, 384)
-    """Training and validation tiles made."""
+    """Number of training and validation tiles."""
     until_trained: bool = False
-    """Stop when the world model is trained, as what leverages it needs no more (tools/demo_downstream.py)."""
+    """Stop after the world model's training; tools/demo_downstream.py needs no more."""
     readme_pictures: bool = False
-    """Also renew README's pictures in docs/images/: what predictions retrieve, and the explorer (needs a Chromium)."""
+    """Also update the images of README in docs/images (retrieval and explorer). This needs Chromium."""
 
     @property
     def control(self) -> Path:
@@ -71,16 +65,17 @@ class Options:
         return self.out.with_name(f"{self.out.name}-no-jitter")
 
     def tiles_csv(self, split: str) -> Path:
-        """Where make_demo_data.py puts a split's table."""
+        """Return the path of a split's table, as written by make_demo_data.py."""
         return self.data / "source" / split / "tiles.csv"
 
     @property
     def shards(self) -> Path:
+        """Folder of the shards."""
         return self.data / "shards"
 
 
-def stages(options: Options) -> list[Stage]:
-    """Everything the demo does, in order."""
+def stages(options: DemoOptions) -> list[Stage]:
+    """Return all stages of the demo, in order."""
     o = options
     tiles = ["tools/make_demo_data.py", str(o.data / "source"), "--train", str(o.tiles[0]), "--val", str(o.tiles[1])]
     steps = o.steps or demo().schedule.steps
@@ -96,45 +91,52 @@ def stages(options: Options) -> list[Stage]:
             o.control_steps,
             ["--scenario", CONTROL_SCENARIO],
         ),
-        _measure("Measure the control on the bank that the world model is measured on", o),
-        _show("Judge the world model and draw what it can do", o),
+        _measure("Evaluate the control on the world model's bank", o),
+        _show("Evaluate the world model and draw its figures", o),
     ]
 
 
-def _shard(options: Options, split: str) -> Stage:
+def _shard(options: DemoOptions, split: str) -> Stage:
     command = ["tools/make_shards.py", str(options.tiles_csv(split)), str(options.shards)]
     return Stage(f"Write {split} shards", [*command, "--split", split])
 
 
-def _train(title: str, options: Options, run: Path, steps: int, more: list[str]) -> Stage:
+def _train(title: str, options: DemoOptions, run: Path, steps: int, extra: list[str]) -> Stage:
+    from iwm.training.checkpoint import checkpoint_path  # here and below, not at the top: it imports torch
+
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1", "iwm/train.py", "demo"]
-    chosen = ["--run-dir", str(run), "--data.shards", str(options.shards), "--schedule.steps", str(steps), *more]
-    return Stage(title, [*launch, *chosen], lambda: path_of(run, steps).exists())
+    chosen = ["--run-dir", str(run), "--data.shards", str(options.shards), "--schedule.steps", str(steps), *extra]
+    return Stage(title, [*launch, *chosen], lambda: checkpoint_path(run, steps).exists())
 
 
-def _measure(title: str, options: Options) -> Stage:
+def _measure(title: str, options: DemoOptions) -> Stage:
+    from iwm.report.runs import is_up_to_date
+
     output = options.out / "eval" / CONTROL_FILE
     bank = ["--bank.scenario", BANK_SCENARIO]
     command = ["iwm/evaluate.py", "mrr", "--checkpoint", str(options.control), "--output", str(output), *bank]
-    return Stage(title, command, lambda: is_current(output, options.control))
+    return Stage(title, command, lambda: is_up_to_date(output, options.control))
 
 
-def _show(title: str, options: Options) -> Stage:
-    outputs = [options.out / "eval" / f"{name}.json" for name in PROTOCOLS]
+def _show(title: str, options: DemoOptions) -> Stage:
+    from iwm.evaluation.registry import EVALUATORS
+    from iwm.report.runs import is_up_to_date
+
+    outputs = [options.out / "eval" / f"{name}.json" for name in EVALUATORS]
     command = ["iwm/evaluate.py", "world-model", "--checkpoint", str(options.out), "--label", LABEL]
-    return Stage(title, command, lambda: all(is_current(output, options.out) for output in outputs))
+    return Stage(title, command, lambda: all(is_up_to_date(output, options.out) for output in outputs))
 
 
 def summary(out: Path) -> Table:
-    """The figures that the demo is about, beside what is expected of them."""
+    """Return a table of the demo's MRR values and their expected bounds."""
     own, control = (_read(out / "eval" / name) for name in ("mrr.json", CONTROL_FILE))
-    table = Table(title="Can the predictor apply the action that it is told?", box=SIMPLE_HEAD)
+    table = Table(title="Does the predictor apply the given action?", box=SIMPLE_HEAD)
     table.add_column("", no_wrap=True)
     for column in ("MRR, pooled", "per token", "expected", ""):
         table.add_column(column, justify="right", no_wrap=True)
     rows = (
         ("the world model", own["mrr"], "at least"),
-        ("… told shuffled actions", own["shuffled_actions"], "at most"),
+        ("… with shuffled actions", own["shuffled_actions"], "at most"),
         ("trained without jitter", control["mrr"], "at most"),
     )
     for name, scores, bound in rows:
@@ -142,7 +144,7 @@ def summary(out: Path) -> Table:
         good = pooled >= limit if bound == "at least" else pooled <= limit
         cells = (f"{s['mean']:.3f} ±{s['standard_error']:.3f}" for s in (scores[d]["teacher"] for d in scores))
         table.add_row(name, *cells, f"{bound} {limit}", "yes" if good else "[bold]NO[/]")
-    table.add_row("guessing", f"{own['chance']:.3f}", f"{own['chance']:.3f}", "", "")
+    table.add_row("chance", f"{own['chance']:.3f}", f"{own['chance']:.3f}", "", "")
     return table
 
 
@@ -151,8 +153,12 @@ def _read(path: Path) -> dict[str, Any]:
     return result
 
 
-def run(options: Options) -> int:
-    """Run what is not done yet and show what came out; the exit code. Raises StageError where a stage fails."""
+def run(options: DemoOptions) -> int:
+    """Run the unfinished stages, print the results and return the exit code. Raise StageError where a stage fails."""
+    # Imported here: torch and DALI take seconds that a mistyped option must not cost.
+    import dali_pipelines.command  # noqa: F401
+    from iwm.report.page import write_report
+
     console, start = Console(), time.monotonic()
     todo = stages(options)
     run_stages(todo[: [stage.title for stage in todo].index(PRETRAIN) + 1] if options.until_trained else todo, console)
@@ -161,18 +167,18 @@ def run(options: Options) -> int:
     report = write_report(options.out)
     console.rule()
     console.print(summary(options.out))
-    console.print(f"Look at {report} — {time.monotonic() - start:.0f} s in all", soft_wrap=True)
+    console.print(f"Report: {report} ({time.monotonic() - start:.0f} s in total)", soft_wrap=True)
     if options.readme_pictures:
         shutil.copy(options.out / "eval" / "retrieval.png", IMAGES)
         part = ["--part", "section:has(.explorer)", "--width", "1180"]
-        if run_command([sys.executable, "tools/screenshot.py", str(report), str(IMAGES / "explorer.png"), *part]):
+        if run_child([sys.executable, "tools/screenshot.py", str(report), str(IMAGES / "explorer.png"), *part]):
             return 1
         console.print(f"README's pictures: {IMAGES}", soft_wrap=True)
     return 0
 
 
 def main() -> int:
-    options = tyro.cli(Options)
+    options = tyro.cli(DemoOptions)
     os.chdir(ROOT)
     return run_tool("tools/demo.py", lambda: run(options))
 

@@ -1,9 +1,9 @@
-"""The demo's second half: what the small world model is good for, by every downstream protocol of the paper.
+"""Downstream demo: every protocol of the paper (A.2) on the demo's small world model.
 
-    python tools/demo_downstream.py [--run runs/demo]        # what `make downstream` runs, after the demo's pretraining
+    python tools/demo_downstream.py [--run runs/demo]        # the command of `make downstream`, after pretraining
 
-Every stage is a command that is printed before it runs and that works by itself: the paper's protocols (A.2), so short
-and so small that two CPU cores have them in minutes. Where heads alone are trained, features are computed once.
+Each stage is one command, which is printed before it runs and also works alone. The protocols are shortened to finish
+within minutes on two CPU cores. Where only heads are trained, features are cached.
 """
 
 from __future__ import annotations
@@ -23,136 +23,144 @@ from rich.console import Console
 from rich.table import Table
 from stages import Stage, run_stages, run_tool
 
-from iwm.report.run_folder import is_current
-
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
-class Options:
+class DownstreamOptions:
     """Run every downstream protocol on the demo's world model, in minutes."""
 
     run: Path = Path("runs/demo")
-    """The run that is leveraged; its report.html is what to look at."""
+    """Folder of the pretraining run. The report is report.html in it."""
     steps: int | None = None
-    """Training steps of every protocol; default: each its own."""
+    """Training steps of every protocol. Default: the length that the demo sets for each protocol."""
 
 
 @dataclass(frozen=True)
-class Trial:
-    """A protocol, shortened."""
+class DownstreamStage:
+    """Shortened protocol: name, title, and arguments of iwm/evaluate.py."""
 
     protocol: str
-    what: str
+    title: str
     arguments: str
     at_least: float
-    """Accuracy or mIoU, 0 to 1, of the best arm's last epoch: what the demo's model reaches with room to spare."""
+    """Lower bound of the best trial's accuracy or mIoU (0 to 1) in the last epoch. The demo's is well above it."""
 
 
 COLOUR = "--data.label colour"
-KEPT = "--keep-features"
-TRIALS = (
-    Trial(
-        "linear", "Linear probes", f"{COLOUR} {KEPT} --epochs 20 --warmup-epochs 2 --batch 256 --micro-batch 256", 0.45
+CACHED = "--cache-features"
+DOWNSTREAM_STAGES = (
+    DownstreamStage(
+        "linear",
+        "Linear probes",
+        f"{COLOUR} {CACHED} --epochs 20 --warmup-epochs 2 --batch-size 256 --micro-batch-size 256",
+        0.45,
     ),
-    Trial("attentive", "Attentive probes", f"{COLOUR} {KEPT} --epochs 15 --batch 128 --lrs 1e-3 1e-2", 0.6),
-    Trial("finetune-encoder", "Finetune the encoder", f"{COLOUR} --epochs 8 --warmup-epochs 1 --batch 128", 0.5),
-    Trial(
+    DownstreamStage(
+        "attentive", "Attentive probes", f"{COLOUR} {CACHED} --epochs 15 --batch-size 128 --lrs 1e-3 1e-2", 0.6
+    ),
+    DownstreamStage(
+        "finetune-encoder", "Finetune the encoder", f"{COLOUR} --epochs 8 --warmup-epochs 1 --batch-size 128", 0.5
+    ),
+    DownstreamStage(
         "finetune-predictor",
         "Finetune the predictor, pretrained and random, three seeds",
-        f"{COLOUR} {KEPT} --epochs 3 --warmup-epochs 0.5 --batch 128 --seeds 0 1 2 --drop-path 0 --pretrained-share 1",
+        f"{COLOUR} {CACHED} --epochs 3 --warmup-epochs 0.5 --batch-size 128 --seeds 0 1 2 --drop-path 0 "
+        "--pretrained-lr-mult 1",
         0.5,
     ),
-    Trial(
+    DownstreamStage(
         "finetune-end-to-end",
-        "Finetune both end to end",
-        f"{COLOUR} --epochs 5 --warmup-epochs 1 --batch 128 "
-        "--crops.rand-augment None --mixing.mixup 0 --mixing.cutmix 0",
+        "Finetune encoder and predictor end to end",
+        f"{COLOUR} --epochs 5 --warmup-epochs 1 --batch-size 128 "
+        "--crops.rand-augment None --mixup.mixup 0 --mixup.cutmix 0",
         0.5,
     ),
-    Trial(
+    DownstreamStage(
         "multitask",
-        "One predictor for two tasks, and one for each",
-        f"--tasks colour place {KEPT} --epochs 4 --warmup-epochs 0.5 --batch 64 --drop-path 0",
+        "One predictor for two tasks, and one per task",
+        f"--tasks colour place {CACHED} --epochs 4 --warmup-epochs 0.5 --batch-size 64 --drop-path 0",
         0.35,
     ),
-    Trial(
+    DownstreamStage(
         "segmentation",
         "Segment objects by their colour",
-        "--parts encoder predictor --classes 7 --no-void-zero --channels 16 --lrs 2e-3 5e-3 --steps 600 --batch 16 "
-        "--validate-every 0.6 --crops.scale 1.6 2 --crops.colour.jitter-probability 0",
+        "--parts encoder predictor --classes 7 --no-reduce-zero-label --channels 16 --lrs 2e-3 5e-3 --steps 600 "
+        "--batch-size 16 --validate-every 0.6 --crops.scale 1.6 2 --crops.photometric.jitter-probability 0",
         0.2,
     ),
 )
 
 
-def stages(options: Options) -> list[Stage]:
-    """Everything that is run, in order."""
-    todo = [_stage(options, trial.protocol, trial.what, trial.arguments.split()) for trial in TRIALS]
-    todo.append(_stage(options, "knn", "Nearest neighbours, which trains nothing", ["--label", "colour"], trains=False))
+def stages(options: DownstreamOptions) -> list[Stage]:
+    """Return all stages, in order."""
+    todo = [_stage(options, stage.protocol, stage.title, stage.arguments.split()) for stage in DOWNSTREAM_STAGES]
+    todo.append(_stage(options, "knn", "Nearest neighbours (no training)", ["--label", "colour"], trains=False))
     table = ["iwm/evaluate.py", "table", "--runs", str(options.run)]
-    return [*todo, Stage("The paper's tables, ours beside them", table)]
+    return [*todo, Stage("The paper's tables with our results", table)]
 
 
-def _stage(options: Options, protocol: str, title: str, arguments: list[str], trains: bool = True) -> Stage:
+def _stage(options: DownstreamOptions, protocol: str, title: str, arguments: list[str], trains: bool = True) -> Stage:
+    from iwm.report.runs import is_up_to_date  # not at the top: it imports torch
+
     output = options.run / "eval" / f"{protocol}.json"
     command = ["iwm/evaluate.py", protocol, "--checkpoint", str(options.run), *arguments]
     if trains and options.steps is not None:
         command += ["--steps", str(options.steps)]
-    return Stage(title, command, lambda: is_current(output, options.run))
+    return Stage(title, command, lambda: is_up_to_date(output, options.run))
 
 
 def summary(run: Path) -> Table:
-    """What each protocol reached, beside chance and what is expected."""
+    """Return a table of each protocol's result, with chance and the expected value."""
     table = Table(
-        title="What the world model is good for",
-        caption="Accuracy or mIoU in % on held-out images, the mean over seeds where there are several. Guessing: "
-        "always the commonest class (all background has at most so much mIoU).",
+        title="Downstream results of the world model",
+        caption="Accuracy or mIoU in % on held-out images, averaged over seeds. Chance: predicting the majority class "
+        "(for segmentation an upper bound: predicting background everywhere).",
         box=SIMPLE_HEAD,
     )
-    for column in ("", "reached", "guessing", "expected", ""):
+    for column in ("", "reached", "chance", "expected", ""):
         table.add_column(column, justify="left" if not table.columns else "right", no_wrap=True)
-    for trial in TRIALS:
-        result = json.loads((run / "eval" / f"{trial.protocol}.json").read_bytes())
+    for stage in DOWNSTREAM_STAGES:
+        result = json.loads((run / "eval" / f"{stage.protocol}.json").read_bytes())
         for name, reached, chance in _figures(result):
-            good = "yes" if reached >= trial.at_least else "[bold]NO[/]"
+            good = "yes" if reached >= stage.at_least else "[bold]NO[/]"
             table.add_row(
-                name, f"{100 * reached:.1f}", f"{100 * chance:.1f}", f"at least {100 * trial.at_least:.0f}", good
+                name, f"{100 * reached:.1f}", f"{100 * chance:.1f}", f"at least {100 * stage.at_least:.0f}", good
             )
     return table
 
 
 def _figures(result: dict[str, Any]) -> Iterator[tuple[str, float, float]]:
-    """Name, figure and chance of what is to be shown of a result."""
+    """Yield (name, accuracy or mIoU, chance) of each table row for a result."""
     protocol = result["protocol"]
     if protocol == "multitask":
-        for task, scores in result["arms"]["multitask"]["scores"].items():
+        for task, scores in result["trials"]["multitask"]["scores"].items():
             yield f"multitask: {task}", scores["top1"]["mean"], result["tasks"][task]["chance"]
     elif protocol == "segmentation":
-        # All background: that class's share of the pixels is its IoU, and 0 the others'.
-        for part in dict.fromkeys(arm["part"] for arm in result["arms"].values()):
-            best = max(arm["miou"]["mean"] for arm in result["arms"].values() if arm["part"] == part)
+        # Background everywhere: its IoU is its share of the pixels, and all other IoUs are 0.
+        for part in dict.fromkeys(trial["part"] for trial in result["trials"].values()):
+            best = max(trial["miou"]["mean"] for trial in result["trials"].values() if trial["part"] == part)
             yield f"segmentation: {part}", best, 1 / result["classes"]
     elif protocol == "finetune-predictor":
         for kind in ("pretrained", "random"):
-            means = [arm["top1"]["mean"] for arm in result["arms"].values() if arm["predictor"] == kind]
+            means = [trial["top1"]["mean"] for trial in result["trials"].values() if trial["predictor"] == kind]
             yield f"{protocol}: {kind}", sum(means) / len(means), result["chance"]
     else:
-        yield protocol, max(arm["top1"]["mean"] for arm in result["arms"].values()), result["chance"]
+        yield protocol, max(trial["top1"]["mean"] for trial in result["trials"].values()), result["chance"]
 
 
-def run(options: Options) -> int:
-    """Run what is not done yet and show what came out; the exit code. Raises StageError where a stage fails."""
+def run(options: DownstreamOptions) -> int:
+    """Run the unfinished stages, print the results and return the exit code. Raise StageError where a stage fails."""
     console, start = Console(), time.monotonic()
     run_stages(stages(options), console)
     console.rule()
     console.print(summary(options.run))
-    console.print(f"Look at {options.run / 'report.html'} — {time.monotonic() - start:.0f} s in all", soft_wrap=True)
+    console.print(f"Report: {options.run / 'report.html'} ({time.monotonic() - start:.0f} s in total)", soft_wrap=True)
     return 0
 
 
 def main() -> int:
-    options = tyro.cli(Options)
+    options = tyro.cli(DownstreamOptions)
     os.chdir(ROOT)
     return run_tool("tools/demo_downstream.py", lambda: run(options))
 

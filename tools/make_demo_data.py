@@ -1,11 +1,12 @@
-"""Make the demo's data: tiles of public photographs with one drawn object each, so that one small set has it all.
+"""Demo data set: tiles of public photographs with one drawn object each.
 
     python tools/make_demo_data.py OUT [--train 4096] [--val 384] [--seed 0]
 
-The photographs are those inside scikit-image's wheel, so no network is needed; training and validation tiles come from
-different photographs. Each tile has a class (the object's `shape`), three further labels (`colour`, `texture`,
-`place`) and a segmentation mask (0: photograph, 1 + colour: object). Written are OUT/train/tiles.csv and
-OUT/val/tiles.csv with the columns path, label, colour, texture, place, mask, for tools/make_shards.py.
+The photographs are those in scikit-image's wheel, so no network is needed. Training and validation tiles come from
+different photographs. Each tile has a class (`label`: the object's shape), three further labels (`colour`, `texture`,
+`place`), and a segmentation mask: 0 for the photograph, 1 + the index of the object's colour in sorted(COLOURS) for the
+object. The outputs OUT/train/tiles.csv and OUT/val/tiles.csv have the columns path, label, colour, texture, place and
+mask, for tools/make_shards.py.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ import numpy as np
 import tyro
 from PIL import Image, ImageDraw
 
+from shards.errors import UserError, run_command
+
 TILE = 64
-"""Side of a tile in pixels."""
+"""Side of a tile (pixels)."""
 OVERSAMPLING = 4
-"""Objects are drawn this much larger and averaged down, which smooths their edges and textures."""
+"""Factor by which objects are drawn larger before they are averaged, for smooth edges and textures."""
 SMALLEST_DEVIATION = 12.0
-"""Grey-level standard deviation below which a tile is drawn again: on an empty sky no change of colour shows."""
+"""Minimum standard deviation of a cut (grey levels). Below it, e.g. for an empty sky, another cut is sampled."""
 
 PHOTOGRAPHS = {
     "train": {
@@ -43,22 +46,22 @@ PHOTOGRAPHS = {
     },
     "val": {"chelsea.png": 1.0, "coffee.png": 1.0, "rocket.jpg": 1.0},
 }
-"""File in skimage/data and its share of a split's tiles. Both motorcycles show one scene, so they stay together."""
+"""Per split: file in skimage/data and its relative number of tiles. Both motorcycle files show the same scene."""
 
 Box = tuple[float, float, float, float]
 INSIDE: dict[str, Box] = {"retina.jpg": (0.15, 0.15, 0.85, 0.85)}
-"""Part of a photograph that tiles are cut from (left, top, right, bottom as shares), where it is not all of it."""
+"""Part of a photograph that tiles are cut from: left, top, right, bottom (0 to 1). Default: the whole photograph."""
 
 COLOURS = {name: i / 6 for i, name in enumerate(("red", "yellow", "green", "cyan", "blue", "magenta"))}
-"""Hue of the object, in turns."""
+"""Hue of each object colour (turns, 0 to 1)."""
 
 
-class DemoDataError(RuntimeError):
-    """The demo's data cannot be made; the message says what to do."""
+class DemoDataError(UserError):
+    """The demo's data cannot be made. The message names the cause and the remedy."""
 
 
 def _regular(corners: int, inner: float = 1.0) -> list[tuple[float, float]]:
-    """A regular polygon of radius 1; with `inner` below 1 a star whose notches have that radius."""
+    """Return the corners of a regular polygon of radius 1; with `inner` below 1, of a star with that inner radius."""
     steps = corners if inner == 1.0 else 2 * corners
     radii = [inner if inner != 1.0 and i % 2 else 1.0 for i in range(steps)]
     return [
@@ -81,7 +84,7 @@ SHAPES: dict[str, list[tuple[float, float]]] = {
     "star": _regular(5, inner=0.45),
     "triangle": _regular(3),
 }  # fmt: skip
-"""Outlines in units of the object's radius, around (0, 0); the class of a tile."""
+"""Outline of each class, around (0, 0), in units of the object's radius."""
 
 
 def _plain(x: np.ndarray, y: np.ndarray, period: float) -> np.ndarray:
@@ -106,21 +109,23 @@ TEXTURES: dict[str, Callable[[np.ndarray, np.ndarray, float], np.ndarray]] = {
     "checks": _checks,
     "dots": _dots,
 }
-"""Where the object has its second shade: 1 or 0 at pixel coordinates (x, y) of the object, for a period in pixels."""
+"""Functions of pixel coordinates (x, y) and a period (pixels): 1 where the object has its second shade, else 0."""
 
 
 @dataclass(frozen=True)
 class Tile:
+    """One tile with its mask and labels."""
+
     image: Image.Image
-    """RGB, TILE×TILE."""
+    """RGB image, TILE×TILE."""
     mask: Image.Image
-    """8-bit grey, TILE×TILE: 0 photograph, 1 + index of the shape in sorted(SHAPES) on the object."""
+    """8-bit grey image, TILE×TILE: 0 on the photograph, 1 + index of the colour in sorted(COLOURS) on the object."""
     labels: dict[str, str]
-    """label (the shape), colour, texture, place."""
+    """Column → class name of `label` (the shape), `colour`, `texture` and `place`, in this order."""
 
 
 def photographs() -> Path:
-    """The folder of scikit-image's samples. Raises DemoDataError where the package or a photograph is missing."""
+    """Return the folder of scikit-image's images. Raise DemoDataError where the package or a photograph is missing."""
     try:
         folder = Path(str(resources.files("skimage") / "data"))
     except ModuleNotFoundError as error:
@@ -140,8 +145,10 @@ def _photograph(name: str) -> Image.Image:
 
 
 def draw_tile(split: str, index: int, seed: int) -> Tile:
-    """Tile `index` of a split: a square cut of a photograph at a random scale, with one object. Its own random numbers
-    come from (seed, split, index) alone, so tiles can be made in any order."""
+    """Draw tile `index` of a split: a square cut of a photograph at a random scale, with one object.
+
+    Its random numbers depend on (seed, split, index) alone, so tiles can be drawn in any order.
+    """
     rng = np.random.default_rng([seed, sorted(PHOTOGRAPHS).index(split), index])
     shares = PHOTOGRAPHS[split]
     weights = np.array(list(shares.values()))
@@ -162,7 +169,7 @@ def draw_tile(split: str, index: int, seed: int) -> Tile:
 
 
 def _cut(photograph: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """A square of side TILE up to the whole shorter side (log-uniform), scaled to TILE."""
+    """Cut out a square, whose side is log-uniform from TILE to the shorter side, and resize it to TILE×TILE."""
     while True:
         side = math.exp(rng.uniform(math.log(TILE), math.log(min(photograph.size))))
         left, top = rng.uniform(0, photograph.width - side), rng.uniform(0, photograph.height - side)
@@ -172,7 +179,7 @@ def _cut(photograph: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 def _draw_shape(outline: list[tuple[float, float]], x: float, y: float, radius: float, turn: float) -> Image.Image:
-    """The object's coverage, 8-bit; `turn` in turns."""
+    """Return the object's coverage (8-bit, TILE×TILE). `x`, `y`, `radius` in pixels; `turn` in turns."""
     c, s = math.cos(2 * math.pi * turn), math.sin(2 * math.pi * turn)
     canvas = Image.new("L", (TILE * OVERSAMPLING, TILE * OVERSAMPLING))
     points = [(x + radius * (c * u - s * v), y + radius * (s * u + c * v)) for u, v in outline]
@@ -181,7 +188,7 @@ def _draw_shape(outline: list[tuple[float, float]], x: float, y: float, radius: 
 
 
 def _paint(hue: float, texture: str, rng: np.random.Generator) -> Image.Image:
-    """A whole tile of the object's material: two shades of its colour in the texture's pattern, slightly rough."""
+    """Return a TILE×TILE image of the object's material: two shades of a hue in the texture's pattern, with noise."""
     hue += rng.uniform(-0.05, 0.05)
     light, saturation = rng.uniform(0.45, 0.95), rng.uniform(0.5, 0.95)
     first = np.array(colorsys.hsv_to_rgb(hue % 1, saturation, light))
@@ -205,12 +212,12 @@ def _write_tile(index: int, *, folder: Path, split: str, seed: int) -> list[str]
 
 
 def tiles_csv(folder: Path, split: str) -> Path:
-    """Where a split's table is: it names the tiles beside it."""
+    """Return the path of a split's table. Its tiles are in the same folder."""
     return folder / split / "tiles.csv"
 
 
 def make_split(folder: Path, split: str, tiles: int, seed: int = 0) -> Path:
-    """Write a split's tiles, masks and CSV under `folder`, on every core; returns the CSV, which is written last."""
+    """Write a split's tiles and masks, on all cores, and then its CSV in `folder`; return the CSV's path."""
     photographs()
     path = tiles_csv(folder, split)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -236,7 +243,4 @@ def main(out: tyro.conf.Positional[Path], train: int = 4096, val: int = 384, see
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main)
-    except (DemoDataError, OSError) as error:
-        sys.exit(f"tools/make_demo_data.py: {error}")
+    sys.exit(run_command(lambda: tyro.cli(main), "tools/make_demo_data.py"))

@@ -1,4 +1,4 @@
-"""Make WebDataset shards for DALI out of images, or verify them. shards/README.md describes what is made."""
+"""Command that makes or verifies WebDataset shards for DALI. shards/README.md specifies the format."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ import tyro
 from rich.console import Console
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from shards.make import MakeShards, make_shards
-from shards.manifest import ShardError
+from shards.errors import ShardError
+from shards.make import ShardingOptions, make_shards
 from shards.verify import verify_shards
 
 
 @dataclass(frozen=True)
 class VerifyShards:
-    """Check everything that a shard folder's manifest says: hashes, indices, counts, labels, keys, and every image."""
+    """Check a shard folder against its manifest: hashes, indices, counts, labels, keys, and every image."""
 
     out: Positional[Annotated[Path, arg(metavar="OUT")]]
     """The shard folder."""
     quick: bool = False
-    """Do not decode the images."""
+    """Skip the decoding of images."""
     workers: int | None = None
-    """Processes; None for one per core."""
+    """Number of worker processes; None for one per core."""
 
 
 class Stopped(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM."""
+    """Interruption by Ctrl-C (SIGINT) or SIGTERM."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
             for problem in problems:
                 errors.print(f"error: {_printable(problem)}")
             return 1 if problems else 0
-        make_shards(tyro.cli(OmitArgPrefixes[MakeShards], prog="make_shards.py", args=arguments), console)
+        make_shards(tyro.cli(OmitArgPrefixes[ShardingOptions], prog="make_shards.py", args=arguments), console)
     except ShardError as error:
         errors.print(f"error: {_printable(str(error))}")
         return 1
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _printable(text: str) -> str:
-    """File names need not be UTF-8."""
+    """Escape bytes of file names that are not UTF-8."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 

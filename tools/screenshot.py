@@ -1,6 +1,6 @@
-"""Take a picture of a page: python tools/screenshot.py runs/demo/report.html page.png [--part SELECTOR] [--dark]
+"""Screenshot of an HTML page: python tools/screenshot.py runs/demo/report.html page.png [--part SELECTOR] [--dark]
 
-Needs a Chromium (a browser on PATH, or `.venv/bin/playwright install chromium`).
+Needs Chromium: a browser on PATH, or `.venv/bin/playwright install chromium`.
 """
 
 from __future__ import annotations
@@ -16,37 +16,41 @@ from pathlib import Path
 import tyro
 from playwright.sync_api import Browser, sync_playwright
 
+from shards.errors import UserError, run_command
+
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-"""Names on PATH that will do."""
-REMEDY = "no Chromium: apt-get install chromium, or .venv/bin/playwright install chromium"
+"""Names of suitable browsers on PATH."""
+REMEDY = "no Chromium found; run: apt-get install chromium, or .venv/bin/playwright install chromium"
 
 
-class NoBrowser(RuntimeError):
-    """There is no Chromium; the message says where to get one."""
+class NoBrowser(UserError):
+    """Chromium is not installed. The message names the remedy."""
 
 
 @dataclass(frozen=True)
 class Screenshot:
+    """Options of the command."""
+
     page: tyro.conf.Positional[Path]
     """HTML file."""
     out: tyro.conf.Positional[Path]
-    """PNG file to write; its folder is made."""
+    """PNG file to write; its folder is created."""
     part: str | None = None
-    """CSS selector of the part that is meant, as `.explorer`. Default: all of the page."""
+    """CSS selector of the part to capture, for example `.explorer`. Default: the whole page."""
     width: int = 1280
-    """Of the window, in pixels."""
+    """Width of the window (pixels)."""
     dark: bool = False
-    """Whether the page is asked for its dark colours."""
+    """Use the page's dark colour scheme."""
 
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
-    """A headless Chromium, closed at the end. Raises NoBrowser where there is none."""
+    """Start a headless Chromium and close it at the end. Raise NoBrowser where none is installed."""
     with sync_playwright() as playwright:
         installed = next(filter(None, map(shutil.which, BROWSERS)), playwright.chromium.executable_path)
         if not Path(installed).exists():
             raise NoBrowser(REMEDY)
-        # As root, a Chromium with its sandbox does not start.
+        # Chromium's sandbox does not start as root.
         arguments = ["--disable-gpu", *(["--no-sandbox"] if os.geteuid() == 0 else [])]
         browser = playwright.chromium.launch(executable_path=installed, args=arguments)
         try:
@@ -56,7 +60,7 @@ def chromium() -> Iterator[Browser]:
 
 
 def take(options: Screenshot) -> None:
-    """Write the picture. Raises NoBrowser, and FileNotFoundError where there is no such page."""
+    """Write the screenshot. Raise NoBrowser without Chromium, and FileNotFoundError where the page does not exist."""
     if not options.page.is_file():
         raise FileNotFoundError(f"{options.page} does not exist")
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +76,4 @@ def take(options: Screenshot) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        take(tyro.cli(Screenshot, description=__doc__))
-    except (NoBrowser, OSError) as error:
-        sys.exit(f"tools/screenshot.py: {error}")
+    sys.exit(run_command(lambda: take(tyro.cli(Screenshot, description=__doc__)), "tools/screenshot.py"))

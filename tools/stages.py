@@ -1,4 +1,4 @@
-"""Commands that are run one after another, each kept where it was done before: the demo's way of working."""
+"""Sequential stages, one command each; finished stages are skipped."""
 
 from __future__ import annotations
 
@@ -12,41 +12,45 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
+from shards.errors import UserError, run_command
+
 
 @dataclass(frozen=True)
 class Stage:
-    """One command and what it is for."""
+    """One command with its title."""
 
     title: str
     command: list[str]
-    """Arguments of Python."""
+    """Arguments of the Python interpreter."""
     finished: Callable[[], bool] | None = None
-    """Whether it was done to its end; None where the command itself keeps what is done."""
+    """Function that returns True where the stage is finished; None where the command itself skips finished work."""
 
 
-class StageError(RuntimeError):
-    """A stage failed; the message says which, and how to go on."""
+class StageError(UserError):
+    """A stage failed. The message names the stage and the remedy."""
 
 
 def run_stages(todo: list[Stage], console: Console) -> None:
-    """Run the stages that are not finished. Raises StageError at the first that fails."""
+    """Run the unfinished stages in order. Raise StageError at the first that fails."""
     for i, stage in enumerate(todo, start=1):
         console.rule(f"{i}/{len(todo)} {stage.title}", align="left")
         if stage.finished is not None and stage.finished():
-            console.print("done before, kept")
+            console.print("finished before, skipped")
             continue
         console.print(f"$ python {shlex.join(stage.command)}", style="dim", soft_wrap=True, highlight=False)
         start = time.monotonic()
-        code = run_command([sys.executable, *stage.command])
+        code = run_child([sys.executable, *stage.command])
         if code != 0:
-            raise StageError(f"'{stage.title}' failed (exit code {code}, its message is above); mend it and run again")
+            raise StageError(
+                f"'{stage.title}' failed (exit code {code}, its message is above); fix it and rerun the command"
+            )
         if stage.finished is not None and not stage.finished():
-            raise StageError(f"'{stage.title}' was stopped before its end; run again to go on from there")
+            raise StageError(f"'{stage.title}' was stopped before its end; rerun the command to resume")
         console.print(f"{time.monotonic() - start:.0f} s", style="dim")
 
 
-def run_command(command: list[str]) -> int:
-    """Run a command to its end; its exit code. Stopped by Ctrl-C, it is asked to stop too, and waited for: it saves."""
+def run_child(command: list[str]) -> int:
+    """Run a command and return its exit code. On Ctrl-C, terminate it, wait until it has saved, and raise again."""
     process = subprocess.Popen(command)
     try:
         return process.wait()
@@ -63,10 +67,7 @@ def run_tool(name: str, work: Callable[[], int]) -> int:
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return work()
-    except StageError as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        return 1
+        return run_command(work, name)
     except KeyboardInterrupt:
         print(f"\n{name}: stopped; the same command goes on from here", file=sys.stderr)
         return 130

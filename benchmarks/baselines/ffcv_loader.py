@@ -1,7 +1,7 @@
-"""The same two views by FFCV, as far as it goes: it has no hue, grayscale, blur or solarize, so it does less work.
+"""FFCV baseline for the two views, without hue, grayscale, blur and solarize.
 
-Its dataset holds the shards' own JPEGs, byte for byte (FFCV would encode them anew). Both views share its decode, crop
-and flip. Needs the package ffcv: data_contenders.py says how it is installed.
+FFCV lacks these ops, so it does less work where the views use them. Its dataset holds the shards' own JPEGs, byte for
+byte (FFCV would encode them again). Both views share decode, crop and flip. It needs the package ffcv (loaders.py).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import simplejpeg
-from baselines.stored import Place, places
+from baselines.jpeg_decode import StoredImage, stored_images
 from ffcv.fields import RGBImageField
 from ffcv.fields.decoders import RandomResizedCropRGBImageDecoder
 from ffcv.fields.rgb_image import IMAGE_MODES
@@ -24,11 +24,11 @@ from ffcv.pipeline.operation import Operation
 from ffcv.transforms import RandomBrightness, RandomContrast, RandomHorizontalFlip, RandomSaturation, ToTensor
 from ffcv.writer import DatasetWriter
 
-from dali_pipelines.augmentation import Photometric, Views
+from dali_pipelines.augmentations import PhotometricConfig, Views
 
 
 class StoredJpeg(RGBImageField):
-    """An image field that writes JPEGs as they are."""
+    """Image field that stores JPEGs unchanged."""
 
     def encode(self, destination: Any, image: bytes, malloc: Callable[[int], tuple[int, np.ndarray]]) -> None:
         destination["mode"] = IMAGE_MODES["jpg"]
@@ -38,9 +38,9 @@ class StoredJpeg(RGBImageField):
 
 
 class StoredImages:
-    """The indexable object that FFCV's writer reads: item i is a tuple of one JPEG."""
+    """Indexable input of FFCV's writer: item i is a tuple of one JPEG."""
 
-    def __init__(self, images: list[Place]) -> None:
+    def __init__(self, images: list[StoredImage]) -> None:
         self._images = images
 
     def __len__(self) -> int:
@@ -51,7 +51,7 @@ class StoredImages:
 
 
 class Copy(Operation):
-    """FFCV's colour ops write in place: what two branches share must be copied first."""
+    """Copy of the images. FFCV's colour ops work in place, so shared inputs of two branches must be copied first."""
 
     def generate_code(self) -> Callable[..., Any]:
         def copy(images: Any, destination: Any) -> Any:
@@ -65,17 +65,17 @@ class Copy(Operation):
 
 
 def write_dataset(folder: Path, split: str, file: Path, workers: int) -> None:
-    """Make FFCV's dataset out of the shards, whole or not at all."""
+    """Write an FFCV dataset of the shards atomically."""
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(".unfinished")
     DatasetWriter(str(unfinished), {"image": StoredJpeg()}, num_workers=workers).from_indexed_dataset(
-        StoredImages(places(folder, split))
+        StoredImages(stored_images(folder, split))
     )
     unfinished.rename(file)
 
 
 def batches(file: Path, views: Views, batch_size: int, threads: int) -> Iterator[int]:
-    """Endless: the number of images of each batch, once it is there."""
+    """Yield the number of images of each batch when it is ready, endlessly."""
     decoder = RandomResizedCropRGBImageDecoder((views.size, views.size), views.crop_scale, views.crop_ratio)
     flip = RandomHorizontalFlip(views.flip_probability)
     loader = Loader(
@@ -96,8 +96,8 @@ def batches(file: Path, views: Views, batch_size: int, threads: int) -> Iterator
             yield len(source)
 
 
-def colours(spec: Photometric) -> list[Operation]:
-    """The jitter that FFCV has, each op drawn by itself."""
+def colours(spec: PhotometricConfig) -> list[Operation]:
+    """Return the jitter ops that FFCV has, each sampled independently."""
     p = spec.jitter_probability
     jitter = [
         RandomBrightness(spec.brightness, p),

@@ -1,7 +1,7 @@
-"""What the DALI pipeline is compared with: the same two views by torchvision and a DataLoader, from the same tars.
+"""torchvision baseline: the same two views by transforms and a DataLoader, from the same tars.
 
-Two variants, as people write them: `pil` (Pillow decode, transforms on Pillow images) and `tensor` (torchvision.io
-decode, v2 transforms on uint8 tensors).
+Two common variants: `pil` (Pillow decode, transforms on Pillow images) and `tensor` (torchvision.io decode, v2
+transforms on uint8 tensors).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from baselines.stored import places
+from baselines.jpeg_decode import stored_images
 from jaxtyping import UInt8
 from PIL import Image, ImageFilter
 from torch import Tensor
@@ -21,13 +21,17 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import v2
 
-from dali_pipelines.augmentation import SOLARIZE_THRESHOLD, Photometric, Views
+from dali_pipelines.augmentations import OPS, SOLARIZE_THRESHOLD, PhotometricConfig, Views
+from iwm.config import ConfigError
 
 Variant = Literal["pil", "tensor"]
 
+COLOR_JITTER = ("brightness", "contrast", "saturation", "hue")
+"""Arguments of torchvision's ColorJitter."""
+
 
 class TwoViewTransforms:
-    """From a decoded image to source and target, uint8 [3, size, size]: one crop and flip, then each one's colours."""
+    """Transform from a decoded image to source and target, uint8 [3, size, size]: shared crop and flip, own colours."""
 
     def __init__(self, views: Views, variant: Variant) -> None:
         self._crop = v2.Compose(
@@ -45,10 +49,10 @@ class TwoViewTransforms:
 
 
 class TwoViews(Dataset[tuple[Tensor, Tensor]]):
-    """Item i: source and target, uint8 [3, size, size], of sample i."""
+    """Dataset whose item i is source and target of sample i, uint8 [3, size, size]."""
 
     def __init__(self, folder: Path, split: str, views: Views, variant: Variant) -> None:
-        self._places = places(folder, split)
+        self._places = stored_images(folder, split)
         self._decode: Callable[[bytes], Any] = {"pil": decode_pil, "tensor": decode_tensor}[variant]
         self._views = TwoViewTransforms(views, variant)
 
@@ -68,27 +72,30 @@ def decode_tensor(content: bytes) -> UInt8[Tensor, "3 h w"]:
     return image
 
 
-def colours(spec: Photometric, variant: Variant) -> Callable[[Any], UInt8[Tensor, "3 h w"]]:
-    """One view's transforms; those that cannot happen are left out."""
-    strengths = {"brightness": spec.brightness, "contrast": spec.contrast}
-    jitter = v2.ColorJitter(**strengths, saturation=spec.saturation, hue=spec.hue)
-    # Pillow's blur is what people use on Pillow images, and far cheaper there than torchvision's. The taps of the other
-    # are those of the widest sigma, as its interface demands.
+def colours(spec: PhotometricConfig, variant: Variant) -> Callable[[Any], UInt8[Tensor, "3 h w"]]:
+    """Return one view's colour transforms; those of probability 0 are left out."""
+    jitter = v2.ColorJitter(**{name: getattr(spec, name) for name in COLOR_JITTER})
+    # Pillow's blur is the usual choice for Pillow images, and far cheaper there than torchvision's. torchvision's blur
+    # needs one kernel size, which is that of the largest sigma.
     taps = 2 * int(np.ceil(3 * spec.blur_sigma[1])) + 1
     blur = PillowBlur(spec.blur_sigma) if variant == "pil" else v2.GaussianBlur(taps, spec.blur_sigma)
-    steps = [
-        (spec.jitter_probability, jitter),
-        (spec.grayscale_probability, v2.Grayscale(num_output_channels=3)),
-        (spec.blur_probability, blur),
-        (spec.solarize_probability, v2.RandomSolarize(SOLARIZE_THRESHOLD, p=1.0)),
-    ]
+    destructive = {
+        "grayscale": v2.Grayscale(num_output_channels=3),
+        "blur": blur,
+        "solarize": v2.RandomSolarize(SOLARIZE_THRESHOLD, p=1.0),
+    }
+    drawn = [op for op in OPS if spec.probability(op) > 0 and (op.kind == "destructive" or getattr(spec, op.name) > 0)]
+    if lacking := [op.name for op in drawn if op.name not in (*COLOR_JITTER, *destructive)]:
+        raise ConfigError(f"views: torchvision's loader here has no {', '.join(lacking)}; set it to 0 to compare")
+    steps = [(spec.jitter_probability, jitter)]
+    steps += [(spec.probability(op), destructive[op.name]) for op in drawn if op.kind == "destructive"]
     transforms = [v2.RandomApply([transform], p=probability) for probability, transform in steps if probability > 0]
     compose: Callable[[Any], Tensor] = v2.Compose([*transforms, v2.ToImage()])
     return compose
 
 
 class PillowBlur(torch.nn.Module):
-    """Pillow's Gaussian blur with a sigma drawn uniformly, as I-JEPA's transforms have it."""
+    """Pillow's Gaussian blur with a uniformly sampled sigma, as in I-JEPA's transforms."""
 
     def __init__(self, sigma: tuple[float, float]) -> None:
         super().__init__()
@@ -100,12 +107,12 @@ class PillowBlur(torch.nn.Module):
 
 
 def batches(folder: Path, split: str, views: Views, variant: Variant, batch_size: int, workers: int) -> Iterator[int]:
-    """Endless: the number of images of each batch, once it is there."""
+    """Yield the number of images of each batch when it is ready, endlessly."""
     dataset = TwoViews(folder, split, views, variant)
     loader = DataLoader(
         dataset,
         batch_size=batch_size,
-        # Without epochs: their ends would cost a small set a stall that a large one hardly has.
+        # Without epochs, because the stall at each epoch's end would weigh more in a small set than in a large one.
         sampler=RandomSampler(dataset, replacement=True, num_samples=2**40),
         num_workers=workers,
         worker_init_fn=one_thread,
@@ -115,5 +122,5 @@ def batches(folder: Path, split: str, views: Views, variant: Variant, batch_size
 
 
 def one_thread(worker: int) -> None:
-    """Workers are the parallelism; torch's own threads inside them would only get in each other's way."""
+    """Limit a worker to one torch thread, because the worker processes already use all cores."""
     torch.set_num_threads(1)

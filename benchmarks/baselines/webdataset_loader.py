@@ -1,7 +1,7 @@
-"""The same two views by the webdataset package and a DataLoader, from the same tars, the way its documentation has it.
+"""webdataset baseline: the same two views from the same tars, written as in its documentation.
 
-Tars are drawn with replacement, read from front to back and shuffled in a buffer; Pillow decodes; a worker makes whole
-batches.
+Tars are sampled with replacement, read sequentially and shuffled in a buffer. Pillow decodes, and each worker makes
+whole batches.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 import webdataset as wds
 from baselines.torchvision_loader import TwoViewTransforms, one_thread
 
-from dali_pipelines.augmentation import Views
-from shards.manifest import load_manifest
+from dali_pipelines.augmentations import Views
+from shards.format import load_manifest
 
 
 def dataset(folder: Path, split: str, views: Views, batch_size: int) -> Any:
-    """Endless batches of source and target, uint8 [B, 3, size, size] each."""
+    """Return an endless dataset of batches of source and target, uint8 [B, 3, size, size] each."""
     tars = [str(folder / shard.name) for shard in load_manifest(folder, split).shards]
     return (
         wds.WebDataset(tars, resampled=True, shardshuffle=False, nodesplitter=None)
@@ -33,7 +33,7 @@ def dataset(folder: Path, split: str, views: Views, batch_size: int) -> Any:
 
 
 def batches(folder: Path, split: str, views: Views, batch_size: int, workers: int) -> Iterator[int]:
-    """Endless: the number of images of each batch, once it is there."""
+    """Yield the number of images of each batch when it is ready, endlessly."""
     loader = wds.WebLoader(
         dataset(folder, split, views, batch_size), batch_size=None, num_workers=workers, worker_init_fn=one_thread
     )

@@ -1,4 +1,4 @@
-"""The runs of a study: each trained by iwm/train.py and judged by iwm/evaluate.py, several at a time."""
+"""Runs of an ablation study: trained by iwm/train.py and evaluated by iwm/evaluate.py, several in parallel."""
 
 from __future__ import annotations
 
@@ -18,118 +18,130 @@ from typing import Any
 
 import torch
 
-from iwm.ablation.studies import Arm, Study
-from iwm.evaluation.mrr import BankSettings
-from iwm.report.run_folder import is_current
-from iwm.training.distributed import cores_each
-from iwm.training.signals import StopWish
+from iwm.ablation.studies import AblationStudy, Variant
+from iwm.evaluation.bank import BankSettings
+from iwm.report.runs import is_up_to_date
+from iwm.training.distributed import cores_per_process
+from iwm.training.runtime import StopFlag
+from shards.errors import UserError
 
 TRAIN, EVALUATE = (str(Path(__file__).resolve().parents[1] / name) for name in ("train.py", "evaluate.py"))
-"""The scripts, wherever a study is run from."""
+"""Absolute paths of the scripts, independent of the working directory."""
 
 
 @dataclass(frozen=True)
-class Judge:
-    """One evaluation of every run."""
+class Evaluation:
+    """Evaluation of a run."""
 
     protocol: str
     output: str
-    """Name of its file in RUN/eval."""
+    """Name of its file in RUN/eval, without suffix."""
     options: tuple[str, ...]
     settings: dict[str, Any]
-    """What the file says of its settings when it was made with these options."""
+    """Expected settings in the result file; with other settings the evaluation runs again."""
 
 
 @dataclass(frozen=True)
-class Run:
-    """One model to train and what judges it."""
+class PlannedRun:
+    """Run to train, with its evaluations."""
 
     folder: Path
     training: tuple[str, ...]
     """Arguments of iwm/train.py."""
-    judges: tuple[Judge, ...]
+    evaluations: tuple[Evaluation, ...]
 
     @property
     def name(self) -> str:
         return self.folder.name
 
 
-class AblationError(RuntimeError):
-    """A run of a study failed; the message names it and its log."""
+class AblationError(UserError):
+    """Failed run of a study; the message names the run and its log."""
 
 
 def plan(
-    study: Study,
+    study: AblationStudy,
     seeds: Sequence[int],
     *,
     out: Path,
-    training: Callable[[Arm], Sequence[str]],
+    training: Callable[[Variant], Sequence[str]],
     common: str,
     bank: BankSettings,
-) -> dict[tuple[Arm, int], Run]:
-    """The run of every arm and seed; arms with the same options share theirs, and are judged on each one's bank.
+) -> dict[tuple[Variant, int], PlannedRun]:
+    """Return the run of every variant and seed.
 
-    `training` gives an arm's arguments of iwm/train.py, all but the seed and the folder.
+    Variants with the same options share a run, which is evaluated on the bank of each of them and on `common`.
+    `training` returns a variant's arguments of iwm/train.py without seed and run folder.
     """
     names: dict[tuple[str, ...], str] = {}
     banks: dict[tuple[str, ...], set[str]] = {}
-    for arm in study.arms:
-        if arm.options not in names:
-            names[arm.options] = _new_name(f"{arm.row} {arm.column}", names.values())
-        banks.setdefault(arm.options, {common}).add(arm.bank)
+    for variant in study.variants:
+        if variant.options not in names:
+            names[variant.options] = _new_name(f"{variant.row} {variant.column}", names.values())
+        banks.setdefault(variant.options, {common}).add(variant.bank)
     runs = {}
-    for arm in study.arms:
+    for variant in study.variants:
         for seed in seeds:
-            folder = out / f"{names[arm.options]}-seed{seed}"
-            arguments = (*training(arm), "--train.seed", str(seed), "--run-dir", str(folder))
-            judges = (*(_mrr(name, bank) for name in sorted(banks[arm.options])), _similarity(common, bank.images))
-            runs[arm, seed] = Run(folder, arguments, judges)
+            folder = out / f"{names[variant.options]}-seed{seed}"
+            arguments = (*training(variant), "--train.seed", str(seed), "--run-dir", str(folder))
+            evaluations = (
+                *(_mrr(name, bank) for name in sorted(banks[variant.options])),
+                _similarity(common, bank.num_images),
+            )
+            runs[variant, seed] = PlannedRun(folder, arguments, evaluations)
     return runs
 
 
 def mrr_file(scenario: str) -> str:
-    """Name of the MRR file of a bank."""
+    """Return the name of the MRR file of a scenario's bank."""
     return f"mrr-{scenario}"
 
 
-def _mrr(scenario: str, bank: BankSettings) -> Judge:
-    sizes = ("--bank.images", str(bank.images), "--bank.size", str(bank.size), "--bank.chunk", str(bank.chunk))
+def _mrr(scenario: str, bank: BankSettings) -> Evaluation:
+    sizes = (
+        "--bank.num-images",
+        str(bank.num_images),
+        "--bank.num-views",
+        str(bank.num_views),
+        "--bank.batch-size",
+        str(bank.batch_size),
+    )
     settings = {"bank": asdict(replace(bank, scenario=scenario))}
-    return Judge("mrr", mrr_file(scenario), ("--bank.scenario", scenario, *sizes), settings)
+    return Evaluation("mrr", mrr_file(scenario), ("--bank.scenario", scenario, *sizes), settings)
 
 
-def _similarity(scenario: str, images: int) -> Judge:
-    options = ("--scenario", scenario, "--images", str(images), "--shown", str(min(images, 8)))
-    return Judge("similarity", "similarity", options, {"scenario": scenario, "images": images})
+def _similarity(scenario: str, images: int) -> Evaluation:
+    options = ("--scenario", scenario, "--num-images", str(images), "--num-shown", str(min(images, 8)))
+    return Evaluation("similarity", "similarity", options, {"scenario": scenario, "num_images": images})
 
 
 def _new_name(words: str, taken: Collection[str]) -> str:
-    """Words as a folder's name, numbered where another arm's words come to the same."""
+    """Return a folder name for `words`, with a number if the name is taken."""
     slug = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
     return next(name for i in count(1) if (name := slug if i == 1 else f"{slug}-{i}") not in taken)
 
 
-def carry_out(
-    runs: Sequence[Run], *, jobs: int, processes: int, say: Callable[[str], None], wish: StopWish
+def run_all(
+    runs: Sequence[PlannedRun], *, jobs: int, processes: int, log: Callable[[str], None], stop: StopFlag
 ) -> list[str]:
-    """Train and judge runs, `jobs` at a time, each with `processes` processes; what was done before is kept.
+    """Train and evaluate runs, `jobs` at a time, each with `processes` processes; finished runs are skipped.
 
-    A run that fails does not stop the others. Returns a line for each that did, naming its log. A wish to stop ends
-    all: training saves first.
+    A failed run does not stop the others. Returns one line per failed run, which names its log. The stop flag ends all
+    runs; training saves a checkpoint first.
     """
     slots: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
-    for environment in _environments(jobs, processes):
+    for environment in _gpu_assignments(jobs, processes):
         slots.put(environment)
 
-    def one(numbered: tuple[int, Run]) -> str | None:
+    def one(numbered: tuple[int, PlannedRun]) -> str | None:
         number, run = numbered
-        if wish:
-            return f"{run.name}: not begun"
+        if stop:
+            return f"{run.name}: not started"
         environment = slots.get()
         try:
-            say(f"{number}/{len(runs)} {run.name}: {_train_and_judge(run, processes, environment, wish)}")
+            log(f"{number}/{len(runs)} {run.name}: {_train_and_evaluate(run, processes, environment, stop)}")
         except AblationError as error:
-            say(f"{number}/{len(runs)} {error}")
+            log(f"{number}/{len(runs)} {error}")
             return str(error)
         finally:
             slots.put(environment)
@@ -139,8 +151,8 @@ def carry_out(
         return [failure for failure in pool.map(one, enumerate(runs, start=1)) if failure]
 
 
-def _environments(jobs: int, processes: int) -> list[dict[str, str]]:
-    """What each place for a run adds to the environment: on a machine with GPUs, which of them are its own."""
+def _gpu_assignments(jobs: int, processes: int) -> list[dict[str, str]]:
+    """Return the environment variables of each job: its CUDA_VISIBLE_DEVICES on a machine with GPUs."""
     devices = torch.cuda.device_count()
     if not devices:
         return [{} for _ in range(jobs)]
@@ -148,40 +160,41 @@ def _environments(jobs: int, processes: int) -> list[dict[str, str]]:
     return [{"CUDA_VISIBLE_DEVICES": ",".join(str(device % devices) for device in share)} for share in shares]
 
 
-def default_threads(jobs: int) -> tuple[str, ...]:
-    """Options that keep runs which train side by side from wanting the same cores."""
-    each = str(cores_each(jobs))
-    return ("--train.threads", each, "--data.threads", each) if jobs > 1 else ()
+def threads_per_job(jobs: int) -> tuple[str, ...]:
+    """Return the options that divide the CPU cores among parallel runs."""
+    threads = str(cores_per_process(jobs))
+    return ("--train.num-threads", threads, "--data.num-threads", threads) if jobs > 1 else ()
 
 
-def _train_and_judge(run: Run, processes: int, environment: dict[str, str], wish: StopWish) -> str:
-    """What was done, in words."""
-    if all(_is_done(run, judge) for judge in run.judges):
-        return "done before, kept"
+def _train_and_evaluate(run: PlannedRun, processes: int, environment: dict[str, str], stop: StopFlag) -> str:
+    """Train and evaluate a run; return a progress message."""
+    if all(_is_done(run, evaluation) for evaluation in run.evaluations):
+        return "already finished, skipped"
     run.folder.mkdir(parents=True, exist_ok=True)
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes))
-    trained = _command(run, (*launch, TRAIN, *run.training), environment, wish)
-    judged = 0.0
-    for judge in run.judges:
-        where = ("--checkpoint", str(run.folder), "--output", str(_file(run, judge)))
-        judged += _command(run, (EVALUATE, judge.protocol, *where, *judge.options), environment, wish)
-    return f"trained in {trained:.0f} s, judged in {judged:.0f} s"
+    training_seconds = _command(run, (*launch, TRAIN, *run.training), environment, stop)
+    evaluation_seconds = 0.0
+    for evaluation in run.evaluations:
+        files = ("--checkpoint", str(run.folder), "--output", str(_file(run, evaluation)))
+        command = (EVALUATE, evaluation.protocol, *files, *evaluation.options)
+        evaluation_seconds += _command(run, command, environment, stop)
+    return f"trained in {training_seconds:.0f} s, evaluated in {evaluation_seconds:.0f} s"
 
 
-def _file(run: Run, judge: Judge) -> Path:
-    return run.folder / "eval" / f"{judge.output}.json"
+def _file(run: PlannedRun, evaluation: Evaluation) -> Path:
+    return run.folder / "eval" / f"{evaluation.output}.json"
 
 
-def _is_done(run: Run, judge: Judge) -> bool:
-    path = _file(run, judge)
-    if not is_current(path, run.folder):
+def _is_done(run: PlannedRun, evaluation: Evaluation) -> bool:
+    path = _file(run, evaluation)
+    if not is_up_to_date(path, run.folder):
         return False
     settings = json.loads(path.read_bytes())["settings"]
-    return all(settings[name] == value for name, value in judge.settings.items())
+    return all(settings[name] == value for name, value in evaluation.settings.items())
 
 
-def _command(run: Run, command: tuple[str, ...], environment: dict[str, str], wish: StopWish) -> float:
-    """Run a command to its end, its words going to the run's log. Returns the seconds it took."""
+def _command(run: PlannedRun, command: tuple[str, ...], environment: dict[str, str], stop: StopFlag) -> float:
+    """Run a command with its output in the run's log; return the seconds. Raises AblationError if it fails."""
     start = time.monotonic()
     path = run.folder / "log.txt"
     with open(path, "a") as log:
@@ -190,15 +203,15 @@ def _command(run: Run, command: tuple[str, ...], environment: dict[str, str], wi
         process = subprocess.Popen(
             [sys.executable, *command], stdout=log, stderr=log, env={**os.environ, **environment}
         )
-        asked = False
+        terminated = False
         while process.poll() is None:
-            if wish and not asked:
+            if stop and not terminated:
                 process.terminate()
-                asked = True
+                terminated = True
             time.sleep(0.2)
-    if wish:
+    if stop:
         raise AblationError(f"{run.name}: stopped")
     if process.returncode:
         script = "iwm/train.py" if TRAIN in command else "iwm/evaluate.py"
-        raise AblationError(f"{run.name}: {script} failed (exit code {process.returncode}); {path} says why")
+        raise AblationError(f"{run.name}: {script} failed (exit code {process.returncode}); see {path}")
     return time.monotonic() - start

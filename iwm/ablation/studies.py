@@ -1,103 +1,100 @@
-"""Studies: which runs a table of the paper takes, and where each one stands in it. iwm/ablate.py trains
-and judges them.
+"""Ablation studies: variants of the paper's tables 1, 2 and S2 and their places in the table.
 
-A small recipe is asked the paper's question in its own size: where the paper compares predictors of 12 and 18 blocks
-behind an encoder of 12, a study compares as many blocks as the recipe's encoder has and half as many again.
+Studies scale with the recipe. The paper compares predictors of 12 and 18 blocks with an encoder of 12; a study compares
+the number of blocks of the recipe's encoder and 1.5 times that number.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
-import yaml
-from cattrs import ClassValidationError, transform_error
-from cattrs.preconf.pyyaml import make_converter
-
-from dali_pipelines.augmentation import SCENARIOS, Photometric
-from iwm.config import Config, ConfigError
-from iwm.evaluation.mrr import JITTERED
-from iwm.evaluation.paper import TABLE_1, TABLE_2, TABLE_S2
+from dali_pipelines.augmentations import DESTRUCTIVE_OPS, SCENARIOS, PhotometricConfig
+from iwm.config import Config
+from iwm.evaluation.bank import JITTER_SCENARIOS
+from iwm.evaluation.paper_results import TABLE_1, TABLE_2, TABLE_S2
+from iwm.models.predictor import CONDITIONING
 
 
 @dataclass(frozen=True)
-class Arm:
-    """A model to train, and its place in the study's table."""
+class Variant:
+    """Model to train, with its place in the study's table."""
 
     row: str
     column: str
     options: tuple[str, ...]
-    """Options of iwm/train.py behind the recipe's name. Arms with the same options are one run."""
+    """Options of iwm/train.py after the recipe name. Variants with the same options share a run."""
     bank: str = "default"
-    """Scenario whose jitter fills the arm's own bank (iwm/evaluation/mrr.py)."""
+    """Scenario whose jitter the variant's own bank is sampled from (iwm/evaluation/bank.py)."""
     paper: float | None = None
-    """MRR that the paper prints in this place."""
+    """MRR in the paper's table."""
 
 
 @dataclass(frozen=True)
-class Study:
+class AblationStudy:
+    """Title and variants of a study."""
+
     title: str
-    arms: tuple[Arm, ...]
+    variants: tuple[Variant, ...]
 
     @property
     def rows(self) -> list[str]:
         """Names of the rows, in order."""
-        return list(dict.fromkeys(arm.row for arm in self.arms))
+        return list(dict.fromkeys(variant.row for variant in self.variants))
 
     @property
     def columns(self) -> list[str]:
         """Names of the columns, in order."""
-        return list(dict.fromkeys(arm.column for arm in self.arms))
+        return list(dict.fromkeys(variant.column for variant in self.variants))
 
 
 ROWS = {"jitter": "jitter", "default": "+ destructive", "strong": "+ strong jitter", "destructive": "no jitter"}
-"""Scenarios by the names of table 2's rows; `destructive` is the one of table S2 without jitter."""
+"""Row names of table 2 by scenario; `destructive` is the scenario of table S2 without jitter."""
 
 
-def conditioning(recipe: Config) -> Study:
-    """Table 1, also with strong jitter and with none: no, sequence and feature conditioning."""
-    return Study(
+def conditioning(recipe: Config) -> AblationStudy:
+    """Return table 1, also with strong jitter and without jitter: all kinds of conditioning."""
+    return AblationStudy(
         "Table 1: conditioning of the predictor",
         tuple(
-            Arm(
+            Variant(
                 ROWS[scenario],
                 kind,
                 (*_scenario(scenario), "--action.conditioning", kind),
                 _own_bank(scenario),
-                TABLE_1[kind] if scenario == "default" else None,
+                TABLE_1.get(kind) if scenario == "default" else None,
             )
             for scenario in ("default", "strong", "destructive")
-            for kind in ("none", "sequence", "feature")
+            for kind in CONDITIONING
         ),
     )
 
 
-def complexity(recipe: Config) -> Study:
-    """Table 2: I-JEPA and two depths of the predictor, by complexity of the transformations."""
+def complexity(recipe: Config) -> AblationStudy:
+    """Return table 2: I-JEPA and two predictor depths, by complexity of the transformations."""
     shallow, deep = depths(recipe)
-    ijepa = ("--action.conditioning", "none", "--masking.kind", "ijepa", "--loss.kind", "smooth_l1")
+    ijepa = ("--action.conditioning", "none", "--masking.type", "ijepa", "--loss.type", "smooth_l1")
     columns: tuple[tuple[str, str, Callable[[str], tuple[str, ...]]], ...] = (
         (f"I-JEPA, {shallow} blocks", "ijepa_12x384", lambda _: (*_scenario("ijepa"), *ijepa, *_depth(shallow))),
         (f"IWM, {shallow} blocks", "iwm_12x384", lambda scenario: (*_scenario(scenario), *_depth(shallow))),
         (f"IWM, {deep} blocks", "iwm_18x384", lambda scenario: (*_scenario(scenario), *_depth(deep))),
     )
-    return Study(
-        "Table 2: transformations and the predictor's depth",
+    return AblationStudy(
+        "Table 2: complexity of the transformations and predictor depth",
         tuple(
-            Arm(ROWS[scenario], column, options(scenario), scenario, TABLE_2[scenario, predictor])
+            Variant(ROWS[scenario], column, options(scenario), scenario, TABLE_2[scenario, predictor])
             for scenario in ("jitter", "default", "strong")
             for column, predictor, options in columns
         ),
     )
 
 
-def augmentation(recipe: Config) -> Study:
-    """Table S2: six scenarios, two depths of the predictor."""
-    return Study(
+def augmentation(recipe: Config) -> AblationStudy:
+    """Return table S2: six scenarios, two predictor depths."""
+    return AblationStudy(
         "Table S2: augmentations",
         tuple(
-            Arm(
+            Variant(
                 f"IWM, {depth} blocks: {_words(SCENARIOS[scenario].source)}",
                 "MRR",
                 (*_scenario(scenario), *_depth(depth)),
@@ -110,7 +107,7 @@ def augmentation(recipe: Config) -> Study:
     )
 
 
-STUDIES: dict[str, Callable[[Config], Study]] = {
+STUDIES: dict[str, Callable[[Config], AblationStudy]] = {
     "conditioning": conditioning,
     "complexity": complexity,
     "augmentation": augmentation,
@@ -118,37 +115,8 @@ STUDIES: dict[str, Callable[[Config], Study]] = {
 
 
 def depths(recipe: Config) -> tuple[int, int]:
-    """Blocks of the shallow and the deep predictor: the encoder's, and half as many again (12 and 18 for ViT-B)."""
+    """Return the blocks of the shallow and the deep predictor: 1 and 1.5 times the encoder's (12 and 18 for ViT-B)."""
     return recipe.encoder.depth, recipe.encoder.depth * 3 // 2
-
-
-def read_study(path: Path) -> Study:
-    """A study of one's own, a YAML file: `title` and `arms`, each with the fields of `Arm`.
-
-    Raises ConfigError that names the file and the field where it is not one.
-    """
-    try:
-        raw = yaml.safe_load(path.read_text())
-        if not isinstance(raw, dict):
-            raise ConfigError(f"{path} must have the fields title and arms")
-        study = make_converter(forbid_extra_keys=True).structure(raw, Study)
-    except OSError as error:
-        raise ConfigError(
-            f"'{path}' is no study: say one of {', '.join(STUDIES)}, or a YAML file ({error.strerror})"
-        ) from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
-    except ClassValidationError as error:
-        raise ConfigError(f"{path}: {'; '.join(transform_error(error))}") from error
-    places = [(arm.row, arm.column) for arm in study.arms]
-    twice = next((place for place in places if places.count(place) > 1), None)
-    if not study.arms or twice:
-        problem = f"two arms share row '{twice[0]}' and column '{twice[1]}'" if twice else "there are no arms"
-        raise ConfigError(f"{path}: {problem}")
-    unknown = next((arm.bank for arm in study.arms if arm.bank not in JITTERED), None)
-    if unknown:
-        raise ConfigError(f"{path}: bank '{unknown}' is no scenario with jitter; choose one of {JITTERED}")
-    return study
 
 
 def _scenario(name: str) -> tuple[str, ...]:
@@ -160,15 +128,14 @@ def _depth(blocks: int) -> tuple[str, ...]:
 
 
 def _own_bank(scenario: str) -> str:
-    return scenario if scenario in JITTERED else "default"
+    return scenario if scenario in JITTER_SCENARIOS else "default"
 
 
-def _words(source: Photometric) -> str:
+def _words(source: PhotometricConfig) -> str:
     parts = []
     if source.jitter_probability:
         parts.append(f"jitter {' '.join(f'{s:g}' for s in source.strengths)} at {source.jitter_probability:g}")
-    for name in ("blur", "grayscale", "solarize"):
-        probability: float = getattr(source, f"{name}_probability")
-        if probability:
-            parts.append(f"{name} {probability:g}")
+    for op in sorted(DESTRUCTIVE_OPS, key=lambda op: op.name):
+        if probability := source.probability(op):
+            parts.append(f"{op.name} {probability:g}")
     return ", ".join(parts)

@@ -1,4 +1,4 @@
-"""Micro-batch: as many images in one pass as the device's memory holds."""
+"""Micro-batch size: the images of one pass, as many as fit into the device's memory."""
 
 from __future__ import annotations
 
@@ -7,102 +7,107 @@ from dataclasses import replace
 from typing import Any
 
 from iwm.config import ConfigError
-from iwm.downstream import memory
-from iwm.downstream.bench import Bench
-from iwm.downstream.classification import Column
-from iwm.downstream.example import Example
-from iwm.downstream.memory import Need
+from iwm.downstream import cost
+from iwm.downstream.context import RunContext
+from iwm.downstream.cost import DummyBatch, MemoryNeed
 from iwm.downstream.study import Study
-from shards.manifest import load_manifest
+from iwm.downstream.tasks import LabelColumn
+from shards.format import load_manifest
 
-USED = 0.8
-"""Share of the free memory that is planned with. The rest is left for the pipeline's decoders, workspaces of kernels,
-other peaks (held-out images) and fragmentation."""
-STATE = 12
+MEMORY_FRACTION = 0.8
+"""Share of the free memory that passes may use. The rest is for the pipeline's decoders, workspaces of kernels, other
+peaks (held-out images) and fragmentation."""
+STATE_BYTES = 12
 """Bytes per trained parameter that are allocated later: its gradient and two moments, in float32."""
 MIB, GIB = 2**20, 2**30
 
 
-def fit(bench: Bench, study: Study, example: Example, kept: Sequence[Column] = ()) -> tuple[Bench, str]:
-    """Choose the micro-batch where --micro-batch is None; return the bench with it, and a line that says why.
+def choose_micro_batch(
+    context: RunContext, study: Study, example: DummyBatch, cached: Sequence[LabelColumn] = ()
+) -> tuple[RunContext, str]:
+    """Choose the micro-batch size where --micro-batch-size is None; return the context with it, and a message.
 
-    On a GPU: the largest divisor of a process's share that fits, even where the share is (images are mixed in pairs),
-    the same on all processes. On a CPU: the whole share. A training that goes on keeps the micro-batch that it began
-    with, on as many processes and a device of the same type. kept: columns whose features stay on the device. Raises
-    ConfigError where not even the smallest divisor fits.
+    On a GPU: the largest divisor of a process's share that fits, the same on all processes; it is even where the share
+    is even, because images are mixed in pairs. On a CPU: the whole share. A resumed training has the micro-batch size
+    that it started with if the number of processes and the device type are the same. cached: columns whose features are
+    cached on the device. Raises ConfigError where not even the smallest divisor fits.
     """
-    whole, here = bench.micro_batch, bench.here
-    if bench.settings.micro_batch is not None:
-        return bench, f"--micro-batch {whole} of {whole * bench.accumulation} images of a process, as asked for"
-    began = _began_with(bench)
-    if began is not None:
-        return _with(bench, began), f"--micro-batch {began} of {whole}: as this training began"
-    free = memory.free_memory(here.device)
+    whole, dist = context.micro_batch, context.dist
+    if context.settings.micro_batch_size is not None:
+        return (
+            context,
+            f"--micro-batch-size {whole} of {whole * context.accumulation} images of a process, as given",
+        )
+    initial = _initial_size(context)
+    if initial is not None:
+        return _with(context, initial), f"--micro-batch-size {initial} of {whole}: as at the start of this training"
+    free = cost.free_memory(dist.device)
     if free is None:
-        return bench, f"--micro-batch {whole} of {whole}: on a CPU, a process's whole share in one pass"
-    bf16 = bench.pretrained.bf16
+        return context, f"--micro-batch-size {whole} of {whole}: on a CPU, a process's whole share in one pass"
+    bf16 = context.pretrained.bf16
     needs = [
-        memory.need_of(study, arm, example, share=whole, bf16=bf16, kept=bool(kept)) for arm in range(len(study.names))
+        cost.memory_need(study, trial, example, share=whole, bf16=bf16, cached=bool(cached))
+        for trial in range(len(study.names))
     ]
-    later = STATE * sum(p.numel() for p in study.arms.parameters() if p.requires_grad)
-    if kept:
-        later += _images(bench, kept) * memory.feature_bytes(study, example, bf16=bf16)
-    left = int(USED * free) - later
-    images = min(here.gather(largest_fitting(whole, needs, left)))
+    later = STATE_BYTES * sum(p.numel() for p in study.trials.parameters() if p.requires_grad)
+    if cached:
+        later += _images(context, cached) * cost.feature_bytes(study, example, bf16=bf16)
+    left = int(MEMORY_FRACTION * free) - later
+    images = min(dist.gather(largest_fitting(whole, needs, left)))
     largest = max(needs, key=lambda need: need.of(whole))
-    said = f"the largest arm needs {largest.image / MIB:,.0f} MiB an image"
-    room = f"of {free / GIB:,.1f} GiB that are free, {max(0, left) / GIB:,.1f} GiB are for a pass"
+    need = f"the largest trial needs {largest.image / MIB:,.0f} MiB per image"
+    available = f"of {free / GIB:,.1f} GiB that are free, {max(0, left) / GIB:,.1f} GiB are for a pass"
     if not images:
-        raise ConfigError(f"--micro-batch: none fits: {said}, and {room}; {_remedy(bench)}")
-    return _with(bench, images), f"--micro-batch {images} of {whole}: {said}, and {room}"
+        raise ConfigError(f"--micro-batch-size: none fits: {need}, and {available}; {_remedy(context)}")
+    return _with(context, images), f"--micro-batch-size {images} of {whole}: {need}, and {available}"
 
 
-def largest_fitting(share: int, needs: Sequence[Need], left: int) -> int:
-    """Return the largest divisor of `share`, even if that is, that all arms' passes fit with; 0 where none does.
+def largest_fitting(share: int, needs: Sequence[MemoryNeed], left: int) -> int:
+    """Return the largest divisor of `share` with which every trial's pass fits; 0 where there is none.
 
-    left: bytes for a pass.
+    The divisor is even where `share` is even. left: bytes for a pass.
     """
-    divisors = (each for each in range(share, 0, -1) if share % each == 0 and each % 2 == share % 2)
-    return next((each for each in divisors if max(need.of(each) for need in needs) <= left), 0)
+    divisors = (count for count in range(share, 0, -1) if share % count == 0 and count % 2 == share % 2)
+    return next((count for count in divisors if max(need.of(count) for need in needs) <= left), 0)
 
 
-def too_large(bench: Bench) -> ConfigError:
+def out_of_memory_error(context: RunContext) -> ConfigError:
     """Return the error of a device that ran out of memory."""
     return ConfigError(
-        f"--micro-batch {bench.micro_batch}: a pass of so many images is more than the device can hold; "
-        f"lower it, or {_remedy(bench)}"
+        f"--micro-batch-size {context.micro_batch}: a pass of this size does not fit into the device's memory; "
+        f"lower it, or {_remedy(context)}"
     )
 
 
-def split_of(bench: Bench) -> dict[str, Any]:
-    """Return what last.pt says of the micro-batch, for a training that goes on."""
-    return {"micro_batch": bench.micro_batch, "processes": bench.here.size, "device": bench.here.device.type}
+def micro_batch_state(context: RunContext) -> dict[str, Any]:
+    """Return the entry of last.pt from which a resumed training takes its micro-batch size."""
+    return {"micro_batch_size": context.micro_batch, "processes": context.dist.size, "device": context.dist.device.type}
 
 
-def _began_with(bench: Bench) -> int | None:
-    """Return the micro-batch that was chosen when the training began, if it holds here."""
-    last, whole = bench.last, split_of(bench)
-    if last is None or last["identity"]["micro_batch"] is not None:
+def _initial_size(context: RunContext) -> int | None:
+    """Return the micro-batch size that was chosen at the start of the training, if it is valid here."""
+    last, whole = context.last, micro_batch_state(context)
+    if last is None or last["identity"]["micro_batch_size"] is not None:
         return None
-    # A last.pt without it is older: then None was the whole share.
+    # An older last.pt has no split: None then meant the whole share.
     split = last.get("split", whole | {"processes": len(last["ranks"])})
-    images: int = split["micro_batch"]
+    images: int = split["micro_batch_size"]
     same = all(split[name] == whole[name] for name in ("processes", "device"))
-    return images if same and bench.micro_batch % images == 0 else None
+    return images if same and context.micro_batch % images == 0 else None
 
 
-def _with(bench: Bench, images: int) -> Bench:
-    return replace(bench, micro_batch=images, accumulation=bench.micro_batch * bench.accumulation // images)
+def _with(context: RunContext, images: int) -> RunContext:
+    return replace(context, micro_batch=images, accumulation=context.micro_batch * context.accumulation // images)
 
 
-def _images(bench: Bench, columns: Sequence[Column]) -> int:
-    """Return how many images' features a process keeps."""
+def _images(context: RunContext, columns: Sequence[LabelColumn]) -> int:
+    """Return the number of images whose features a process caches."""
     splits = ((column.shards, split) for column in columns for split in (column.train, column.val))
-    return sum(-(-load_manifest(shards, split).samples // bench.here.size) for shards, split in splits)
+    return sum(-(-load_manifest(shards, split).samples // context.dist.size) for shards, split in splits)
 
 
-def _remedy(bench: Bench) -> str:
-    # Probes, which have no such option, keep nothing of the blocks.
-    if getattr(bench.settings, "activation_checkpointing", True):
-        return "train fewer arms at once, or use a GPU with more memory"
-    return "say --activation-checkpointing, which keeps less"
+def _remedy(context: RunContext) -> str:
+    # Probes do not have this option, because they store no activations of blocks.
+    if getattr(context.settings, "activation_checkpointing", True):
+        return "train fewer trials at once, or use a GPU with more memory"
+    return "use --activation-checkpointing, which stores fewer activations"

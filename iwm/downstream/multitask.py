@@ -1,8 +1,8 @@
 """Multitask finetuning of the predictor (paper, 5.2, A.2, figure S2, table 7), and its single-task controls.
 
-One predictor learns all tasks at once: a learned token tells it which, each task has a head, losses are summed. Each
-step has --batch images of every task. A control is a predictor trained for one task alone, on the same images, for the
-same number of steps. All share the frozen encoder's forward pass.
+One predictor learns all tasks at once. Each task has a learned token and a head, and the losses are summed. Each step
+has --batch-size images of every task. A control is a predictor that is trained for one task, on the same images and for
+the same number of steps. All trials share the frozen encoder's forward pass.
 """
 
 from __future__ import annotations
@@ -14,156 +14,162 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-
 from iwm.config import ConfigError
-from iwm.downstream.arms import FinetunedPredictor, MultitaskPredictor
-from iwm.downstream.bench import Bench, column_of, open_task
-from iwm.downstream.classification import Classification, Column, classes_of
-from iwm.downstream.example import labelled
-from iwm.downstream.finetuning import Kind, PredictorFinetuning, attentive_head, predictor_of
-from iwm.downstream.kept import KeptFeatures
-from iwm.downstream.protocol import Made, run
-from iwm.downstream.results import percent
-from iwm.downstream.settings import crops_of, need_each_once
+from iwm.downstream.context import Command, RunContext, column_of, open_task
+from iwm.downstream.cost import dummy_labelled_batch
+from iwm.downstream.experiment import TrialSpec, format_percent, run_trials
+from iwm.downstream.finetuning import (
+    FinetunedPredictorSettings,
+    PredictorInit,
+    attentive_head,
+    predictor_of,
+)
+from iwm.downstream.settings import require_unique, sized_crops
 from iwm.downstream.study import FrozenEncoders
-from iwm.evaluation.bank import Context
-from iwm.models.reader import Reader
-from iwm.training.signals import StopWish
+from iwm.downstream.tasks import CachedFeatures, ClassificationTask, LabelColumn, classes_of
+from iwm.downstream.trials import FinetunedPredictor, MultitaskPredictor
+from iwm.evaluation.result_table import ResultTable
+from iwm.models.predictor_backbone import PredictorBackbone
+from iwm.models.world_model import EncoderName
+from iwm.training.runtime import StopFlag
 
 
 @dataclass(frozen=True)
-class Settings(PredictorFinetuning):
-    """One predictor for several tasks, beside one for each: token and head per task, the batch split evenly."""
+class MultitaskSettings(FinetunedPredictorSettings):
+    """Finetune one predictor for several tasks, with a token and a head per task, and single-task controls."""
 
     tasks: tuple[str, ...] = ()
-    """Each is a label column of the run's shards (as `colour`), or FOLDER:COLUMN of others (as data/inat18:label), with
-    the same names of splits. An epoch is one of the first."""
-    predictors: tuple[Kind, ...] = ("pretrained",)
-    features: Context = "teacher"
-    """Frozen encoder that they are put on: `teacher` (target encoder) or `student` (context encoder)."""
+    """Tasks, each a label column of the run's shards (for example `colour`), or FOLDER:COLUMN of other shards with the
+    same split names (for example data/inat18:label). An epoch is one pass over the first task's images."""
+    predictors: tuple[PredictorInit, ...] = ("pretrained",)
+    """Predictors to finetune."""
+    features: EncoderName = "teacher"
+    """Frozen encoder that feeds the predictors: `teacher` (EMA target encoder) or `student` (context encoder)."""
     controls: bool = True
-    """Also a predictor for each task alone."""
-    batch: int = 512
-    """Images of each task per optimiser step, over all processes; a step has so many times the number of tasks."""
+    """Also train a predictor for each single task."""
+    batch_size: int = 512
+    """Images of each task per optimiser step, over all processes. A step has this number times the
+    number of tasks."""
     epochs: float = 50.0
 
     def check(self) -> None:
         super().check()
-        need_each_once("--predictors", self.predictors)
+        require_unique("--predictors", self.predictors)
 
 
-def evaluate(bench: Bench, settings: Settings, wish: StopWish) -> dict[str, Any] | None:
-    """Train and judge; None where `wish` ended it early. Raises ConfigError and ShardError."""
-    pretrained, device = bench.pretrained, bench.here.device
-    columns = _columns(bench, settings)
+def run_multitask(context: RunContext, settings: MultitaskSettings, stop: StopFlag) -> dict[str, Any] | None:
+    """Train and evaluate. Return None where the stop flag ended it early. Raises ConfigError and ShardError."""
+    pretrained, device = context.pretrained, context.dist.device
+    columns = _columns(context, settings)
     shared = FrozenEncoders({settings.features: pretrained.encoder(settings.features)})
-    kept = shared if settings.keep_features else None
-    crops = crops_of(settings.crops, pretrained)
+    cached = shared if settings.cache_features else None
+    crops = sized_crops(settings.crops, pretrained.img_size)
     names = {}
     for column in columns:
         with _naming(column):
-            names[column.name] = classes_of(column, bench.here).names
-    classes = [len(each) for each in names.values()]
+            names[column.name] = classes_of(column, context.dist).names
+    classes = [len(of_task) for of_task in names.values()]
 
-    def opened(fitted: Bench) -> list[Classification | KeptFeatures]:
+    def open_tasks(fitted: RunContext) -> list[ClassificationTask | CachedFeatures]:
         tasks = []
         for number, column in enumerate(columns):
             with _naming(column):
-                tasks.append(open_task(fitted, column, crops, settings.mixing, kept, number=number))
+                tasks.append(open_task(fitted, column, crops, settings.mixup, cached, number=number))
         return tasks
 
-    prefix, everything = pretrained.teacher.prefix, tuple(range(len(columns)))
-    made = {}
+    prefix, all_tasks = pretrained.teacher.num_prefix_tokens, tuple(range(len(columns)))
+    specs = {}
     for kind, seed in product(settings.predictors, settings.seeds):
-        facts = {"lr": settings.lr, "seed": seed, "features": settings.features, "predictor": kind}
-        behind = ", ".join(
-            word for word, among in ((kind, settings.predictors), (f"seed {seed}", settings.seeds)) if len(among) > 1
+        metadata = {"lr": settings.lr, "seed": seed, "features": settings.features, "predictor": kind}
+        suffix = ", ".join(
+            word for word, values in ((kind, settings.predictors), (f"seed {seed}", settings.seeds)) if len(values) > 1
         )
-        behind = f", {behind}" if behind else ""
+        suffix = f", {suffix}" if suffix else ""
 
-        def reader_of(tokens: int, kind: Kind = kind, seed: int = seed) -> Reader:
-            predictor = predictor_of(pretrained, kind, seed, settings.fresh)
-            return Reader(
+        def new_predictor_backbone(tokens: int, kind: PredictorInit = kind, seed: int = seed) -> PredictorBackbone:
+            predictor = predictor_of(pretrained, kind, seed, settings.random_predictor)
+            return PredictorBackbone(
                 predictor,
-                tasks=tokens,
+                num_tasks=tokens,
                 drop_path=settings.drop_path,
                 checkpointing=settings.activation_checkpointing,
                 seed=seed,
             )
 
-        reader = reader_of(len(columns))
-        heads = [attentive_head(reader, pretrained, count, seed) for count in classes]
-        arm = MultitaskPredictor(reader, heads, settings.features, prefix).to(device)
-        optimizer = settings.optimizer_of(arm, kind)
-        made[f"multitask{behind}"] = Made(arm, optimizer, facts, everything)
-        for number in everything if settings.controls else ():
-            reader = reader_of(0)
-            head = attentive_head(reader, pretrained, classes[number], seed)
-            alone = FinetunedPredictor(reader, head, settings.features, prefix, task=number).to(device)
-            optimizer = settings.optimizer_of(alone, kind)
-            made[f"single-{columns[number].name}{behind}"] = Made(alone, optimizer, facts, (number,))
-    return run(
-        bench,
-        opened,
-        made,
+        predictor_backbone = new_predictor_backbone(len(columns))
+        heads = [attentive_head(predictor_backbone, pretrained, count, seed) for count in classes]
+        trial = MultitaskPredictor(predictor_backbone, heads, settings.features, prefix).to(device)
+        optimizer = settings.optimizer_of(trial, kind)
+        specs[f"multitask{suffix}"] = TrialSpec(trial, optimizer, metadata, all_tasks)
+        for number in all_tasks if settings.controls else ():
+            predictor_backbone = new_predictor_backbone(0)
+            head = attentive_head(predictor_backbone, pretrained, classes[number], seed)
+            control = FinetunedPredictor(predictor_backbone, head, settings.features, prefix, task=number).to(device)
+            optimizer = settings.optimizer_of(control, kind)
+            specs[f"single-{columns[number].name}{suffix}"] = TrialSpec(control, optimizer, metadata, (number,))
+    return run_trials(
+        context,
+        open_tasks,
+        specs,
         shared,
-        wish,
-        example=labelled(pretrained, classes, device),
-        kept=columns if kept else [],
-        to_keep={"classes": names},
+        stop,
+        example=dummy_labelled_batch(pretrained, classes, device),
+        cached=columns if cached else [],
+        best_metadata={"classes": names},
     )
 
 
 @contextmanager
-def _naming(column: Column) -> Iterator[None]:
-    """Say in a ConfigError which of --tasks it is about."""
+def _naming(column: LabelColumn) -> Iterator[None]:
+    """Name the task of --tasks in a ConfigError."""
     try:
         yield
     except ConfigError as error:
         raise ConfigError(f"--tasks {column.name}: {error}") from error
 
 
-def _columns(bench: Bench, settings: Settings) -> list[Column]:
+def _columns(context: RunContext, settings: MultitaskSettings) -> list[LabelColumn]:
     if len(settings.tasks) < 2 or len(set(settings.tasks)) < len(settings.tasks):
-        raise ConfigError("--tasks: name at least two, each once, as --tasks label colour or --tasks data/in1k:label …")
+        raise ConfigError(
+            "--tasks: name at least two, each only once, for example --tasks label colour or --tasks data/in1k:label …"
+        )
     columns = []
     for task in settings.tasks:
         folder, _, label = task.rpartition(":")
-        column = column_of(bench, label, task)
+        column = column_of(context, label, task)
         columns.append(replace(column, shards=Path(folder)) if folder else column)
     return columns
 
 
-def table(result: dict[str, Any]) -> Table:
-    """The paper's table 7: each task alone, all at once, and the difference."""
+def multitask_tables(result: dict[str, Any]) -> list[ResultTable]:
+    """Return the paper's table 7: accuracy of single-task and multitask training, and the difference."""
     tasks = result["tasks"]
-    facts = ", ".join(
+    task_notes = ", ".join(
         f"{name}: {task['train_images']:,} training and {task['val_images']:,} held-out images, chance "
         f"{100 * task['chance']:.1f}"
         for name, task in tasks.items()
     )
-    made = Table(
-        title="Multitask finetuning of the predictor: accuracy of the last epoch in % ± standard error",
-        caption=f"{result['steps']:,} steps of {result['batch']:,} images. {facts}",
-        box=SIMPLE_HEAD,
-    )
-    for column in ("task", "single-task", "multitask", "difference"):
-        made.add_column(column, justify="left" if column == "task" else "right", no_wrap=True)
-    for name in result["arms"]:
+    rows = []
+    for name in result["trials"]:
         if not name.startswith("multitask"):
             continue
-        behind = name.removeprefix("multitask")
-        together = result["arms"][name]["scores"]
+        suffix = name.removeprefix("multitask")
+        together = result["trials"][name]["scores"]
         for task in tasks:
-            control = result["arms"].get(f"single-{task}{behind}")
+            control = result["trials"].get(f"single-{task}{suffix}")
             own = together[task]["top1"]
             alone = control["scores"][task]["top1"] if control else None
-            made.add_row(
-                f"{task}{behind}",
-                percent(alone) if alone else "",
-                percent(own),
-                f"{100 * (own['mean'] - alone['mean']):+.1f}" if alone else "",
+            rows.append(
+                [
+                    f"{task}{suffix}",
+                    format_percent(alone) if alone else "",
+                    format_percent(own),
+                    f"{100 * (own['mean'] - alone['mean']):+.1f}" if alone else "",
+                ]
             )
-    return made
+    title = "Multitask finetuning of the predictor: accuracy of the last epoch in % ± standard error"
+    caption = f"{result['steps']:,} steps of {result['batch_size']:,} images. {task_notes}"
+    return [ResultTable(title, ["task", "single-task", "multitask", "difference"], rows, caption)]
+
+
+MULTITASK = Command(MultitaskSettings, run_multitask, multitask_tables)

@@ -1,4 +1,4 @@
-"""Optimisers of single arms: AdamW with a rate per layer, and LARS for linear probes (paper, A.2)."""
+"""Optimisers of a trial: AdamW with layer-wise learning rate decay, and LARS for linear probes (paper, A.2)."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 from timm.optim import Lars
-from torch import Tensor, nn
+from torch import nn
 
 from iwm.config import ConfigError
-from iwm.training import optim
+from iwm.models.backbone import Backbone
+from iwm.models.predictor import Predictor
+from iwm.models.predictor_backbone import PredictorBackbone
 
 POSITIONS_AND_TOKENS = ("pos_embed", "task_tokens")
-"""Parameters of more than one dimension that are no weights of a layer."""
+"""Parameters with several dimensions that are not weights of a layer."""
 
 
 def adamw(
@@ -22,36 +24,36 @@ def adamw(
     weight_decay: float,
     scale_of: Callable[[str], float] = lambda name: 1.0,
 ) -> torch.optim.Optimizer:
-    """Fused AdamW, β 0.9 and 0.999. scale_of: a parameter's share of the rate, by its name.
+    """Return fused AdamW, β 0.9 and 0.999. scale_of: a parameter's factor of the learning rate, by its name.
 
-    Biases, norms, learned positions and tokens are not decayed, as in MAE's finetuning. Groups keep the highest rate of
-    theirs in `peak`; set_rate makes the step's of it.
+    Biases, norms, learned positions and tokens have no weight decay, as in MAE's finetuning. `peak` of a group is its
+    highest learning rate, from which set_lr computes that of a step. Raises ConfigError where nothing is trained.
     """
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((scale_of(name), _spared(name, parameter)), []).append(parameter)
+            groups.setdefault((scale_of(name), _no_decay(name, parameter)), []).append(parameter)
     if not groups:
         raise ConfigError("nothing is trained: every parameter is frozen")
     options: list[dict[str, Any]] = [
-        {"params": parameters, "peak": lr * scale, "weight_decay": 0.0 if spared else weight_decay}
-        for (scale, spared), parameters in groups.items()
+        {"params": parameters, "peak": lr * scale, "weight_decay": 0.0 if no_decay else weight_decay}
+        for (scale, no_decay), parameters in groups.items()
     ]
     return torch.optim.AdamW(options, lr=lr, betas=(0.9, 0.999), fused=True)
 
 
-def _spared(name: str, parameter: nn.Parameter) -> bool:
-    """Whether it is not decayed: what has one dimension, or is a single token, or is named above."""
+def _no_decay(name: str, parameter: nn.Parameter) -> bool:
+    """Return True for a parameter of one dimension, a single token, or one of POSITIONS_AND_TOKENS."""
     own = name.rpartition(".")[2]
     return parameter.ndim <= 1 or max(parameter.shape) == parameter.numel() or own in POSITIONS_AND_TOKENS
 
 
 def lars(module: nn.Module, lr: float, weight_decay: float, momentum: float = 0.9) -> torch.optim.Optimizer:
-    """LARS: weights move by 0.001 of their own norm times the rate, biases as in plain SGD (as in MAE's linear probe).
+    """Return LARS as in MAE's linear probe: weights move by 0.001 × their norm × the rate, biases as in plain SGD.
 
-    timm's Lars leaves the scaling out where there is no weight decay, unless it is told to adapt always; the first step
-    of a probe with 768 features and 1,000 classes would then be some fifty times too large. With weight decay (A.2 has
-    none) its scale is |weights| / (|gradient| + decay·|weights|), as LARS was published, where MAE has the sum's norm.
+    Without weight decay, timm's Lars scales only with `always_adapt`. Unscaled, the first step of a probe with 768
+    features and 1,000 classes would be about fifty times too large. With weight decay (A.2 has none) timm's scale is
+    |weights| / (|gradient| + decay·|weights|), as in the LARS paper, where MAE has the norm of the sum.
     """
     weights = [p for p in module.parameters() if p.requires_grad and p.ndim > 1]
     biases = [p for p in module.parameters() if p.requires_grad and p.ndim <= 1]
@@ -62,30 +64,44 @@ def lars(module: nn.Module, lr: float, weight_decay: float, momentum: float = 0.
     return Lars([group for group in groups if group["params"]], lr=lr, momentum=momentum)
 
 
-def set_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
-    """The step's learning rates: a share of each group's highest."""
+def set_lr(optimizer: torch.optim.Optimizer, share: float) -> None:
+    """Set each group's learning rate to `share` of its peak."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * share
 
 
-@torch.no_grad()
-def step_unless(optimizer: torch.optim.Optimizer, broken: Tensor) -> None:
-    """Take a step of one of these, or leave parameters and state as they were where `broken` (a bool scalar on the
-    device) says so. The host does not ask: AdamW reads it on the device, and of LARS the step is taken back."""
-    if isinstance(optimizer, torch.optim.AdamW):
-        optim.step_unless(optimizer, broken)
-        return
-    moved = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    before = [p.clone() for p in moved]
-    velocities = [_velocity(optimizer, p, torch.zeros_like(p)).clone() for p in moved]
-    optimizer.step()
-    for p, old, velocity in zip(moved, before, velocities, strict=True):
-        p.copy_(torch.where(broken, old, p))
-        now = _velocity(optimizer, p, velocity)
-        now.copy_(torch.where(broken, velocity, now))
+def layer_ids(module: nn.Module) -> dict[str, int]:
+    """Return the layer number of every trained parameter by its name, counted as in BEiT and MAE.
+
+    module: has at most one trained Backbone, one trained PredictorBackbone, and heads. The encoder's embedding is layer
+    0, its block i is layer i + 1, and its norm and the heads are the last layer (timm counts the norm with the last
+    block). End to end, the numbers continue over the predictor: the encoder's norm and everything before the
+    predictor's blocks are one layer; the predictor's norm and projection and the heads are the last.
+    """
+    ladder: list[list[nn.Module]] = [[]]
+    for kind in (Backbone, PredictorBackbone):
+        for part in module.modules():
+            if isinstance(part, kind) and any(p.requires_grad for p in part.parameters()):
+                blocks, end = _blocks_and_end(part)
+                # All parameters of the part; those of its blocks and end are overwritten by later layers.
+                ladder[-1].append(part)
+                ladder += [[block] for block in blocks]
+                ladder.append(end)
+    number_of = {p: number for number, parts in enumerate(ladder) for part in parts for p in part.parameters()}
+    last = len(ladder) - 1
+    return {name: number_of.get(p, last) for name, p in module.named_parameters() if p.requires_grad}
 
 
-def _velocity(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, default: Tensor) -> Tensor:
-    """LARS's momentum of a parameter; before its first step, and without momentum, it has none."""
-    velocity: Tensor = optimizer.state[parameter].get("momentum_buffer", default)
-    return velocity
+def layer_decay_scales(module: nn.Module, decay: float) -> dict[str, float]:
+    """Return decay^(last layer − own layer), the learning rate factor, of every trained parameter by its name."""
+    numbers = layer_ids(module)
+    last = max(numbers.values(), default=0)
+    return {name: decay ** (last - number) for name, number in numbers.items()}
+
+
+def _blocks_and_end(part: Backbone | PredictorBackbone) -> tuple[list[nn.Module], list[nn.Module]]:
+    if isinstance(part, Backbone):
+        return list(part.vit.blocks), [part.vit.norm]
+    predictor = part.predictor
+    end: list[nn.Module] = [predictor.norm]
+    return list(predictor.blocks), [*end, predictor.predictor_proj] if isinstance(predictor, Predictor) else end

@@ -1,111 +1,110 @@
-"""What is leveraged: a run's encoders and world model, or an encoder that others published."""
+"""Pretrained models for downstream tasks: encoders and predictor of a run, or a published external encoder."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from iwm.actions import ActionSpec, action_spec
-from iwm.config import AttentionKind, Config, ConfigError
-from iwm.evaluation.bank import Context
-from iwm.models.attention import settle
-from iwm.models.backbone import Backbone, backbone_of
-from iwm.models.foreign import ForeignError, MaeDecoder, NoDecoderError, load_foreign
+from iwm.config import AttentionImpl, Config, ConfigError
+from iwm.downstream.settings import TrainSettings
+from iwm.models.attention import to_device
+from iwm.models.backbone import Backbone, frozen_backbone
+from iwm.models.external.loading import ExternalCheckpointError, MaeDecoder, NoDecoderError, load_external
 from iwm.models.predictor import Predictor
-from iwm.training.checkpoint import all_checkpoints, load_run, run_of
-from iwm.training.whole_file import CheckpointError
-
-if TYPE_CHECKING:
-    from iwm.downstream.settings import Training
+from iwm.models.world_model import EncoderName
+from iwm.training.checkpoint import CheckpointError, load_world_model, resolve, run_dir_of
+from iwm.training.runtime import configure_cpu
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """Encoders as they were pretrained, frozen, on the device, and where labelled images are."""
+    """Pretrained, frozen encoders on the device, their predictor, and the shards of labelled images."""
 
     kind: str
-    """`iwm`, or the kind of foreign encoder."""
+    """`iwm`, or the format of an external encoder."""
     run: Path
-    """The folder that results are written under, in eval/."""
+    """Folder whose eval/ contains the results."""
     checkpoint: Path
-    """The very file that was loaded."""
-    encoders: dict[Context, Backbone]
-    """teacher (target encoder) and student (context encoder); a foreign encoder is a teacher."""
+    """File that was loaded."""
+    encoders: dict[EncoderName, Backbone]
+    """`teacher` (EMA target encoder) and `student` (context encoder); an external encoder is a teacher."""
     predictor: Predictor | MaeDecoder | None
+    """None for an external encoder other than MAE with its decoder."""
     config: Config | None
-    """The run's; None for a foreign encoder."""
+    """Configuration of the run; None for an external encoder."""
     shards: Path
     train: str
-    """Split that is learnt from."""
+    """Training split."""
     val: str
     """Held-out split."""
     bf16: bool
+    """Compute in bfloat16 autocast."""
 
     @property
     def teacher(self) -> Backbone:
         return self.encoders["teacher"]
 
     @property
-    def attention(self) -> AttentionKind:
-        """How attention is computed: as the run's training did."""
-        return self.config.train.attention if self.config else "auto"
+    def attention(self) -> AttentionImpl:
+        """Attention implementation, as in the run's training."""
+        return self.config.train.attention_impl if self.config else "auto"
 
     @property
     def spec(self) -> ActionSpec | None:
-        """Layout of the run's actions."""
+        """Layout of the run's actions; None for an external encoder."""
         return action_spec(self.config.action, self.config.views) if self.config else None
 
     @property
-    def size(self) -> int:
+    def img_size(self) -> int:
         """Side of an image in pixels."""
-        return self.teacher.size
+        return self.teacher.img_size
 
     @property
     def description(self) -> str:
-        """The encoder's shape in words."""
+        """Shape of the encoder and of the run's predictor as text."""
         t = self.teacher
-        parts = [f"ViT {t.depth}×{t.width}, patch {t.patch}, {t.size} px"]
+        parts = [f"ViT {t.depth}×{t.embed_dim}, patch {t.patch_size}, {t.img_size} px"]
         if isinstance(self.predictor, Predictor):
             parts.append(f"predictor {len(self.predictor.blocks)}×{self.predictor.mask_token.numel()}")
         return ", ".join(parts)
 
-    def encoder(self, which: Context) -> Backbone:
-        """Raises ConfigError where there is none, which names the option."""
+    def encoder(self, which: EncoderName) -> Backbone:
+        """Return an encoder. Raises ConfigError, naming the option, where there is none."""
         if which not in self.encoders:
-            raise ConfigError(f"--features {which}: a {self.kind} encoder has no student; leave it at teacher")
+            raise ConfigError(f"--features {which}: a {self.kind} encoder has no student; use --features teacher")
         return self.encoders[which]
 
 
-def load_pretrained(settings: Training, device: torch.device) -> Pretrained:
-    """Load what --checkpoint and --foreign name. Raises ConfigError or CheckpointError, which name file and option."""
-    return _load_foreign(settings, device) if settings.foreign.kind else _load_run(settings, device)
+def load_pretrained(settings: TrainSettings, device: torch.device) -> Pretrained:
+    """Load the models of --checkpoint and --external. Raises ConfigError or CheckpointError, naming file and option."""
+    return _load_external(settings, device) if settings.external.format else _load_run(settings, device)
 
 
-def _load_run(settings: Training, device: torch.device) -> Pretrained:
+def _load_run(settings: TrainSettings, device: torch.device) -> Pretrained:
     path = settings.checkpoint
-    checkpoint = (all_checkpoints(path) or [path])[0]
     try:
-        model, config = load_run(checkpoint, device)
+        checkpoint = resolve(path)
+        model, config = load_world_model(checkpoint, device)
     except CheckpointError as error:
         raise CheckpointError(
-            f"{error}; --checkpoint takes a run's folder, one of its checkpoints, or with --foreign.kind a file that "
-            "others published"
+            f"{error}; --checkpoint takes a run's folder, one of its checkpoints, or with --external.format the "
+            "file of a published encoder"
         ) from error
     data = settings.data
     val = data.split or config.data.val
     if val is None:
-        raise ConfigError(f"{path}: the run has no validation split (data.val); say --data.split NAME")
-    if device.type == "cpu" and not settings.threads and config.train.threads:
-        torch.set_num_threads(config.train.threads)  # a small model is slower with more
+        raise ConfigError(f"{path}: the run has no validation split (data.val); use --data.split NAME")
+    if device.type == "cpu" and not settings.num_threads:
+        configure_cpu(config.train.num_threads)
     return Pretrained(
         kind="iwm",
-        run=run_of(checkpoint),
+        run=run_dir_of(checkpoint),
         checkpoint=checkpoint,
-        encoders={"teacher": backbone_of(model.target_encoder), "student": backbone_of(model.encoder)},
+        encoders={"teacher": frozen_backbone(model.target_encoder), "student": frozen_backbone(model.encoder)},
         predictor=model.predictor,
         config=config,
         shards=data.shards or config.data.shards,
@@ -115,31 +114,32 @@ def _load_run(settings: Training, device: torch.device) -> Pretrained:
     )
 
 
-def _load_foreign(settings: Training, device: torch.device) -> Pretrained:
-    path, foreign, data = settings.checkpoint, settings.foreign, settings.data
-    assert foreign.kind is not None  # the caller asked
+def _load_external(settings: TrainSettings, device: torch.device) -> Pretrained:
+    path, external, data = settings.checkpoint, settings.external, settings.data
+    assert external.format is not None  # checked by the caller
     if data.shards is None:
-        raise ConfigError(f"--foreign.kind {foreign.kind}: it has no data of its own; give --data.shards")
+        raise ConfigError(f"--external.format {external.format}: the encoder has no data; use --data.shards FOLDER")
     if not path.suffix and settings.output is None:
         raise ConfigError(
-            f"--checkpoint {path} has no ending to leave out in the name of its results' folder; say --output"
+            f"--checkpoint {path} has no suffix, so the folder of its results would have the same name; use --output"
         )
-    load = partial(load_foreign, foreign.kind, path, name=foreign.name, image_size=foreign.image_size)
+    load = partial(load_external, external.format, path, name=external.name, image_size=external.image_size)
     try:
         try:
-            encoder = load(decoder=foreign.kind == "mae")
+            encoder = load(decoder=external.format == "mae")
         except NoDecoderError:
             encoder = load()
-    except ForeignError as error:
-        raise CheckpointError(f"--foreign.kind {foreign.kind}: {error}") from error
-    settle(encoder, device, "auto")
-    backbone = backbone_of(encoder)
-    if backbone.size % backbone.patch:
+    except ExternalCheckpointError as error:
+        raise CheckpointError(f"--external.format {external.format}: {error}") from error
+    to_device(encoder, device, "auto")
+    backbone = frozen_backbone(encoder)
+    if backbone.img_size % backbone.patch_size:
         raise ConfigError(
-            f"--foreign.image-size {backbone.size} is no multiple of the encoder's patch of {backbone.patch} px"
+            f"--external.image-size {backbone.img_size} is not a multiple of the encoder's patch size, "
+            f"{backbone.patch_size} px"
         )
     return Pretrained(
-        kind=foreign.kind,
+        kind=external.format,
         run=path.with_suffix(""),
         checkpoint=path,
         encoders={"teacher": backbone},

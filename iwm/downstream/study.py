@@ -1,68 +1,63 @@
-"""Arms that are trained at once, and the frozen encoders they share.
+"""Study: trials that are trained at once, and the frozen encoders that they share.
 
-The frozen encoders run once for all arms of a batch: linear probes of several learning rates, a pretrained and a random
-predictor, several seeds. No arm touches another, and what an arm draws is its own, so each is trained as if it were
-alone; a test holds them to that, bit for bit. As arms share no graph, each has its forward and backward pass before the
-next begins: a step needs the memory of the largest arm, however many there are.
+The frozen encoders run once per batch for all trials: linear probes of several learning rates, a pretrained and a
+random predictor, several seeds. Trials share no parameters, graphs or random values, so each trial is bit for bit the
+same as if it were trained alone (tests/downstream/test_training.py). Each trial's forward and backward pass ends before
+the next trial's begins, so a step needs the memory of the largest trial only.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import Any, Protocol, cast
 
-import numpy as np
 import torch
 from jaxtyping import Float, Real
 from torch import Tensor, nn
 
-from iwm.config import AttentionKind
-from iwm.models.attention import settle
+from dali_pipelines.seeds import derive_seed
+from iwm.config import AttentionImpl
+from iwm.models.attention import to_device
 from iwm.models.backbone import Backbone
-from iwm.models.reader import Reader
+from iwm.models.predictor_backbone import PredictorBackbone
 
 PIXELS = "pixels"
 
-Shared = Mapping[str, Tensor]
-"""What arms are given: PIXELS, [b, h, w, 3], uint8 or grey levels from 0 to 255, for arms that train an encoder; and
-the tokens of each frozen encoder by its name, [b, s, d] after the last norm, prefix tokens (class token) first, or the
+SharedInputs = Mapping[str, Tensor]
+"""Inputs of all trials. PIXELS: [b, h, w, 3], uint8 or float grey levels from 0 to 255, for trials that train an
+encoder. Name of a frozen encoder: its tokens after the last norm, [b, s, d], prefix tokens (class token) first; or the
 mean of its patches, [b, 1, d]."""
 
 
-def torch_seed(*parts: int) -> int:
-    """Return a seed of torch's generators, 0 to 2⁶³ − 1, that all of these numbers decide."""
-    # Shifted as a Python integer: numpy 1 shifts no uint64 by one of those.
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]) >> 1
-
-
-class Arm(nn.Module):
-    """One thing that is trained."""
+class Trial(nn.Module):
+    """Module of everything that one trial trains."""
 
     @abstractmethod
-    def losses(self, shared: Shared, targets: Sequence[Tensor]) -> Float[Tensor, ""]:
-        """Its loss; images of several tasks lie one task after the other, with each task's targets."""
+    def loss(self, shared: SharedInputs, targets: Sequence[Tensor]) -> Float[Tensor, ""]:
+        """Return the loss. shared: images of all tasks, concatenated by task. targets: those of each task."""
 
-    def forward(self, shared: Shared, targets: Sequence[Tensor]) -> Float[Tensor, ""]:
-        """Return `losses`: what training calls, DDP around it or not."""
-        return self.losses(shared, targets)
+    def forward(self, shared: SharedInputs, targets: Sequence[Tensor]) -> Float[Tensor, ""]:
+        """Return `loss`. Training calls the module, which DDP may wrap."""
+        return self.loss(shared, targets)
 
     @abstractmethod
-    def logits(self, shared: Shared, task: int) -> Float[Tensor, "..."]:
-        """What it says of images of one task: [b, classes], or [b, classes, h, w]."""
+    def logits(self, shared: SharedInputs, task: int) -> Float[Tensor, "..."]:
+        """Return the logits of images of one task: [b, classes], or [b, classes, h, w]."""
 
 
 class FrozenEncoders(nn.Module):
-    """Encoders that are used and not trained; there may be none."""
+    """Encoders without training; there may be none."""
 
     def __init__(self, encoders: Mapping[str, Backbone], *, pooled: bool = False) -> None:
-        """pooled: patches are averaged here, once for all arms; there are no prefix tokens then."""
+        """Freeze the encoders. pooled: return the mean of the patches, without prefix tokens, computed once for all
+        trials."""
         super().__init__()
         self.names, self._pooled = tuple(encoders), pooled
         self.encoders = nn.ModuleList(encoders.values()).requires_grad_(False).eval()
 
     @torch.no_grad()
-    def forward(self, pixels: Real[Tensor, "b h w 3"]) -> Shared:
+    def forward(self, pixels: Real[Tensor, "b h w 3"]) -> SharedInputs:
         encoders = (cast(Backbone, encoder) for encoder in self.encoders)
         features = {name: self._features(encoder, pixels) for name, encoder in zip(self.names, encoders, strict=True)}
         return {PIXELS: pixels, **features}
@@ -75,47 +70,78 @@ class FrozenEncoders(nn.Module):
 
 
 class Study(nn.Module):
-    """Arms and what they share."""
+    """Trials and their frozen encoders."""
 
-    def __init__(self, arms: Mapping[str, Arm], encoders: FrozenEncoders, seeds: Sequence[int]) -> None:
-        """seeds: of what each arm draws in training (drop path, actions)."""
+    def __init__(self, trials: Mapping[str, Trial], encoders: FrozenEncoders, seeds: Sequence[int]) -> None:
+        """Hold the trials. seeds: seed of each trial's random values in training (drop path, actions)."""
         super().__init__()
-        self.names = tuple(arms)
+        self.names = tuple(trials)
         self.seeds = tuple(seeds)
-        self.arms = nn.ModuleList(arms.values())
+        self.trials = nn.ModuleList(trials.values())
         self.encoders = encoders
 
-    def prepare(self, device: torch.device, *, compiled: bool = False, attention: AttentionKind = "auto") -> Study:
-        """Move to a device and choose the attention; of the arms, compile encoders and predictors if asked, which the
-        frozen encoders are where they come from (bench.open_bench)."""
-        settle(self, device, attention)
-        for part in self.arms.modules():
-            if isinstance(part, Backbone | Reader):
-                part.prepare(device, compiled=compiled, attention=attention)
+    def setup(self, device: torch.device, *, compiled: bool = False, attention: AttentionImpl = "auto") -> Study:
+        """Move to a device and set the attention implementation.
+
+        compiled: also compile the encoders and predictors of the trials; context.open_run compiles the frozen encoders.
+        """
+        to_device(self, device, attention)
+        for part in self.trials.modules():
+            if isinstance(part, Backbone | PredictorBackbone):
+                part.setup(device, compiled=compiled, attention=attention)
         return self
 
-    def seed(self, arm: int, number: int, rank: int) -> None:
-        """Seed torch's own generators for an arm's forward pass.
+    def seed(self, trial: int, number: int, rank: int) -> None:
+        """Seed torch's generators for a trial's forward pass.
 
-        number, rank: of the pass and the process. With the arm's seed they decide all that it draws: arms of one seed
-        draw the same, and a training that goes on draws what it would have drawn.
+        number: index of the pass. rank: of the process. Together with the trial's seed they determine all its random
+        values: trials with the same seed have the same values, and so has a resumed training.
         """
-        torch.manual_seed(torch_seed(self.seeds[arm], number, rank))
+        torch.manual_seed(derive_seed(self.seeds[trial], number, rank, bits=63))
 
     @torch.no_grad()
-    def predict(self, inputs: Tensor | Shared, task: int, arms: Sequence[int]) -> list[Tensor]:
-        """What these arms say of images of one task."""
-        shared = self.share(inputs)
-        return [self.arm(number).logits(shared, task).float() for number in arms]
+    def predict(self, inputs: Tensor | SharedInputs, task: int, trials: Sequence[int]) -> list[Tensor]:
+        """Return the float32 logits of some trials for images of one task."""
+        shared = self.shared_inputs(inputs)
+        return [self.trial(number).logits(shared, task).float() for number in trials]
 
-    def arm(self, number: int) -> Arm:
-        """The arm of this number."""
-        return cast(Arm, self.arms[number])
+    def trial(self, number: int) -> Trial:
+        """Return the trial of this index."""
+        return cast(Trial, self.trials[number])
 
-    def share(self, inputs: Tensor | Shared) -> Shared:
-        """What the arms are given."""
-        return cast(Shared, self.encoders(inputs)) if isinstance(inputs, Tensor) else inputs
+    def shared_inputs(self, inputs: Tensor | SharedInputs) -> SharedInputs:
+        """Return the trials' inputs: the frozen encoders' features of pixels; features are returned unchanged."""
+        return cast(SharedInputs, self.encoders(inputs)) if isinstance(inputs, Tensor) else inputs
 
-    def trained(self) -> dict[str, Tensor]:
-        """The arms' parameters and buffers, by arm number: all that training changes."""
-        return self.arms.state_dict()
+    def state_dicts(self) -> dict[str, Tensor]:
+        """Return the trials' parameters and buffers, all that training changes. Names begin with the index."""
+        return self.trials.state_dict()
+
+
+class Task(Protocol):
+    """Interface between a task and the training."""
+
+    name: str
+    metric: str
+    """Metric of `evaluate` by which the best epoch is chosen; higher is better."""
+    proportion_metrics: tuple[str, ...]
+    """Metrics that are shares of the held-out images and have a standard error over them."""
+
+    @property
+    def images(self) -> int:
+        """Images of an epoch, over all processes."""
+
+    def get_batch(self, number: int) -> tuple[Tensor | SharedInputs, Tensor]:
+        """Return inputs and targets of this process's pass `number` (from 0) of the training, on the device."""
+
+    def state(self) -> dict[str, Any]:
+        """Return the state from which `get_batch` resumes, in addition to the number."""
+
+    def evaluate(self, study: Study, number: int, trials: Sequence[int]) -> list[dict[str, Any]]:
+        """Return the metrics of some trials on the held-out images, the same on every process.
+
+        number: index of the task in the study.
+        """
+
+    def metadata(self) -> dict[str, Any]:
+        """Return the task's entries of a result, after `evaluate`."""

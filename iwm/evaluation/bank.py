@@ -1,62 +1,73 @@
-"""An image's bank in latent space: its copies as the target encoder sees them, and how far predictions are from them.
+"""Bank of target features of an image's augmented views, and distances from predictions to it.
 
-MRR, retrieval, grids of single parameters and the undoing of corruptions all ask it.
+MRR, retrieval, parameter sweeps and corruptions are computed on it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
 
 import torch
-from jaxtyping import Float, UInt8
+import tyro
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from dali_pipelines.augmentation import IDENTITY
-from dali_pipelines.replay import photometric
+from dali_pipelines.augmentations import IDENTITY, SCENARIOS, PhotometricConfig, Views
+from dali_pipelines.replay import apply_photometric
 from iwm.actions import ActionSpec, action_between
+from iwm.config import ConfigError
+from iwm.models.world_model import ENCODERS, EncoderName, WorldModel
+from iwm.ranges import Range
 
-if TYPE_CHECKING:
-    from iwm.models.world_model import WorldModel
+JITTER_SCENARIOS = tuple(name for name, views in SCENARIOS.items() if views.target.jitter_probability > 0)
+"""Scenarios whose target has jitter, so that a bank can be sampled from it."""
+
+MIN_FACTOR = 0.1
+"""Smallest factor in a grid of single values: a factor of 0 gives a black view."""
+
+TIE_TOLERANCE = 1e-6
+"""Distances that differ by less than this share of the true view's norm are ties (float32 rounding)."""
 
 Distance = Literal["pooled", "per_token"]
 DISTANCES: tuple[Distance, ...] = ("pooled", "per_token")
-Context = Literal["teacher", "student"]
-CONTEXTS: tuple[Context, ...] = ("teacher", "student")
 
-UNTOLD = "Without conditioning the predictor is told nothing: all actions give one prediction, by construction."
-"""What stands under the figures of a run with action.conditioning `none`."""
+UNCONDITIONED_NOTE = (
+    "Without conditioning the predictor receives no action: all actions give the same prediction, by construction."
+)
+"""Note under the results of a run with action.conditioning `none`."""
 
 
 @dataclass(frozen=True)
 class Bank:
-    """One image's copies as the target encoder sees them: what predictions are compared with."""
+    """Augmented views of one image with their target features, which predictions are compared with."""
 
-    copies: UInt8[Tensor, "k h w 3"]
+    views: UInt8[Tensor, "k h w 3"]
     params: Float[Tensor, "k p"]
-    """What was done to each copy, in the order of PHOTOMETRIC_FIELDS."""
+    """Augmentation parameters of each view, in the order of PHOTOMETRIC_FIELDS."""
     targets: Float[Tensor, "k n d"]
     norms: Float[Tensor, "distance k"]
-    """Norms of the copies' target features: the scale of TIE. Axis 0 follows DISTANCES."""
+    """Norms of the views' target features, the scale of TIE_TOLERANCE. Axis 0 follows DISTANCES."""
 
 
 @torch.no_grad()
 def embed_bank(
-    model: WorldModel, image: UInt8[Tensor, "h w 3"], params: Float[Tensor, "k p"], chunk: int = 256
+    model: WorldModel, image: UInt8[Tensor, "h w 3"], params: Float[Tensor, "k p"], batch_size: int = 256
 ) -> Bank:
-    """Make the copies of a clean image that `params` describe and embed them, `chunk` at once."""
-    copies = photometric(image.expand(len(params), -1, -1, -1), params, model.config.views.colour)
-    targets = torch.cat([model.targets(part).float() for part in copies.split(chunk)])
-    return Bank(copies, params, targets, torch.stack([each.norm(dim=1) for each in _compared(targets, DISTANCES)]))
+    """Apply each row of `params` to a clean image and embed the views, `batch_size` at a time."""
+    views = apply_photometric(image.expand(len(params), -1, -1, -1), params, model.config.views.jitter_impl)
+    targets = torch.cat([model.target_features(part).float() for part in views.split(batch_size)])
+    norms = torch.stack([features.norm(dim=1) for features in _pool_or_flatten(targets, DISTANCES)])
+    return Bank(views, params, targets, norms)
 
 
-def actions_to(
+def actions_from(
     params: Float[Tensor, "k p"], spec: ActionSpec, source: Float[Tensor, " p"] | None = None
 ) -> Float[Tensor, "k a"]:
-    """The action from one source, given by its photometric params (default: the clean image), to each of `params`."""
-    made_by = torch.tensor(IDENTITY, device=params.device) if source is None else source
-    return action_between(made_by.expand_as(params), params, spec)
+    """Return the action from one source to each of `params`; `source`: its parameters (default: the clean image)."""
+    source_params = torch.tensor(IDENTITY, device=params.device) if source is None else source
+    return action_between(source_params.expand_as(params), params, spec)
 
 
 @torch.no_grad()
@@ -67,37 +78,99 @@ def predicted_distances(
     actions: Float[Tensor, "s q a"],
     *,
     distances: Sequence[Distance] = DISTANCES,
-    contexts: Sequence[Context] = CONTEXTS,
-    chunk: int = 256,
-) -> Float[Tensor, "distance context s q k"]:
-    """Apply q actions to each source view in latent space, and measure how far every prediction is from every copy.
+    encoders: Sequence[EncoderName] = ENCODERS,
+    batch_size: int = 256,
+) -> Float[Tensor, "distance encoder s q k"]:
+    """Predict q actions from each source view and return the distance of every prediction to every view of the bank.
 
-    float64, axes 0 and 1 as asked for. `chunk` bounds the memory: so many predictions are made at once.
+    float64; axes 0 and 1 follow `distances` and `encoders`. `batch_size`: predictions computed at a time, which bounds
+    the memory.
     """
-    compared = _compared(bank.targets, distances)
+    compared = _pool_or_flatten(bank.targets, distances)
 
-    def of_source(features: Float[Tensor, "n d"], told: Float[Tensor, "q a"]) -> Float[Tensor, "distance q k"]:
+    def of_source(features: Float[Tensor, "n d"], queries: Float[Tensor, "q a"]) -> Float[Tensor, "distance q k"]:
         rows = []
-        for part in told.split(chunk):
-            predictions = _compared(model.predict(features.expand(len(part), -1, -1), part).float(), distances)
+        for part in queries.split(batch_size):
+            predictions = _pool_or_flatten(model.predict(features.expand(len(part), -1, -1), part).float(), distances)
             rows.append(torch.stack([_l2(p, t) for p, t in zip(predictions, compared, strict=True)]))
         return torch.cat(rows, dim=1)
 
-    by_context = []
-    for context in contexts:
-        encoded = torch.cat([model.encode(part, context) for part in sources.split(chunk)])
-        by_context.append(torch.stack([of_source(*each) for each in zip(encoded, actions, strict=True)], dim=1))
-    return torch.stack(by_context, dim=1)
+    by_encoder = []
+    for encoder in encoders:
+        encoded = torch.cat([model.encode(part, encoder) for part in sources.split(batch_size)])
+        by_encoder.append(torch.stack([of_source(*pair) for pair in zip(encoded, actions, strict=True)], dim=1))
+    return torch.stack(by_encoder, dim=1)
 
 
-def _compared(features: Float[Tensor, "b n d"], distances: Sequence[Distance]) -> list[Float[Tensor, "b f"]]:
-    """What each distance is taken between."""
+def _pool_or_flatten(features: Float[Tensor, "b n d"], distances: Sequence[Distance]) -> list[Float[Tensor, "b f"]]:
+    """Return the vectors that each distance is computed between."""
     return [features.mean(1) if distance == "pooled" else features.flatten(1) for distance in distances]
 
 
 def _l2(predictions: Float[Tensor, "q f"], bank: Float[Tensor, "k f"]) -> Float[Tensor, "q k"]:
-    """L2 distances as one matrix product. In float64: ‖p‖² + ‖t‖² − 2p·t cancels, for the copies differ by little
-    against their norms, and a float64 product stays exact whatever TF32 setting the process has."""
+    """Compute L2 distances as one matrix product, in float64.
+
+    The views differ by little against their norms, so ‖p‖² + ‖t‖² − 2p·t cancels in float32. A float64 product is also
+    independent of the process's TF32 setting.
+    """
     p, t = predictions.double(), bank.double()
     squares = p.square().sum(1, keepdim=True) + t.square().sum(1) - 2 * p @ t.T
     return squares.clamp_min(0).sqrt()
+
+
+@dataclass(frozen=True)
+class BankSettings:
+    """Bank of augmented views in which predictions are ranked."""
+
+    num_images: Annotated[int, Range(min=2)] = 64
+    """Held-out images, at least 2. Each has its own bank; the standard error is over images."""
+    num_views: Annotated[int, Range(min=2)] = 256
+    """Jittered views per image, at least 2. Chance depends on it: compare only scores of the same bank size."""
+    scenario: Annotated[str | None, tyro.conf.arg(metavar="|".join(JITTER_SCENARIOS))] = None
+    """Row of table S2 whose target jitter the bank is sampled from. Use the same one for all runs that you compare.
+    Default: the run's own jitter, or that of `default` if the run has none."""
+    batch_size: Annotated[int, Range(min=1)] = 256
+    """Views embedded and predicted at a time. Lower it when the device runs out of memory."""
+
+
+def bank_augmentation(views: Views, scenario: str | None = None) -> PhotometricConfig:
+    """Return the target's jitter at probability 1 and without destructive augmentations, for sampling a bank.
+
+    At training's p = 0.8 a fifth of the bank would be the clean image itself, and ties would decide the score.
+    Raises ConfigError for an unknown scenario or one whose target has no jitter.
+    """
+    if scenario is not None and scenario not in JITTER_SCENARIOS:
+        raise ConfigError(
+            f"--bank.scenario: '{scenario}' is not a scenario with jitter; choose one of {JITTER_SCENARIOS}"
+        )
+    own = views.target if views.target.jitter_probability > 0 else SCENARIOS["default"].target
+    target = own if scenario is None else SCENARIOS[scenario].target
+    return replace(target.without_destructive(), jitter_probability=1.0)
+
+
+def derangement(size: int, generator: torch.Generator) -> Int[Tensor, " size"]:
+    """Sample a permutation without fixed points: one cycle through all elements (size at least 2)."""
+    order = torch.randperm(size, generator=generator)
+    permutation = torch.empty_like(order)
+    permutation[order] = order.roll(1)
+    return permutation
+
+
+def rank_of_target(
+    distances: Float[Tensor, "distance encoder q k"], norms: Float[Tensor, "distance k"]
+) -> Float[Tensor, "distance encoder q"]:
+    """Return the rank of entry i in row i, from 1; entries tied with it (TIE_TOLERANCE) share their mean rank.
+
+    The true entries are the first q of k. NaN where a distance is not finite, so that a broken model cannot score well.
+    """
+    true = distances.diagonal(dim1=-2, dim2=-1)[..., None]
+    tolerance = TIE_TOLERANCE * norms[:, None, : distances.shape[-2], None]
+    nearer = (distances < true - tolerance).sum(-1)
+    tied = ((distances - true).abs() <= tolerance).sum(-1)
+    ranks = nearer + (tied + 1) / 2
+    return ranks.masked_fill(~distances.isfinite().all(-1), torch.nan)
+
+
+def chance_mrr(size: int) -> float:
+    """Return the mean reciprocal rank of a random guess in a bank of `size`: H(size) / size."""
+    return sum(1 / i for i in range(1, size + 1)) / size

@@ -1,18 +1,17 @@
-"""How much of an augmentation the representation keeps (paper, appendix G, figure S3).
+"""Cosine similarity of augmented views within and between images (paper, appendix G, figure S3).
 
-Held-out images are each augmented a number of times and embedded; pooled features of one image's views are compared
-with those of other images. Augmented means the run's own source view (jitter, always applied; grayscale, blur and
-solarize as often as in training), the widest colours that an encoder is trained on. There is no crop: all views show
-the same pixels, so that what differs within an image is what the action describes, and nothing else.
+Held-out images are augmented several times and embedded; pooled features of one image's views are compared with those
+of other images. The augmentation is the run's source view: jitter at probability 1; grayscale, blur and solarize as
+often as in training. There is no crop, so views of one image differ only in the parameters that the action describes.
 
 - `within_image`, `between_images`: mean cosine similarity of two different views of one image, and of views of two
   images. An invariant model has `within_image` 1.
-- `variance_ratio`: trace of the within-image covariance over trace of the between-image covariance, of features as
-  they are (not of unit length). Within: squared distance of a view to the mean of its image's views, summed and
+- `variance_ratio`: trace of the within-image covariance over trace of the between-image covariance, of features
+  that are not normalised. Within: squared distance of a view to the mean of its image's views, summed and
   divided by K(m − 1), for K images of m views. Between: squared distance of an image's mean to the mean of all images,
-  summed and divided by K − 1. An invariant model has 0; centring and scaling all features leave it as it is.
+  summed and divided by K − 1. An invariant model has 0. The ratio is invariant to centring and scaling of all features.
 
-Standard errors are over images: of the mean for similarities, the jackknife's for the ratio.
+Standard errors are over images: that of the mean for similarities, the jackknife for the ratio.
 """
 
 from __future__ import annotations
@@ -25,48 +24,45 @@ import torch
 import tyro
 from jaxtyping import Float, UInt8
 from matplotlib.figure import Figure
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 from torch import Tensor
 
-from dali_pipelines.augmentation import SCENARIOS, Photometric, Views
-from dali_pipelines.replay import draw_photometric, photometric
+from dali_pipelines.augmentations import SCENARIOS, PhotometricConfig, Views
+from dali_pipelines.replay import apply_photometric, sample_photometric
 from iwm.config import ConfigError
-from iwm.evaluation.bank import Context
-from iwm.evaluation.mrr import JITTERED
-from iwm.evaluation.over_images import over_images
-from iwm.evaluation.settings import Settings as Common
-from iwm.evaluation.subject import Subject
-from iwm.models.world_model import WorldModel
+from iwm.evaluation.bank import JITTER_SCENARIOS
+from iwm.evaluation.common import EvalContext, EvalSettings, mean_and_stderr
+from iwm.evaluation.result_table import ResultTable
+from iwm.models.world_model import EncoderName, WorldModel
+from iwm.ranges import Range
 from iwm.training.checkpoint import CheckpointError
 
 
 @dataclass(frozen=True)
-class Settings(Common):
-    """Cosine similarities of augmented images. Writes RUN/eval/similarity.png beside the JSON."""
+class SimilaritySettings(EvalSettings):
+    """Cosine similarity of augmented views within and between images. Writes RUN/eval/similarity.png."""
 
-    images: int = 128
-    """Held-out images that the figures are taken over, at least 2."""
-    augmentations: int = 16
-    """Views of each, at least 2; the paper's 16."""
-    shown: int = 8
-    """Images in the picture, the first of them."""
-    encoder: Context = "teacher"
+    num_images: Annotated[int, Range(min=2)] = 128
+    """Held-out images, at least 2."""
+    num_views: Annotated[int, Range(min=2)] = 16
+    """Augmented views of each image, at least 2. The paper uses 16."""
+    num_shown: Annotated[int, Range(min=1)] = 8
+    """Images in the figure, the first of --num-images."""
+    encoder: EncoderName = "teacher"
     """`teacher`: the target encoder. `student`: the context encoder."""
-    scenario: Annotated[str | None, tyro.conf.arg(metavar="|".join(JITTERED))] = None
-    """Row of table S2 whose source view augments, the same for runs that are compared. Default: the run's own source
-    view, or that of `default` where it has no jitter."""
-    chunk: int = 256
-    """Views embedded at once; lower it when the device runs out of memory."""
+    scenario: Annotated[str | None, tyro.conf.arg(metavar="|".join(JITTER_SCENARIOS))] = None
+    """Row of table S2 whose source view is the augmentation. Use the same one for all runs that you compare. Default:
+    the run's own source view, or that of `default` if the run has no jitter."""
+    batch_size: Annotated[int, Range(min=1)] = 256
+    """Views embedded at a time. Lower it when the device runs out of memory."""
 
 
-def augmentation(views: Views, scenario: str | None = None) -> Photometric:
-    """What the images are augmented with: a source view whose jitter is always applied.
+def view_augmentation(views: Views, scenario: str | None = None) -> PhotometricConfig:
+    """Return the augmentation of the images: a source view with jitter at probability 1.
 
     Raises ConfigError for an unknown scenario or one without jitter.
     """
-    if scenario is not None and scenario not in JITTERED:
-        raise ConfigError(f"--scenario: '{scenario}' is no scenario with jitter; choose one of {JITTERED}")
+    if scenario is not None and scenario not in JITTER_SCENARIOS:
+        raise ConfigError(f"--scenario: '{scenario}' is not a scenario with jitter; choose one of {JITTER_SCENARIOS}")
     own = views.source if views.source.jitter_probability > 0 else SCENARIOS["default"].source
     return replace(own if scenario is None else SCENARIOS[scenario].source, jitter_probability=1.0)
 
@@ -76,21 +72,21 @@ def embed_views(
     model: WorldModel,
     images: UInt8[Tensor, "k h w 3"],
     params: Float[Tensor, "k m p"],
-    encoder: Context,
-    chunk: int = 256,
+    encoder: EncoderName,
+    batch_size: int = 256,
 ) -> Float[Tensor, "k m d"]:
-    """Pooled features of each image as each row of its `params` (PHOTOMETRIC_FIELDS) makes it, `chunk` at a time."""
+    """Return pooled features of each image augmented with each row of its `params`; `batch_size` views at a time."""
     k, m, _ = params.shape
-    colour = model.config.views.colour
+    colour = model.config.views.jitter_impl
     parts = [
-        model.encode(photometric(images[rows // m], params.flatten(0, 1)[rows], colour), encoder).float().mean(1)
-        for rows in torch.arange(k * m, device=images.device).split(chunk)
+        model.encode(apply_photometric(images[rows // m], params.flatten(0, 1)[rows], colour), encoder).float().mean(1)
+        for rows in torch.arange(k * m, device=images.device).split(batch_size)
     ]
     return torch.cat(parts).unflatten(0, (k, m))
 
 
 def similarities(features: Float[Tensor, "k m d"]) -> tuple[Float[Tensor, " k"], Float[Tensor, " k"]]:
-    """For each image the mean cosine similarity of two of its views, and of its views with other images' views."""
+    """Return the mean cosine similarity of each image's views with each other, and with other images' views."""
     k, m, _ = features.shape
     sums = torch.nn.functional.normalize(features.double(), dim=2).sum(1)
     within = (sums.square().sum(1) - m) / (m * (m - 1))
@@ -99,79 +95,77 @@ def similarities(features: Float[Tensor, "k m d"]) -> tuple[Float[Tensor, " k"],
 
 
 def variance_ratio(features: Float[Tensor, "k m d"]) -> tuple[float, float]:
-    """Trace of the within-image over that of the between-image covariance, and its jackknife standard error.
+    """Return the trace of the within-image over the between-image covariance, and its jackknife standard error.
 
-    Both are defined in the module's text. NaN where all images have the same mean; the error also for 2 images.
+    The module docstring has the definition. NaN where all images have the same mean; the error also for 2 images.
     """
     features = features.double()
     k, m, _ = features.shape
     means = features.mean(1)
     within = (features - means[:, None]).square().sum((1, 2)) / (m - 1)
     deviations = (means - means.mean(0)).square().sum(1)
-    # A spread that is rounding of the features themselves is none.
+    # A deviation at the level of rounding counts as 0.
     if deviations.sum() <= k * (1e-6 * means.norm(dim=1).mean()) ** 2:
         return torch.nan, torch.nan
     ratio = (within.mean() / (deviations.sum() / (k - 1))).item()
     if k < 3:
         return ratio, torch.nan
-    # Without image i the mean moves: the sum of squared deviations loses k/(k - 1) of its own.
+    # Leaving image i out shifts the mean: the sum of squared deviations decreases by k/(k - 1) times its term.
     left = deviations.sum() - deviations * k / (k - 1)
     without = ((within.sum() - within) / (k - 1)) / (left / (k - 2))
     return ratio, ((k - 1) / k * (without - without.mean()).square().sum()).sqrt().item()
 
 
 def draw(images: UInt8[Tensor, "k h w 3"], features: Float[Tensor, "k m d"], path: Path) -> None:
-    """Write the matrix of cosine similarities of all views as PNG, each image beside its block; yellow is high."""
+    """Write the matrix of cosine similarities of all views as PNG, with each image next to its block."""
     k, m, _ = features.shape
     unit = torch.nn.functional.normalize(features.double(), dim=2).flatten(0, 1)
     matrix = (unit @ unit.T).cpu().numpy()
     figure = Figure(figsize=(6.4, 5.4), layout="constrained", facecolor="white")
     axes = figure.add_subplot()
-    drawn = axes.imshow(matrix, cmap="viridis", vmax=1.0, interpolation="nearest")
+    heatmap = axes.imshow(matrix, cmap="viridis", vmax=1.0, interpolation="nearest")
     for edge in range(1, k):
         axes.axhline(edge * m - 0.5, color="white", linewidth=0.4)
         axes.axvline(edge * m - 0.5, color="white", linewidth=0.4)
     for i, image in enumerate(images.cpu().numpy()):
-        beside = axes.inset_axes((-0.9 / k, 1 - (i + 0.93) / k, 0.86 / k, 0.86 / k))
-        beside.imshow(image, interpolation="nearest")
-        beside.set_axis_off()
+        inset = axes.inset_axes((-0.9 / k, 1 - (i + 0.93) / k, 0.86 / k, 0.86 / k))
+        inset.imshow(image, interpolation="nearest")
+        inset.set_axis_off()
     axes.set_axis_off()
     axes.set_title(f"{k} images, {m} augmented views of each", fontsize=9)
-    bar = figure.colorbar(drawn, ax=axes, shrink=0.85)
+    bar = figure.colorbar(heatmap, ax=axes, shrink=0.85)
     bar.set_label("cosine similarity", fontsize=8)
     bar.ax.tick_params(labelsize=8)
     figure.savefig(path, dpi=160)
 
 
-def evaluate(subject: Subject, settings: Settings, output: Path) -> dict[str, Any]:
-    """Similarities and the variance ratio, each with mean and standard error; the picture lies beside `output`.
+def evaluate(context: EvalContext, settings: SimilaritySettings, output: Path) -> dict[str, Any]:
+    """Compute similarities and variance ratio with standard errors; draw the figure next to `output`.
 
-    Raises ConfigError for settings that cannot be, CheckpointError where all images have the same features.
+    Raises ConfigError for invalid settings, CheckpointError where all images have the same features.
     """
-    if settings.images < 2 or settings.augmentations < 2 or settings.chunk < 1:
-        raise ConfigError("--images and --augmentations must be at least 2, --chunk at least 1")
-    if not 1 <= settings.shown <= settings.images:
-        raise ConfigError(f"--shown {settings.shown}: from 1 to --images {settings.images}")
-    spec = augmentation(subject.config.views, settings.scenario)
-    images, keys = subject.images(settings.images, option="--images")
+    if settings.num_shown > settings.num_images:
+        raise ConfigError(f"--num-shown {settings.num_shown}: must be from 1 to --num-images {settings.num_images}")
+    spec = view_augmentation(context.config.views, settings.scenario)
+    images, keys = context.first_images(settings.num_images, option="--num-images")
     generator = torch.Generator().manual_seed(settings.seed)
-    params = torch.stack([draw_photometric(spec, settings.augmentations, generator) for _ in keys]).to(images.device)
-    features = embed_views(subject.model, images, params, settings.encoder, settings.chunk)
+    params = torch.stack([sample_photometric(spec, settings.num_views, generator) for _ in keys]).to(images.device)
+    features = embed_views(context.model, images, params, settings.encoder, settings.batch_size)
     within, between = similarities(features)
     ratio, error = variance_ratio(features)
     if features.isfinite().all() and ratio != ratio:
-        raise CheckpointError(f"{subject.checkpoint}: all images have the same features; the model has collapsed")
+        raise CheckpointError(f"{context.checkpoint}: all images have the same features; the model has collapsed")
     picture = output.with_suffix(".png")
-    draw(images[: settings.shown], features[: settings.shown], picture)
+    draw(images[: settings.num_shown], features[: settings.num_shown], picture)
     return {
-        "images": settings.images,
-        "augmentations": settings.augmentations,
+        "images": settings.num_images,
+        "augmentations": settings.num_views,
         "encoder": settings.encoder,
-        "within_image": over_images(within),
-        "between_images": over_images(between),
-        "variance_ratio": {"mean": ratio, "standard_error": None if settings.images < 3 else error},
+        "within_image": mean_and_stderr(within),
+        "between_images": mean_and_stderr(between),
+        "variance_ratio": {"mean": ratio, "standard_error": None if settings.num_images < 3 else error},
         "picture": picture.name,
-        "shown": keys[: settings.shown],
+        "shown": keys[: settings.num_shown],
     }
 
 
@@ -180,20 +174,16 @@ FIGURES = {
     "between_images": "cosine similarity, views of two images",
     "variance_ratio": "variance within images / between images",
 }
-"""The figures of a result and what they are."""
+"""Descriptions of the values in a result."""
 
 
-def table(result: dict[str, Any]) -> Table:
-    """The result for the terminal."""
-    made = Table(
-        title=f"How much of an augmentation the {result['encoder']} keeps",
-        caption=f"{result['images']} images, {result['augmentations']} views of each; see {result['picture']}",
-        box=SIMPLE_HEAD,
-    )
-    for column in ("", "mean", "standard error"):
-        made.add_column(column, justify="right" if column else "left")
+def tables(result: dict[str, Any]) -> list[ResultTable]:
+    """Return the values with their standard errors, one row each."""
+    rows = []
     for name, words in FIGURES.items():
         score = result[name]
         error = "" if score["standard_error"] is None else f"{score['standard_error']:.4f}"
-        made.add_row(words, f"{score['mean']:.4f}", error)
-    return made
+        rows.append([words, f"{score['mean']:.4f}", error])
+    title = f"Similarity of augmented views, {result['encoder']}"
+    caption = f"{result['images']} images, {result['augmentations']} views each; see {result['picture']}"
+    return [ResultTable(title, ["", "mean", "standard error"], rows, caption)]

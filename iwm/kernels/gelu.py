@@ -1,23 +1,23 @@
-"""The exact GELU for 16-bit activations, in half the instructions.
+"""Exact GELU for 16-bit activations with half of torch's instructions.
 
-Compiled, torch's own is libdevice's erf and exp: 36 instructions an element forward, 51 backward (machine code for
-sm_90), so that arithmetic bounds both. This is 18 and 25, in float32 too, and runs at the speed of memory on an H100.
-With the normal distribution's tail Q(a) = erfc(a / sqrt 2) / 2 = Phi(-a) at a = |x|,
+Compiled, torch's GELU uses libdevice's erf and exp: 36 instructions per element forward and 51 backward (machine code
+for sm_90), so both passes are bound by arithmetic. This one needs 18 and 25, also in float32, and is bound by memory
+bandwidth on an H100. With the normal distribution's tail Q(a) = erfc(a / sqrt 2) / 2 = Phi(-a) at a = |x|,
 
     gelu(x)  = max(x, 0) - a Q(a)
     gelu'(x) = Phi(x) + x phi(x),    Phi(x) = Q(a) for x < 0, 1 - Q(a) otherwise.
 
-log2 Q is so smooth that a polynomial of degree 10 will do, and exp2 of a float32 is one instruction. Errors are
-relative to Q then: the negative tail, where 1 + erf cancels, keeps its digits. torch's here has a perfect erf:
+log2 Q is smooth enough for a polynomial of degree 10, and exp2 of a float32 is one instruction. The error is relative
+to Q, so the negative tail, where 1 + erf cancels, keeps its digits. The comparison assumes an exact erf for torch:
 
-| largest error | here | torch's |
+| error | this module | torch |
 | --- | --- | --- |
-| of gelu, of gelu' | 2.4e-7, 5.3e-7 | 4.5e-7, 1.3e-7 |
-| of gelu, relative, -4 < x < 0 | 1.9e-6 | 4.7e-4 |
-| of gelu in bfloat16: one unit in the last place | from x = -9.5 on | from x = -4.8 on |
-| and not the nearest, of all 65280 | 189 | 197 |
+| largest absolute error of gelu, of gelu' | 2.4e-7, 5.3e-7 | 4.5e-7, 1.3e-7 |
+| largest relative error of gelu, -4 < x < 0 | 1.9e-6 | 4.7e-4 |
+| gelu in bfloat16: within one unit in the last place | from x = -9.5 on | from x = -4.8 on |
+| gelu in bfloat16: values of 65280 not rounded to nearest | 189 | 197 |
 
-Below -9 gelu is under 1e-17 and goes to zero. Infinities give the limits; NaN stays NaN.
+Below -9, |gelu| is under 1e-17 and goes to zero. Infinities give the limits; NaN stays NaN.
 """
 
 from __future__ import annotations
@@ -33,17 +33,18 @@ LOG2_TAIL = (
     -9.9999887e-01, -1.1511459e+00, -4.5896468e-01, -5.3048454e-02, 7.6745492e-03, -4.9833243e-04,
     -7.305449e-05, 2.3738636e-05, -2.8820807e-06, 1.7573329e-07, -4.41573e-09,
 )  # fmt: skip
-"""Coefficients of log2 Q(a), lowest first, by Remez exchange: minimax for Q's relative error, which is 7.7e-7 up to
-a = 4 and grows to 7.7e-4 at 9. The last is negative, so beyond 9 the polynomial falls to -inf, and exp2 to zero."""
+"""Coefficients of log2 Q(a), lowest degree first, by Remez exchange. They minimise the largest relative error of Q,
+which is 7.7e-7 up to a = 4 and grows to 7.7e-4 at 9. The last coefficient is negative, so beyond 9 the polynomial falls
+to -inf, and exp2 to zero."""
 
 LOG2_DENSITY = (-math.log2(math.tau) / 2, -math.log2(math.e) / 2)
-"""log2 phi(x), phi the normal density: a constant, and the coefficient of x squared."""
+"""Constant and coefficient of x² of log2 phi(x), where phi is the normal density."""
 FAR = 16.0
-"""Q and phi are zero in float32 from here on: bounds what they multiply, for infinity times zero is NaN."""
+"""|x| from which Q and phi are zero in float32. It bounds their factors, because infinity times zero is NaN."""
 
 
 def tail(a: Tensor) -> Tensor:
-    """Q(a) = Phi(-a), float32, a >= 0."""
+    """Return Q(a) = Phi(-a) of float32 a >= 0."""
     exponent = LOG2_TAIL[-1] * a + LOG2_TAIL[-2]
     for coefficient in reversed(LOG2_TAIL[:-2]):
         exponent = exponent * a + coefficient
@@ -51,20 +52,23 @@ def tail(a: Tensor) -> Tensor:
 
 
 def gelu(x: Tensor) -> Tensor:
-    """x Phi(x), float32. `where`, not clamp and relu: those test for NaN, which the tail keeps already."""
+    """Return x Phi(x) of float32 x.
+
+    It uses `where` rather than clamp and relu, which spend instructions on NaN; the tail propagates NaN already.
+    """
     a = x.abs()
     return torch.where(x > 0, x, 0.0) - torch.where(a < FAR, a, FAR) * tail(a)
 
 
 def slope(x: Tensor) -> Tensor:
-    """gelu'(x) = Phi(x) + x phi(x), float32."""
+    """Return gelu'(x) = Phi(x) + x phi(x) of float32 x."""
     a, below = x.abs(), tail(x.abs())
     density = torch.exp2(x * x * LOG2_DENSITY[1] + LOG2_DENSITY[0])
     return torch.where(x < 0, below, 1 - below) + torch.where(a < FAR, x, 0.0) * density
 
 
 class GeluFunction(torch.autograd.Function):
-    """gelu of any floating type by way of float32, which saves its input alone."""
+    """gelu of any floating-point dtype, computed in float32; only the input is saved for the backward pass."""
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
@@ -81,9 +85,9 @@ class GeluFunction(torch.autograd.Function):
 
 
 class Gelu(nn.Module):
-    """nn.GELU; by GeluFunction where it is compiled for a GPU and x has 16 bits.
+    """nn.GELU that uses GeluFunction where it is compiled for a GPU and x has 16 bits.
 
-    Elsewhere that would be thirty kernels (eager), slower (compiled on a CPU, 1.2 times) or not exact (float32).
+    Elsewhere GeluFunction would be thirty kernels (eager), 1.2 times slower (compiled on a CPU) or inexact (float32).
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""The Triton kernel of the MLP's backward pass (mlp.py): through GELU, and the sums over tokens on the way.
+"""Triton kernel of GELU's backward pass with fused sums over tokens (mlp.py).
 
-Programs stand in a grid of column blocks times ways. A program walks every ways-th block of rows of its columns: so the
-ways read neighbouring rows at a time, and differ by one step at most. What it adds up stays in registers, a float32 for
-each element of the tile, until its last step.
+The grid is column blocks × ways. A program processes every ways-th block of rows of its columns. The ways thus read
+neighbouring rows at the same time, and their numbers of steps differ by at most one. A program keeps its partial sums
+in registers until its last step, one float32 per element of the tile.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ FAR = tl.constexpr(gelu.FAR)
 
 @triton.jit
 def _slope(x):
-    """gelu'(x), of float32: gelu.slope, operation for operation."""
+    """Return gelu'(x) in float32, with the same operations as gelu.slope."""
     a = tl.abs(x)
     exponent = a * LOG2_TAIL[DEGREE] + LOG2_TAIL[DEGREE - 1]
     for power in tl.static_range(DEGREE - 1):
@@ -35,9 +35,9 @@ def backward_kernel(
     grad_out, pre, grad, sums, tokens,
     dim: tl.constexpr, ways: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr, stages: tl.constexpr,
 ):  # fmt: skip
-    """grad = grad_out · gelu'(pre) [tokens, dim], 16 bits, and in `sums` [ways, dim] what each way adds up of it.
+    """Write grad = grad_out · gelu'(pre) [tokens, dim] in 16 bits, and each way's sums of it to `sums` [ways, dim].
 
-    Grid (column blocks, ways). Sums are of float32, before it is rounded: those of a way without a step are zero.
+    Grid (column blocks, ways). The sums are of the float32 values before rounding; a way without a step writes zeros.
     """
     way, row = tl.program_id(1), tl.arange(0, rows)
     column = tl.program_id(0) * columns + tl.arange(0, columns)

@@ -1,8 +1,8 @@
-"""timm's MLP with a backward pass that reads the gradient before GELU once less.
+"""timm's MLP with GELU's backward pass and fc1's bias gradient fused in one kernel.
 
-Compiled, the backward pass from the hidden layer is: dy = g W2, by cuBLAS; dx = dy gelu'(x), by Inductor; the gradient
-of fc1's bias, dx summed over the tokens, for which Inductor reads dx again: 2 bytes of 8 an element, 6 kB of a token at
-D = 3072. Here one Triton kernel writes dx and adds it up: 6 bytes an element are left.
+Compiled by Inductor, the backward pass from the hidden layer has three steps: dy = g W2 (cuBLAS), dx = dy gelu'(x), and
+the gradient of fc1's bias, which is dx summed over the tokens. The last step reads dx again: 2 of 8 bytes per element,
+6 kB per token at D = 3072. Here one Triton kernel writes dx and sums it, which leaves 6 bytes per element.
 """
 
 from __future__ import annotations
@@ -14,39 +14,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iwm.compat import HAS_TRITON
+from iwm.compat import HAS_TRITON, computed_in
 from iwm.kernels.gelu import Gelu, gelu
 
 
 class MlpTiling(NamedTuple):
-    """The shape of the kernel's work."""
+    """Tile sizes and launch options of the kernel."""
 
     rows: int
     columns: int
-    """Columns of the tile that a step takes: 256 columns of 16 bits are 16 bytes for each thread of a warp."""
+    """Columns per tile: 256 columns of 16 bits are 16 bytes for each thread of a warp."""
     warps: int
     stages: int
-    """Steps whose loads are in flight, the current one included; from 2 on by way of shared memory."""
+    """Steps whose loads are in flight, including the current one; 2 or more use shared memory."""
     programs: int
-    """Programs in all, roughly. Each leaves a row of sums; if all run at once, none is left over at the end."""
+    """Approximate number of programs. Each writes one row of sums; there is no tail if all run at the same time."""
     registers: int | None = None
-    """The most a thread may have; None: what the compiler finds best."""
+    """Maximum number of registers per thread; None: the compiler's choice."""
 
 
 TILING = MlpTiling(8, 256, 4, 3, 132 * 8)
-"""What is taken; a benchmark may put another here. It has 56 registers and 16 KiB of shared memory, so nine programs
-fit on an H100's processor; eight on each of the 132 are 88 ways at D = 3072, 176 at 1536, each of 35 to 40 steps."""
+"""Tiling in use; a benchmark may replace it. It needs 56 registers per thread and 16 KiB of shared memory, so nine
+programs fit on one of an H100's 132 multiprocessors. Eight on each are 88 ways at D = 3072 and 176 at 1536, with 35 to
+40 steps each."""
 
 
 def _ways(dim: int) -> int:
-    """Programs that share the rows of one block of columns."""
+    """Return the number of programs that share the rows of one block of columns."""
     return max(1, TILING.programs // ((dim + TILING.columns - 1) // TILING.columns))
 
 
 @torch.library.custom_op("iwm::gelu_backward_bias", mutates_args=())
 def gelu_backward_bias(grad_out: Tensor, pre: Tensor) -> tuple[Tensor, Tensor]:
-    """grad_out · gelu'(pre), 16 bits [t, d], and float32 sums [ways, d] that together are its sum over the tokens."""
-    # Triton, which the kernel is written in, is only where torch has a GPU.
+    """Return grad_out · gelu'(pre) [t, d] in 16 bits, and its float32 partial sums over the tokens [ways, d]."""
+    # Imported here because Triton comes only with torch's GPU builds.
     from iwm.kernels.gelu_backward_triton import backward_kernel
 
     (tokens, dim), ways = pre.shape, _ways(pre.shape[1])
@@ -69,7 +70,7 @@ def _(grad_out: Tensor, pre: Tensor) -> tuple[Tensor, Tensor]:
 class LinearGelu(torch.autograd.Function):
     """gelu(x W' + b) in bf16: x [..., e], weight [d, e], bias [d] of any floating type → [..., d].
 
-    Autocast leaves what is inside a Function of ours to us: what comes in is cast here, and gradients are cast back.
+    Autocast does not reach inside a custom Function: inputs are cast here, and gradients are cast back.
     """
 
     @staticmethod
@@ -90,10 +91,10 @@ class LinearGelu(torch.autograd.Function):
 
 
 class Mlp(timm.layers.Mlp):
-    """timm's Mlp, parameter for parameter; by LinearGelu where compiled for training on a GPU in bf16 autocast."""
+    """timm's Mlp with the same parameters, which uses LinearGelu where `fuses` allows it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., e] → [..., e]."""
+        """Map x [..., e] to [..., e]."""
         if not self.fuses(x):
             plain: Tensor = super().forward(x)
             return plain
@@ -102,14 +103,16 @@ class Mlp(timm.layers.Mlp):
         return y
 
     def fuses(self, x: Tensor) -> bool:
-        """Tell whether fc1 and GELU go by LinearGelu. Uncompiled, its GELU would be thirty kernels."""
+        """Return True where fc1 and GELU run as LinearGelu: compiled, in training, on a GPU, under bf16 autocast.
+
+        Uncompiled, its GELU would be thirty kernels.
+        """
         return (
             torch.compiler.is_compiling()
             and HAS_TRITON
             and x.is_cuda
             and torch.is_grad_enabled()
-            and torch.is_autocast_enabled("cuda")
-            and torch.get_autocast_dtype("cuda") == torch.bfloat16
+            and computed_in(x) == torch.bfloat16
             and isinstance(self.act, Gelu)
             and isinstance(self.fc1, nn.Linear)
             and self.fc1.bias is not None

@@ -1,11 +1,12 @@
-"""Self-attention in short sequences, from the projection's output to the gradient of it, as two Triton kernels.
+"""Fused self-attention for short sequences, as two Triton kernels.
 
-Where sequences have a few hundred tokens, one program holds the gradients of many or all keys of a sequence and head in
-registers while it walks the queries. So the backward pass is one kernel: nothing is added up by atomics, prepared or
-converted by other kernels. Queries, keys and values are read where the projection wrote them, and their gradient is
-written as one buffer of the same layout, with its sums over each sequence: those of the projection's bias.
+For sequences of a few hundred tokens, one program keeps the gradients of many or all keys of a sequence and head in
+registers while it iterates over the queries. The backward pass is therefore one kernel, without atomics and without
+extra kernels that prepare or convert. Queries, keys and values are read in the projection's layout. Their gradient is
+written as one buffer of the same layout, with its sums over each sequence, which give the gradient of the projection's
+bias.
 
-Running needs Triton and a GPU (or TRITON_INTERPRET=1, which is how the tests run on CPUs).
+Requires Triton and a GPU, or TRITON_INTERPRET=1 (as the tests on CPUs set it).
 """
 
 from __future__ import annotations
@@ -17,31 +18,37 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LONGEST = 256
-"""Tokens that a sequence can have at most. Longer ones would come out right too, but nobody measured them."""
+"""Maximum sequence length (tokens). Longer sequences would be computed correctly, but were never measured."""
 
 
 class AttentionTiling(NamedTuple):
-    """The shape of one kernel's work; tiles are cut down to the longest sequence, rounded up to a power of two."""
+    """Tile sizes and launch options of one kernel.
+
+    Tiles are cut down to the longest sequence, rounded up to a power of two.
+    """
 
     queries: int
-    """Queries at a time: of a program (forward), of a step of the inner loop (backward)."""
+    """Queries per program (forward) or per step of the inner loop (backward)."""
     keys: int
-    """Keys at a time: of a step of the loop (forward), of a walk along all queries (backward)."""
+    """Keys per step of the loop (forward) or per pass over all queries (backward)."""
     tail: int
-    """What the inner loop goes on with where less than a whole step is left: 196 = 3 · 64 + 4 tokens want 16 here."""
+    """Step size of the inner loop for the remainder of less than one full step; 16 suits 196 = 3 · 64 + 4 tokens."""
     warps: int
     stages: int
-    """Steps of the inner loop whose loads are in flight, the current one included."""
+    """Steps of the inner loop whose loads are in flight, including the current one."""
     registers: int | None = None
-    """The most a thread may have; None: what the compiler finds best."""
+    """Maximum number of registers per thread; None: the compiler's choice."""
     tiles: int = 1
-    """1 or 2 (backward): into how many the keys of a walk are cut, which takes the registers of one tile's scores."""
+    """Number of tiles (1 or 2) that the keys of one backward pass over the queries are split into.
+
+    Two tiles need the registers of one tile's scores only.
+    """
     fixed: bool = True
     """Compile the backward pass of dense sequences for their length."""
 
 
 TILINGS: dict[tuple[str, str, int], AttentionTiling] = {
-    # by pass, kind of lengths and head dimension (rounded up to a power of two)
+    # Keys: pass, dense or packed sequences, head dimension rounded up to a power of two.
     ("forward", "dense", 32): AttentionTiling(64, 64, 16, 4, 1),
     ("forward", "dense", 64): AttentionTiling(64, 64, 16, 4, 2),
     ("forward", "packed", 32): AttentionTiling(64, 64, 64, 4, 2),
@@ -51,7 +58,7 @@ TILINGS: dict[tuple[str, str, int], AttentionTiling] = {
     ("backward", "packed", 32): AttentionTiling(32, 128, 32, 4, 2),
     ("backward", "packed", 64): AttentionTiling(32, 64, 32, 4, 1, 168),
 }
-"""The fastest of a handful that were tried on an H100; what is not here takes PLAIN."""
+"""Fastest of a handful of tilings measured on an H100; any other shape uses PLAIN."""
 
 PLAIN = AttentionTiling(32, 64, 32, 4, 1)
 
@@ -67,7 +74,7 @@ LOG2_E = 1.4426950408889634
 
 
 def _shape(qkv: Tensor, heads: int, offsets: Tensor | None, length: int) -> tuple[int, int, int, int]:
-    """The head dimension, the width of tiles, the longest length rounded up, the number of sequences."""
+    """Return the head dimension, the tile width, the longest length rounded up, and the number of sequences."""
     dim = qkv.shape[1] // (3 * heads)
     sequences = qkv.shape[0] // length if offsets is None else offsets.shape[0] - 1
     return dim, max(16, _power_of_two(dim)), max(16, _power_of_two(length)), sequences
@@ -79,7 +86,7 @@ def _power_of_two(least: int) -> int:
 
 @torch.library.custom_op("iwm::short_attention", mutates_args=())
 def attend(qkv: Tensor, heads: int, offsets: Tensor | None, length: int) -> tuple[Tensor, Tensor]:
-    """The attended values [t, heads · dim] and the base-2 log-sum-exp of the scaled scores [heads, t]."""
+    """Return the attended values [t, heads · dim] and the base-2 log-sum-exp of the scaled scores [heads, t]."""
     from iwm.kernels.short_attention_triton import forward_kernel
 
     dim, width, most, sequences = _shape(qkv, heads, offsets, length)
@@ -98,7 +105,7 @@ def attend(qkv: Tensor, heads: int, offsets: Tensor | None, length: int) -> tupl
 def attend_backward(
     grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: int, offsets: Tensor | None, length: int
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of qkv [t, 3 · heads · dim], and its sums over each sequence [s, 3, heads, dim] in float32."""
+    """Return the gradient of qkv [t, 3 · heads · dim] and its float32 sums over each sequence [s, 3, heads, dim]."""
     from iwm.kernels.short_attention_triton import backward_kernel
 
     dim, width, most, sequences = _shape(qkv, heads, offsets, length)
@@ -139,10 +146,10 @@ def _checked(qkv: Tensor, heads: int, offsets: Tensor | None, length: int) -> Te
 
 
 class ProjectedAttention(torch.autograd.Function):
-    """The projection to queries, keys and values, and the attention of those, with one backward pass for both.
+    """Projection to queries, keys and values, followed by attention, with one backward pass for both.
 
-    The gradient of the projection's bias is the sum of that of qkv, 4.6 kB a token of width 768, which a kernel of its
-    own would read once more; here it is left by the one that writes it.
+    The gradient of the projection's bias is the sum of qkv's gradient over the tokens. A separate kernel would read
+    that gradient again (4.6 kB per token of width 768), so the kernel that writes it also sums it.
     """
 
     @staticmethod
@@ -169,14 +176,14 @@ class ProjectedAttention(torch.autograd.Function):
 def projected_attention(
     x: Tensor, weight: Tensor, bias: Tensor | None, heads: int, offsets: Tensor | None, length: int
 ) -> Tensor:
-    """Short attention of the projection of x [t, w] by weight [3 · heads · dim, w]: [t, heads · dim] in bf16.
+    """Project x [t, w] by weight [3 · heads · dim, w] and return its attention [t, heads · dim] in bf16.
 
-    x, weight and bias may be float32, as under autocast: they are multiplied in bf16, and get gradients of their own
-    kind. The projection's columns are queries, keys, values, each head after head, as timm's.
-    offsets: int32 [s + 1] from 0 to t, where each sequence begins and the last one ends; sequences may be empty. None:
-    t / length sequences of `length` tokens each.
-    length: that of the longest sequence, or a bound on it, at most 256. Nothing checks it against the offsets, for that
-    would wait for the device: what lies beyond is left unwritten.
+    x, weight and bias may be float32, as under autocast: the products are computed in bf16, and each gradient has its
+    tensor's own dtype. The projection's columns are queries, keys, values, each head by head, as in timm.
+    offsets: int32 [s + 1] from 0 to t, the start of each sequence and the end of the last; sequences may be empty.
+    None: t / length sequences of `length` tokens each.
+    length: the length of the longest sequence or an upper bound of it, at most 256. It is not checked against the
+    offsets, because the check would synchronise with the device; tokens beyond it are left unwritten.
     """
     out: Tensor = ProjectedAttention.apply(x, weight, bias, heads, offsets, length)
     return out

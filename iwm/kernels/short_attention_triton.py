@@ -1,8 +1,8 @@
-"""The two Triton kernels of short attention (short_attention.py), dense and packed alike.
+"""Forward and backward Triton kernels of short attention, for dense and packed sequences (short_attention.py).
 
-One program has one head of one sequence (forward: one block of its queries). Tokens lie in qkv [t, 3 · heads · dim] as
-the projection wrote them, `stride` apart: a head's keys are stride / 3 behind its queries, its values as much again.
-Tiles are `width` columns wide: `dim` rounded up to a power of two.
+One program processes one head of one sequence (forward: one block of its queries). qkv [t, 3 · heads · dim] has the
+projection's layout: tokens are `stride` apart, a head's keys follow its queries at a distance of stride / 3, and its
+values follow the keys at the same distance. Tiles are `width` columns wide: `dim` rounded up to a power of two.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton.language as tl
 
 @triton.jit
 def _bounds(offsets, sequence, length):
-    """The first token of a sequence and the number of its tokens; without offsets all have `length`."""
+    """Return a sequence's first token and its number of tokens; without offsets, each has `length` tokens."""
     if offsets is None:
         first = sequence.to(tl.int64) * length
         count = length
@@ -25,7 +25,7 @@ def _bounds(offsets, sequence, length):
 
 @triton.jit
 def _at(rows, count, stride: tl.constexpr, dim: tl.constexpr, width: tl.constexpr):
-    """Where rows [rows, width] of one head lie, and which of that there is: `count` rows of `dim` columns."""
+    """Return the offsets [rows, width] of one head's rows, and the mask of `count` rows and `dim` columns."""
     columns = tl.arange(0, width)[None, :]
     there = rows[:, None] < count
     if dim < width:
@@ -35,7 +35,7 @@ def _at(rows, count, stride: tl.constexpr, dim: tl.constexpr, width: tl.constexp
 
 @triton.jit
 def _load(base, rows, count, stride: tl.constexpr, dim: tl.constexpr, width: tl.constexpr, whole: tl.constexpr):
-    """Rows of one head, zero where there are none. whole: all rows are there."""
+    """Load rows of one head, zero outside the sequence. whole: True where all rows are inside."""
     at, there = _at(rows, count, stride, dim, width)
     if whole and dim == width:
         values = tl.load(base + at)
@@ -48,7 +48,7 @@ def _load(base, rows, count, stride: tl.constexpr, dim: tl.constexpr, width: tl.
 
 @triton.jit
 def _store(base, values, rows, count, stride: tl.constexpr, dim: tl.constexpr, width: tl.constexpr):
-    """Write those rows of one head that there are."""
+    """Store the rows of one head that are inside the sequence."""
     at, there = _at(rows, count, stride, dim, width)
     tl.store(base + at, values.to(base.dtype.element_ty), mask=there)
 
@@ -58,7 +58,7 @@ def _attend_keys(
     q, base, keys, count, scale, highest, total, summed,
     stride: tl.constexpr, dim: tl.constexpr, width: tl.constexpr, whole: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax: each query's highest score, sum of weights, and sum of weighted values."""
+    """Update each query's highest score, sum of weights and weighted sum of values: one step of the online softmax."""
     k = _load(base + stride // 3, keys, count, stride, dim, width, whole)
     v = _load(base + stride // 3 * 2, keys, count, stride, dim, width, whole)
     s = tl.dot(q, tl.trans(k))
@@ -75,7 +75,7 @@ def _attend_queries(
     base, out, lse, begin, count, scale, stride: tl.constexpr, dim: tl.constexpr, width: tl.constexpr,
     block_q: tl.constexpr, block_k: tl.constexpr, tail: tl.constexpr, stages: tl.constexpr,
 ):  # fmt: skip
-    """All that the queries from `begin` on, `block_q` at most, need; `base`: of the head's queries in qkv."""
+    """Compute the attention of at most `block_q` queries from `begin` on. base: pointer to the head's queries."""
     rows = begin + tl.arange(0, block_q)
     q = _load(base, rows, count, stride, dim, width, False)
     highest = tl.full([block_q], float("-inf"), tl.float32)
@@ -102,9 +102,10 @@ def forward_kernel(
     length: tl.constexpr, heads: tl.constexpr, dim: tl.constexpr, width: tl.constexpr,
     block_q: tl.constexpr, block_k: tl.constexpr, tail: tl.constexpr, stages: tl.constexpr,
 ):  # fmt: skip
-    """Attention of one block of queries of one head: grid (blocks, heads, sequences), so that neighbours share keys.
+    """Compute the attention of one block of queries of one head.
 
-    scale: of the scores, in powers of two, like `lse` [heads, tokens], which is of scaled scores.
+    Grid (blocks, heads, sequences), so that neighbouring programs share keys.
+    scale: factor of the scores in base 2. lse: base-2 log-sum-exp of the scaled scores [heads, tokens].
     """
     begin, head = tl.program_id(0) * block_q, tl.program_id(1)
     first, count = _bounds(offsets, tl.program_id(2), length)
@@ -114,17 +115,17 @@ def forward_kernel(
     lse += head.to(tl.int64) * tokens + first
     if begin + 16 < count:
         _attend_queries(base, out, lse, begin, count, scale, stride, dim, width, block_q, block_k, tail, stages)
-    elif begin < count:  # few queries are left
+    elif begin < count:  # at most 16 queries remain
         _attend_queries(base, out, lse, begin, count, scale, stride, dim, width, 16, block_k, tail, stages)
 
 
 @triton.jit
 def _weigh(q, do, delta, log, k, k_or_zero, v, dq, dk, dv, scale):
-    """What a tile of queries and one of keys add to each other's gradients."""
+    """Add the contributions of one tile of queries and one tile of keys to dQ, dK and dV."""
     s = tl.dot(k, tl.trans(q))
     dp = tl.dot(v, tl.trans(do))
     p = tl.math.exp2(s * scale - log[None, :])
-    dv = tl.dot(p.to(do.dtype), do, dv)  # the products that only add up run beside the arithmetic after them
+    dv = tl.dot(p.to(do.dtype), do, dv)  # accumulating products overlap with the arithmetic that follows them
     ds = (p * (dp - delta[None, :])).to(q.dtype)
     dk = tl.dot(ds, q, dk)
     return tl.dot(tl.trans(ds), k_or_zero, dq), dk, dv
@@ -136,7 +137,10 @@ def _walk(
     rows, count, before, scale, scale_qk, stride: tl.constexpr, dim: tl.constexpr, width: tl.constexpr,
     split: tl.constexpr, two: tl.constexpr, whole: tl.constexpr,
 ):  # fmt: skip
-    """One step along the queries: writes dQ, adds to dK, dV. two: of two tiles. Weights are 0 where no query is."""
+    """Process one tile of queries: write its dQ and add to dK and dV of one tile of keys, or of two (`two`).
+
+    Weights are 0 outside the sequence.
+    """
     q = _load(base, rows, count, stride, dim, width, whole)
     do = _load(grad_out, rows, count, stride // 3, dim, width, whole)
     o = _load(out, rows, count, stride // 3, dim, width, whole)
@@ -155,10 +159,10 @@ def _walk(
 
 @triton.jit
 def _tile(base, keys, count, stride: tl.constexpr, dim: tl.constexpr, width: tl.constexpr):
-    """Keys, keys that are 0 beyond the sequence, and values.
+    """Return a tile's keys, the same keys with 0 beyond the sequence, and its values.
 
-    Beyond the sequence its last key stands again: so no weight overflows, without a mask at each step. These weights
-    add nothing to dQ, for there those keys are 0, and what dK and dV get of them is neither written nor summed.
+    Beyond the sequence its last key is repeated, so that no weight overflows and no step needs a mask. These weights
+    add nothing to dQ, which uses the keys with 0. Their contributions to dK and dV are neither written nor summed.
     """
     there = tl.minimum(keys, count - 1)
     k = _load(base + stride // 3, there, count, stride, dim, width, True)
@@ -171,17 +175,17 @@ def _finish(
     grad, sums, dk, dv, keys, count, before, scale_qk,
     stride: tl.constexpr, dim: tl.constexpr, width: tl.constexpr, split: tl.constexpr,
 ):  # fmt: skip
-    """Write dK and dV of a tile of keys, and add their sums over the keys that there are to those of the sequence."""
+    """Write dK and dV of a tile of keys, and add their sums over keys inside the sequence to the sequence's sums."""
     _store(grad + stride // 3, dk * scale_qk, keys, count, stride, dim, width)
     _store(grad + stride // 3 * 2, dv, keys, count, stride, dim, width)
     dk, dv = tl.where((keys < count)[:, None], dk, 0.0), tl.where((keys < count)[:, None], dv, 0.0)
-    _add(sums + stride // 3, tl.sum(dk, 0) * scale_qk, before, dim, width, split)  # of which exact math makes 0
+    _add(sums + stride // 3, tl.sum(dk, 0) * scale_qk, before, dim, width, split)  # 0 in exact arithmetic
     _add(sums + stride // 3 * 2, tl.sum(dv, 0), before, dim, width, split)
 
 
 @triton.jit
 def _add(sums, values, before, dim: tl.constexpr, width: tl.constexpr, split: tl.constexpr):
-    """Add to one head's sums what this program itself wrote before, and write them."""
+    """Write one head's sums, plus the sums that this program itself wrote before (`before`)."""
     columns = tl.arange(0, width)
     if split:
         values += tl.load(sums + columns, mask=(columns < dim) & before, other=0.0)
@@ -195,17 +199,17 @@ def backward_kernel(
     block_q: tl.constexpr, block_k: tl.constexpr, tail: tl.constexpr, stages: tl.constexpr, split: tl.constexpr,
     two: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of one head of one sequence, and its sums over the tokens: grid (heads, sequences).
+    """Compute the gradient of one head of one sequence and its sums over the tokens. Grid (heads, sequences).
 
-    Scores are kept transposed, [keys, queries]: so weights and their gradients are left operands of the products that
-    give dV and dK as they lie in registers, and only dQ needs them turned.
+    Scores are stored transposed, [keys, queries]. Weights and their gradients are then, in their register layout, the
+    left operands of the products for dV and dK; only dQ needs a transposition.
     sums: [sequences, 3, heads, dim] in float32, 0 for an empty sequence.
-    scale: of the scores, in powers of two; scale_qk: of the scores, for the gradients of queries and keys.
-    split: whether a sequence can have more keys than a walk along its queries takes. Then they are walked once for each
-    block of keys, and every walk after the first adds to the dQ that this program itself wrote before.
-    two: whether a walk takes two tiles of `block_k` keys rather than one.
-    fixed: `length`, where sequences are dense and the kernel is compiled for it, else 0. Known addresses of the last
-    queries are kept in registers all along: 176 of them a thread rather than 168 with tiles of 64 · 64 · 32.
+    scale: factor of the scores in base 2. scale_qk: factor of the scores, for the gradients of queries and keys.
+    split: True where a sequence can have more keys than one pass over its queries takes. There is then one pass for
+    each block of keys, and every pass after the first adds to the dQ that this program itself wrote before.
+    two: True where a pass takes two tiles of `block_k` keys, else one.
+    fixed: `length` where sequences are dense and the kernel is compiled for it, else 0. The known addresses of the last
+    queries then stay in registers: 176 per thread rather than 168, with tiles of 64 · 64 · 32.
     """
     head = tl.program_id(0)
     first, count = _bounds(offsets, tl.program_id(1), fixed if fixed > 0 else length)
@@ -239,11 +243,11 @@ def backward_kernel(
                 rows, count, begin > 0, scale, scale_qk, stride, dim, width, split, two, False,
             )  # fmt: skip
         _finish(grad, sums, dk, dv, keys, count, begin > 0, scale_qk, stride, dim, width, split)
-        tl.debug_barrier()  # what is read again may have been written by another thread
+        tl.debug_barrier()  # values that are read again may have been written by another thread
         if two:
             _finish(grad, sums, dk2, dv2, keys + block_k, count, True, scale_qk, stride, dim, width, True)
             tl.debug_barrier()
     total = tl.zeros([128, width], tl.float32)
-    for start in tl.range(0, count, 128, num_stages=1):  # dQ is read back: a sum kept along the walks takes registers
+    for start in tl.range(0, count, 128, num_stages=1):  # dQ is read back: a running sum would take registers
         total += _load(grad, start + tl.arange(0, 128), count, stride, dim, width, False).to(tl.float32)
     _add(sums, tl.sum(total, 0), False, dim, width, False)

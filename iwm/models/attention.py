@@ -1,4 +1,4 @@
-"""Self-attention among the tokens of a row or of a packed sequence."""
+"""Self-attention of dense rows and packed sequences."""
 
 from __future__ import annotations
 
@@ -12,41 +12,41 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.profiler import ProfilerActivity, profile
 
-from iwm.compat import HAS_TRITON, REPLANS_CUDNN_VARLEN
-from iwm.config import AttentionKind
+from iwm.compat import HAS_TRITON, REPLANS_CUDNN_VARLEN, computed_in
+from iwm.config import AttentionImpl
 from iwm.kernels.short_attention import LONGEST, projected_attention
-from iwm.packing import Packing, take
+from iwm.packing import Packing, gather_unique
 
 
 class Attention(TimmAttention):
-    """timm's Attention, parameter for parameter, that also takes packed tokens.
+    """timm's Attention with the same parameters, which also takes packed tokens.
 
-    With a Packing as `attn_mask` (which timm's Block hands through), x is one row of packed tokens [1, t, d], each
-    attending to its own sequence alone: with variable-length kernels on a GPU in bf16, elsewhere by way of rows padded
-    to one width, which only queries, keys and values are; projections and MLP never see padding.
+    With a Packing as `attn_mask` (timm's Block passes it on), x is one row of packed tokens [1, t, d], and each token
+    attends to its own sequence alone. On a GPU in bf16 this uses variable-length kernels. Elsewhere queries, keys and
+    values are padded to rows of one width; projections and MLP never process that padding.
     """
 
     short = False
-    """Take sequences of at most 256 tokens, in bf16 on a GPU, by the project's own kernels (short_attention.py)."""
+    """Use the project's own kernels (short_attention.py) for sequences of at most 256 tokens in bf16 on a GPU."""
 
     def forward(
         self, x: Float[Tensor, "b t d"], attn_mask: Packing | Tensor | None = None, is_causal: bool = False
     ) -> Float[Tensor, "b t d"]:
         packing = attn_mask if isinstance(attn_mask, Packing) else None
-        longest = x.shape[1] if packing is None else packing.present.shape[1]
+        longest = x.shape[1] if packing is None else packing.padding_mask.shape[1]
         short = self.short and x.is_cuda and longest <= LONGEST and computed_in(x) == torch.bfloat16
         if packing is None and self.head_dim > 32 and not torch.is_grad_enabled():
             short = False  # cuDNN's forward pass is faster there: 164 against 182 µs (H100, 256 × 196 tokens, 12 × 64)
         if packing is None and (attn_mask is not None or not short):
-            assert not is_causal  # newer timm's Block hands it on; no block of ours sets it
+            assert not is_causal  # newer timm's Block passes it on; no block of this project sets it
             plain: Tensor = super().forward(x, attn_mask)
             return plain
         rows = x.flatten(0, 1)
         if short:
-            offsets = None if packing is None else packing.offsets
+            offsets = None if packing is None else packing.cu_seqlens
             attended = projected_attention(rows, self.qkv.weight, self.qkv.bias, self.num_heads, offsets, longest)
         else:
-            assert packing is not None  # said above
+            assert packing is not None  # for mypy: dense tokens without `short` returned above
             qkv = self.qkv(rows)
             varlen = self.fused_attn and qkv.is_cuda and qkv.dtype == torch.bfloat16
             attended = (_attend_varlen if varlen else _attend_padded)(qkv, packing, self.num_heads, self.fused_attn)
@@ -54,29 +54,24 @@ class Attention(TimmAttention):
         return projected.view_as(x)
 
 
-def computed_in(x: Tensor) -> torch.dtype:
-    """The precision of a matrix product of x: autocast's where it is on."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
 def _attend_varlen(qkv: Float[Tensor, "t d3"], packing: Packing, heads: int, fused: bool) -> Float[Tensor, "t d"]:
     q, k, v = qkv.unflatten(1, (3, heads, -1)).unbind(1)
-    longest = packing.present.shape[1]
-    # cuDNN takes no window, so one as wide as the longest sequence means flash attention, which drops such a window.
+    longest = packing.padding_mask.shape[1]
+    # cuDNN does not support windows, so a window as wide as the longest sequence selects flash attention, where it has
+    # no effect.
     flash = REPLANS_CUDNN_VARLEN or torch.are_deterministic_algorithms_enabled()
     window = (longest, longest) if flash else (-1, -1)
-    out = varlen_attn(q, k, v, packing.offsets, packing.offsets, longest, longest, window_size=window)
-    assert isinstance(out, Tensor)  # it is a tuple only where more is asked for
+    out = varlen_attn(q, k, v, packing.cu_seqlens, packing.cu_seqlens, longest, longest, window_size=window)
+    assert isinstance(out, Tensor)  # a tuple only if auxiliary outputs are requested
     return out.flatten(1)
 
 
 def _attend_padded(qkv: Float[Tensor, "t d3"], packing: Packing, heads: int, fused: bool) -> Float[Tensor, "t d"]:
-    present = packing.present
-    rows = qkv.new_zeros(present.numel(), qkv.shape[1]).index_copy(0, packing.slot, qkv)
+    present = packing.padding_mask
+    rows = qkv.new_zeros(present.numel(), qkv.shape[1]).index_copy(0, packing.padded_index, qkv)
     q, k, v = rows.view(*present.shape, 3, heads, -1).permute(2, 0, 3, 1, 4)
     attended = attention(q, k, v, present, fused)
-    return take(attended.transpose(1, 2).reshape(present.numel(), -1), packing.slot)
+    return gather_unique(attended.transpose(1, 2).reshape(present.numel(), -1), packing.padded_index)
 
 
 def attention(
@@ -86,7 +81,7 @@ def attention(
     present: Bool[Tensor, "b t"],
     fused: bool,
 ) -> Float[Tensor, "b h t c"]:
-    """Attention to the tokens that are present: by the fused kernel, or as matmul, softmax, matmul (faster on CPUs)."""
+    """Compute attention to the present tokens: fused, or as matmul, softmax, matmul (faster on CPUs)."""
     if fused:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=present[:, None, None])
     weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
@@ -94,12 +89,12 @@ def attention(
 
 
 def attention_kernel(module: nn.Module, tokens: Float[Tensor, "b t d"], packing: Packing | None = None) -> str:
-    """Name the kernel that a timm attention runs on these tokens: triton, cudnn, flash, efficient, math, or plain.
+    """Return the kernel that a timm attention runs on these tokens: triton, cudnn, flash, efficient, math or eager.
 
-    The operators of one call are recorded, for which kernel torch takes depends on its release, device and shapes.
-    `triton` are the project's own, `plain` is matmul, softmax, matmul.
+    It is found by profiling one call, because torch's choice depends on its release, the device and the shapes.
+    `triton` is the project's own kernel, `eager` is matmul, softmax, matmul.
     """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler says that it starts and stops
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler logs its start and stop
     with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiled:
         module(tokens, attn_mask=packing)
     operators = {event.key for event in profiled.key_averages()}
@@ -108,25 +103,31 @@ def attention_kernel(module: nn.Module, tokens: Float[Tensor, "b t d"], packing:
     for kernel in ("cudnn", "flash", "efficient"):
         if any(f"{kernel}_attention" in operator for operator in operators):
             return kernel
-    return "math" if "aten::scaled_dot_product_attention" in operators else "plain"
+    return "math" if "aten::scaled_dot_product_attention" in operators else "eager"
 
 
-def settle(module: nn.Module, device: torch.device, kind: AttentionKind) -> None:
-    """Move a module to a device in channels-last, with the attention that train.attention means there."""
+def to_device(module: nn.Module, device: torch.device, kind: AttentionImpl) -> None:
+    """Move a module to a device in channels-last, and set the attention that `kind` (train.attention_impl) means there.
+
+    `auto`: fused attention on a GPU, with the project's own kernels on Hopper; eager attention on a CPU.
+    """
     module.to(device)
     module.to(memory_format=torch.channels_last)
     on_gpu = device.type == "cuda"
     hopper = on_gpu and torch.cuda.get_device_capability(device)[0] == 9
-    use_attention(
+    set_attention_impl(
         module,
-        fused=kind in ("triton", "fused") or (kind == "auto" and on_gpu),
+        fused=kind in ("triton", "sdpa") or (kind == "auto" and on_gpu),
         short=HAS_TRITON and (kind == "triton" or (kind == "auto" and hopper)),
     )
 
 
-def use_attention(module: nn.Module, fused: bool, short: bool = False) -> None:
-    """Make every attention below `module`, timm's own too, fused (or of variable length) or plain (matmul, softmax,
-    matmul); short: ours in short sequences by the project's own kernels."""
+def set_attention_impl(module: nn.Module, fused: bool, short: bool = False) -> None:
+    """Set the implementation of every attention layer in `module`, including timm's own.
+
+    fused: use fused (or variable-length) kernels, else matmul, softmax, matmul. short: use the project's own kernels
+    for short sequences in this project's layers.
+    """
     for part in module.modules():
         if isinstance(part, TimmAttention):
             part.fused_attn = fused

@@ -1,4 +1,4 @@
-"""The encoder: a stock timm ViT that can be given the visible patches alone (paper, section 3)."""
+"""Encoder: timm's ViT, on all patches or on the visible ones (paper, section 3)."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from jaxtyping import Float, Real
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from iwm.config import Encoder as EncoderConfig
-from iwm.config import ResidualKind
+from iwm.config import EncoderConfig as EncoderConfig
+from iwm.config import ResidualDtype
 from iwm.models.layers import (
     OWN_LAYERS,
     add_positions,
-    initialise,
+    forward_blocks,
+    init_weights,
     resample_positions,
-    rescale_by_depth,
-    run_blocks,
+    rescale_blocks,
     sincos_positions,
 )
 from iwm.packing import Packing
@@ -26,7 +26,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def patchify(images: Real[Tensor, "b h w 3"], patch: int) -> Real[Tensor, "b n p"]:
-    """Cut into patches in row-major order; a patch's values run row, column, channel."""
+    """Cut images into patches in row-major order; the values of a patch are ordered row, column, channel."""
     b, height, width, channels = images.shape
     patches = images.reshape(b, height // patch, patch, width // patch, patch, channels)
     return patches.transpose(2, 3).reshape(b, -1, patch * patch * channels)
@@ -35,11 +35,11 @@ def patchify(images: Real[Tensor, "b h w 3"], patch: int) -> Real[Tensor, "b n p
 class Encoder(VisionTransformer):
     """timm's VisionTransformer with fixed 2-D sin-cos positions, no class token and no head.
 
-    Parameters carry timm's names and shapes, so `state_dict()` loads strictly into the VisionTransformer that
-    `timm_arguments` describes. Context encoder and target encoder are two of these.
+    Parameters have timm's names and shapes, so `state_dict()` loads strictly into the VisionTransformer that
+    `timm_arguments` describes. Context encoder and target encoder are instances of this class.
 
-    Images are uint8, or float grey levels from 0 to 255. Where they are not of the training size, positions are
-    interpolated.
+    Images are uint8 or float with values from 0 to 255. Positions are interpolated for sizes other than the training
+    size.
     """
 
     pixel_scale: Tensor
@@ -47,51 +47,51 @@ class Encoder(VisionTransformer):
 
     def __init__(self, config: EncoderConfig, image_size: int, *, checkpointing: bool = False) -> None:
         super().__init__(**timm_arguments(config, image_size), **OWN_LAYERS)
-        self.patch = config.patch
+        self.patch_size = config.patch_size
         self.checkpointing = checkpointing
-        self.residual: ResidualKind = "auto"
-        grid = image_size // config.patch
-        self.pos_embed = nn.Parameter(sincos_positions(config.width, grid)[None], requires_grad=False)
-        initialise(self, config.init)
+        self.residual: ResidualDtype = "auto"
+        grid = image_size // config.patch_size
+        self.pos_embed = nn.Parameter(sincos_positions(config.embed_dim, grid)[None], requires_grad=False)
+        init_weights(self, config.init)
         if config.init == "ijepa":
-            rescale_by_depth(self.blocks)
+            rescale_blocks(self.blocks)
         mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
-        self.register_buffer("pixel_scale", (1 / (255 * std)).repeat(config.patch**2), persistent=False)
-        self.register_buffer("pixel_shift", (-mean / std).repeat(config.patch**2), persistent=False)
+        self.register_buffer("pixel_scale", (1 / (255 * std)).repeat(config.patch_size**2), persistent=False)
+        self.register_buffer("pixel_shift", (-mean / std).repeat(config.patch_size**2), persistent=False)
 
     def forward(self, images: Real[Tensor, "b h w 3"], packing: Packing | None = None) -> Float[Tensor, "r t d"]:
-        """Features of all patches [b, n, d], or of those that are packed [1, t, d]."""
+        """Return features of all patches [b, n, d], or of the packed ones [1, t, d]."""
         tokens = self.embed(images, packing)
-        return self.norm(run_blocks(self.blocks, tokens, packing, checkpointing=self.checkpointing))
+        return self.norm(forward_blocks(self.blocks, tokens, packing, checkpointing=self.checkpointing))
 
     def embed(self, images: Real[Tensor, "b h w 3"], packing: Packing | None = None) -> Float[Tensor, "r t d"]:
-        """Patch embedding with positions; only what is visible is normalised and embedded.
+        """Embed patches and add positions; with a packing, only the visible patches are normalised and embedded.
 
-        The convolution of timm's PatchEmbed, written as the matrix product it is; its weight is kept channels-last, so
-        that a row-column-channel patch meets it without a copy.
+        This is the convolution of timm's PatchEmbed, written as a matrix product. Its weight is stored channels-last,
+        so that it multiplies row-column-channel patches without a copy.
         """
-        patches = patchify(images, self.patch)
-        grid = (images.shape[1] // self.patch, images.shape[2] // self.patch)
+        patches = patchify(images, self.patch_size)
+        grid = (images.shape[1] // self.patch_size, images.shape[2] // self.patch_size)
         positions = resample_positions(self.pos_embed, self.patch_embed.grid_size, grid)
         if packing is not None:
             n = patches.shape[1]
             rows = patches.flatten(0, 1)
-            # Filling shows the last patch of the batch.
-            patches = rows.index_select(0, packing.place.clamp(max=len(rows) - 1))[None]
-            positions = positions[:, packing.place % n]
+            # Padding tokens take the last patch of the batch.
+            patches = rows.index_select(0, packing.token_index.clamp(max=len(rows) - 1))[None]
+            positions = positions[:, packing.token_index % n]
         weight = self.patch_embed.proj.weight.permute(0, 2, 3, 1).flatten(1)
         pixels = patches * self.pixel_scale + self.pixel_shift
         return add_positions(F.linear(pixels, weight, self.patch_embed.proj.bias), positions, self.residual)
 
 
 def timm_arguments(config: EncoderConfig, image_size: int) -> dict[str, object]:
-    """Arguments of the timm VisionTransformer that an exported encoder loads into."""
+    """Return the arguments of the timm VisionTransformer that an exported encoder loads into."""
     return {
         "img_size": image_size,
-        "patch_size": config.patch,
-        "embed_dim": config.width,
+        "patch_size": config.patch_size,
+        "embed_dim": config.embed_dim,
         "depth": config.depth,
-        "num_heads": config.heads,
+        "num_heads": config.num_heads,
         "mlp_ratio": config.mlp_ratio,
         "class_token": False,
         "global_pool": "avg",

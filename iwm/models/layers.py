@@ -1,4 +1,4 @@
-"""What encoder and predictor share: positions, initialisation, running and compiling timm's blocks."""
+"""Position embeddings, initialisation, forward pass and compilation of timm's blocks."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from iwm.compat import allow_graphs
-from iwm.config import ResidualKind
+from iwm.config import ResidualDtype
 from iwm.kernels.gelu import Gelu
 from iwm.kernels.mlp import Mlp
 from iwm.models.attention import Attention
 from iwm.packing import Packing
 
 OWN_LAYERS: dict[str, type[nn.Module]] = {"attn_layer": Attention, "mlp_layer": Mlp, "act_layer": Gelu}
-"""Parts of timm's blocks that are ours, by the arguments of timm that take them."""
+"""Layers of this project used in timm's blocks, by timm's argument."""
 
 
 def sincos_positions(width: int, grid: int) -> Float[Tensor, "n {width}"]:
-    """Fixed 2-D sine-cosine positions of a grid×grid image, row-major, as MAE and I-JEPA use them.
+    """Return the fixed 2-D sine-cosine positions of MAE and I-JEPA for a grid×grid image, row-major.
 
-    The first half of the features encodes the column, the second the row; each half is sines then cosines.
+    The first half of the features encodes the column, the second the row; each half is sines, then cosines.
     """
     frequencies = 1.0 / 10_000 ** (torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies
@@ -38,31 +38,35 @@ def sincos_positions(width: int, grid: int) -> Float[Tensor, "n {width}"]:
 
 
 def resample_positions(
-    positions: Float[Tensor, "1 s d"], grid: tuple[int, int], wanted: tuple[int, int], prefix: int = 0
+    positions: Float[Tensor, "1 s d"], grid: tuple[int, int], new_grid: tuple[int, int], prefix: int = 0
 ) -> Float[Tensor, "1 s2 d"]:
-    """Positions of a grid (rows, columns) for another one, bicubic, as MAE's finetuning resizes them.
+    """Interpolate positions from one grid (rows, columns) to another, bicubic, as in MAE's finetuning.
 
-    The first `prefix` positions are of tokens that stand for no patch: they stay.
+    The first `prefix` positions belong to tokens that are not patches (class token, registers) and stay unchanged.
     """
     resampled: Tensor = resample_abs_pos_embed(
-        positions, list(wanted), list(grid), num_prefix_tokens=prefix, antialias=False
+        positions, list(new_grid), list(grid), num_prefix_tokens=prefix, antialias=False
     )
     return resampled
 
 
 def add_positions(
-    tokens: Float[Tensor, "*b n d"], positions: Float[Tensor, "... n d"], residual: ResidualKind
+    tokens: Float[Tensor, "*b n d"], positions: Float[Tensor, "... n d"], residual: ResidualDtype
 ) -> Float[Tensor, "*b n d"]:
-    """Tokens with positions, which begin the residual stream in the precision that all its sums then have.
+    """Add positions to tokens; the sum sets the precision of the whole residual stream.
 
-    residual (train.residual): `fp32`: float32. `bf16`: that of the tokens, bf16 under autocast.
+    residual (train.residual_dtype): `fp32`: float32. `bf16`: the tokens' dtype, bf16 under autocast. `auto`: `bf16` on
+    a GPU, `fp32` on a CPU.
     """
     wide = residual == "fp32" or (residual == "auto" and not tokens.is_cuda)
     return tokens + (positions if wide else positions.to(tokens.dtype))
 
 
-def initialise(module: nn.Module, kind: Literal["ijepa", "xavier"]) -> None:
-    """Initialise every linear and convolution below `module`; norms are ones and zeros, biases zeros."""
+def init_weights(module: nn.Module, kind: Literal["ijepa", "xavier"]) -> None:
+    """Initialise every linear and convolutional layer in `module`, with biases at zero; norms stay at timm's defaults.
+
+    kind: `ijepa` (truncated normal, standard deviation 0.02) or `xavier` (uniform).
+    """
     for part in module.modules():
         if isinstance(part, nn.Linear | nn.Conv2d):
             if kind == "xavier":
@@ -73,7 +77,7 @@ def initialise(module: nn.Module, kind: Literal["ijepa", "xavier"]) -> None:
                 nn.init.zeros_(part.bias)
 
 
-def rescale_by_depth(blocks: Iterable[Block]) -> None:
+def rescale_blocks(blocks: Iterable[Block]) -> None:
     """Divide each block's two output projections by sqrt(2·depth), as I-JEPA's and BEiT's initialisation does."""
     with torch.no_grad():
         for number, block in enumerate(blocks, start=1):
@@ -82,27 +86,29 @@ def rescale_by_depth(blocks: Iterable[Block]) -> None:
 
 
 class TensorDropPath(DropPath):
-    """timm's DropPath, of a rate in a tensor: to torch.compile, blocks of different rates are the same graph, where
-    different numbers would be one each."""
+    """timm's DropPath with its rate in a tensor.
 
-    kept: Tensor
+    Blocks of different rates thus share one graph of torch.compile; rates as Python numbers would need a graph each.
+    """
+
+    keep_prob: Tensor
 
     def __init__(self, rate: float) -> None:
-        """rate: chance that an image's path is dropped, from 0 to below 1."""
+        """Initialise. rate: probability in [0, 1) that an image's path is dropped."""
         super().__init__(rate)
-        self.register_buffer("kept", torch.tensor(1 - rate), persistent=False)
+        self.register_buffer("keep_prob", torch.tensor(1 - rate), persistent=False)
 
     def forward(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
         if not self.training:
             return x
-        drawn = torch.bernoulli(self.kept.expand(len(x), 1, 1)) / self.kept
+        drawn = torch.bernoulli(self.keep_prob.expand(len(x), 1, 1)) / self.keep_prob
         return x * drawn.to(x.dtype)
 
 
 def set_drop_path(blocks: nn.ModuleList | nn.Sequential, rate: float) -> None:
-    """Let blocks drop their paths in training: by chance 0 the first, by `rate` the last, linear between (timm's).
+    """Set the blocks' drop path rates: linear over depth from 0 in the first to `rate` in the last, as in timm.
 
-    Draws come from torch's own generator of the device.
+    Samples come from torch's default generator of the device.
     """
     for block, drop in zip(blocks, calculate_drop_path_rates(rate, len(blocks)), strict=True):
         for name in ("drop_path1", "drop_path2"):
@@ -110,20 +116,20 @@ def set_drop_path(blocks: nn.ModuleList | nn.Sequential, rate: float) -> None:
 
 
 def _draws(block: nn.Module) -> bool:
-    """Whether something in a block is random: then what is run again must draw the same."""
+    """Return True where a block is random, so that its recomputation must draw the same numbers."""
     return block.training and any(isinstance(part, DropPath) for part in block.children())
 
 
-def run_blocks(
+def forward_blocks(
     blocks: Iterable[nn.Module],
     tokens: Float[Tensor, "b t d"],
     packing: Packing | None = None,
     *,
     checkpointing: bool = False,
 ) -> Float[Tensor, "b t d"]:
-    """Send tokens through blocks: rows of equal length, or one row of packed ones.
+    """Run tokens through blocks: rows of equal length, or one row of packed tokens.
 
-    checkpointing: keep only what enters each block, and run it again in the backward pass.
+    checkpointing: store only the input of each block, and recompute the block in the backward pass.
     """
     for block in blocks:
         if checkpointing and torch.is_grad_enabled():
@@ -133,14 +139,15 @@ def run_blocks(
     return tokens
 
 
-GRAPHS = 64
-"""Most graphs of one function, beyond which torch goes on without compiling. All blocks of a process are one function
-to it, and the downstream protocols have blocks of many kinds and shapes; torch's own limit is 8."""
+RECOMPILE_LIMIT = 64
+"""Maximum number of compiled graphs of one function, beyond which torch runs without compiling (torch's default: 8).
+torch counts all blocks of a process as one function, and the downstream protocols use many kinds of blocks and shapes.
+"""
 
 
-def compile_parts(module: nn.Module, blocks: Iterable[nn.Module], *methods: str) -> None:
-    """Compile each block by itself, and these methods of the module, for static shapes."""
-    allow_graphs(GRAPHS)
+def compile_blocks(module: nn.Module, blocks: Iterable[nn.Module], *methods: str) -> None:
+    """Compile each block separately, and the named methods of the module, for static shapes."""
+    allow_graphs(RECOMPILE_LIMIT)
     for block in blocks:
         block.compile(dynamic=False)
     for method in methods:

@@ -1,4 +1,4 @@
-"""The Image World Model: context encoder, target encoder, predictor, and the loss between them (paper, section 3)."""
+"""Image World Model: context encoder, target encoder, predictor and loss (paper, section 3)."""
 
 from __future__ import annotations
 
@@ -11,17 +11,27 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
 from iwm.actions import ActionSpec, action_from_params, action_spec
-from iwm.config import Config
+from iwm.config import Config, LossConfig
 from iwm.masking import Masks, PackedMasks
-from iwm.models.attention import attention_kernel, settle
+from iwm.models.attention import attention_kernel, to_device
 from iwm.models.encoder import Encoder
-from iwm.models.layers import compile_parts
+from iwm.models.layers import compile_blocks
 from iwm.models.predictor import Predictor
-from iwm.packing import pack
+from iwm.packing import pack_tokens
+
+EncoderName = Literal["teacher", "student"]
+"""EMA target encoder (teacher) or trained context encoder (student), as the paper's tables name them."""
+
+ENCODERS: tuple[EncoderName, ...] = ("teacher", "student")
+
+
+def normalize_targets(features: Float[Tensor, "b n d"], loss: LossConfig) -> Float[Tensor, "b n d"]:
+    """Layer norm without affine parameters, where the loss has it; else the features as they are."""
+    return F.layer_norm(features, features.shape[-1:]) if loss.normalize_targets else features
 
 
 class WorldModel(nn.Module):
-    """What is trained (`encoder`, `predictor`) and its slow teacher (`target_encoder`, never given a gradient)."""
+    """Trained modules (`encoder`, `predictor`) and the EMA teacher (`target_encoder`, without gradients)."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -29,7 +39,7 @@ class WorldModel(nn.Module):
         self.action_spec: ActionSpec = action_spec(config.action, config.views)
         checkpointing = config.train.activation_checkpointing
         self.encoder = Encoder(config.encoder, config.views.size, checkpointing=checkpointing)
-        self.encoder.residual = config.train.residual
+        self.encoder.residual = config.train.residual_dtype
         self.predictor = Predictor(config, self.action_spec.size)
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
 
@@ -40,24 +50,24 @@ class WorldModel(nn.Module):
         params: Float[Tensor, "b p"],
         masks: PackedMasks,
     ) -> Float[Tensor, ""]:
-        """Training loss of a batch: how far predictions are from the target encoder's features."""
-        targets = self.targets(target)
+        """Return the training loss of a batch, between the predictions and the target encoder's features."""
+        targets = self.target_features(target)
         context = self.encoder(source, masks.context)
-        predictions = self.predictor.inpaint(context, masks, action_from_params(params, self.action_spec))
-        return self.distance(predictions, targets, self.counted(masks))
+        predictions = self.predictor.predict_masked(context, masks, action_from_params(params, self.action_spec))
+        return self.loss(predictions, targets, self.loss_mask(masks))
 
-    def counted(self, masks: Masks | PackedMasks) -> Bool[Tensor, "b m n"]:
-        """The tokens that the loss is taken over."""
-        return masks.queried | masks.visible[:, None] if self.config.loss.predict == "all" else masks.queried
+    def loss_mask(self, masks: Masks | PackedMasks) -> Bool[Tensor, "b m n"]:
+        """Return the mask of the tokens that the loss is computed over (loss.predict)."""
+        return masks.predicted | masks.visible[:, None] if self.config.loss.predict == "all" else masks.predicted
 
-    def distance(
+    def loss(
         self,
         predictions: Float[Tensor, "b m n d"],
         targets: Float[Tensor, "b n d"],
         counted: Bool[Tensor, "b m n"],
     ) -> Float[Tensor, ""]:
-        """The loss between predictions and targets over the counted tokens; every prediction weighs the same."""
-        compare = F.mse_loss if self.config.loss.kind == "l2" else F.smooth_l1_loss
+        """Return the loss between predictions and targets over the counted tokens, all predictions equally weighted."""
+        compare = F.mse_loss if self.config.loss.type == "l2" else F.smooth_l1_loss
         targets = targets[:, None].expand_as(predictions)
         per_token = compare(predictions.float(), targets.float(), reduction="none").mean(dim=-1)
         per_row = (per_token * counted).sum(dim=-1)
@@ -66,22 +76,21 @@ class WorldModel(nn.Module):
         return per_row.mean()
 
     @torch.no_grad()
-    def targets(self, images: UInt8[Tensor, "b h w 3"]) -> Float[Tensor, "b n d"]:
-        """What predictions are compared with: the target encoder's features, normed as the loss has it."""
-        features = self.target_encoder(images)
-        return self.standardise(features) if self.config.loss.target_norm else features
+    def target_features(self, images: UInt8[Tensor, "b h w 3"]) -> Float[Tensor, "b n d"]:
+        """Return the targets: the target encoder's features, normalised where loss.normalize_targets is set."""
+        return self.normalize_features(self.target_encoder(images))
 
-    def standardise(self, features: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        """Layer norm without affine parameters."""
-        return F.layer_norm(features, features.shape[-1:])
+    def normalize_features(self, features: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        """Normalise an encoder's features as the loss does its targets."""
+        return normalize_targets(features, self.config.loss)
 
-    def encode(self, images: UInt8[Tensor, "b h w 3"], which: Literal["teacher", "student"]) -> Float[Tensor, "b n d"]:
-        """Features of whole images, from the target encoder (teacher) or the context encoder (student)."""
+    def encode(self, images: UInt8[Tensor, "b h w 3"], which: EncoderName) -> Float[Tensor, "b n d"]:
+        """Return features of whole images, from the target encoder (teacher) or the context encoder (student)."""
         return self.target_encoder(images) if which == "teacher" else self.encoder(images)
 
     def predict(self, context: Float[Tensor, "b n d"], action: Float[Tensor, "b k"]) -> Float[Tensor, "b n d"]:
-        """Features of the whole transformed image, from whole-image features and an action (actions.py layout)."""
-        return self.predictor.transform(context, action)
+        """Predict features of the whole transformed image from whole-image features and an action (iwm/actions.py)."""
+        return self.predictor.predict_image(context, action)
 
     @torch.no_grad()
     def update_target(self, momentum: float) -> None:
@@ -90,32 +99,35 @@ class WorldModel(nn.Module):
             list(self.target_encoder.parameters()), list(self.encoder.parameters()), weight=1.0 - momentum
         )
 
-    def prepare(self, device: torch.device, compiled: bool) -> WorldModel:
-        """Move to a device in channels-last, choose the configured attention, compile block by block if asked."""
-        settle(self, device, self.config.train.attention)
+    def setup(self, device: torch.device, compiled: bool) -> WorldModel:
+        """Move to a device in channels-last and select the configured attention.
+
+        compiled: compile block by block, and also the embedding, the sequence building and the loss.
+        """
+        to_device(self, device, self.config.train.attention_impl)
         if compiled:
             for encoder in (self.encoder, self.target_encoder):
-                compile_parts(encoder, (*encoder.blocks, encoder.norm), "embed")
-            compile_parts(self.predictor, self.predictor.blocks, "place", "finish")
-            compile_parts(self, (), "standardise", "distance")
+                compile_blocks(encoder, (*encoder.blocks, encoder.norm), "embed")
+            compile_blocks(self.predictor, self.predictor.blocks, "build_sequence", "unpack_predictions")
+            compile_blocks(self, (), "normalize_features", "loss")
         return self
 
     def attention_kernels(self) -> dict[str, str]:
-        """Attention kernel of each part in training (iwm.models.attention.attention_kernel), by a call of each.
+        """Return the attention kernel of each part in training, found by running each part's first attention layer.
 
-        Call it on the device and before parameters are divided over processes. No random number is drawn.
+        Call it on the device and before parameters are sharded over processes. No random number is drawn.
         """
         config, device = self.config, self.encoder.pos_embed.device
-        packing = pack(torch.ones(2, config.grid**2, dtype=torch.bool), None).to(device)
+        packing = pack_tokens(torch.ones(2, config.grid_size**2, dtype=torch.bool), None).to(device)
         parts = {
             "context encoder": (self.encoder, packing),
             "target encoder": (self.target_encoder, None),
-            "predictor": (self.predictor, packing if config.masking.kind == "ijepa" else None),
+            "predictor": (self.predictor, packing if config.masking.type == "ijepa" else None),
         }
         kernels = {}
         for name, (part, packed) in parts.items():
             attention = part.blocks[0].attn
-            shape = (2, config.grid**2) if packed is None else (1, len(packing.place))
+            shape = (2, config.grid_size**2) if packed is None else (1, len(packing.token_index))
             tokens = torch.zeros(*shape, attention.qkv.in_features, device=device)
             with (
                 torch.set_grad_enabled(name != "target encoder"),

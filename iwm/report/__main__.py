@@ -1,8 +1,6 @@
-"""Make a run's page anew, or one page that compares runs: python -m iwm.report RUN [RUN ...] [--out FILE]"""
+"""Regenerate the report page of a run, or compare runs on one page: python -m iwm.report RUN [RUN ...] [--out FILE]"""
 
 from __future__ import annotations
-
-import dali_pipelines.command  # noqa: F401  # isort: skip  # first: it ends the command where DALI is missing
 
 import sys
 from dataclasses import dataclass
@@ -10,31 +8,31 @@ from pathlib import Path
 
 import tyro
 
-from iwm.report.page import write_page
-from iwm.report.run_folder import ReportError
+from shards.errors import UserError, run_command
 
 
 @dataclass(frozen=True)
-class Options:
-    """One self-contained page of what a run did, or of how several compare."""
+class ReportOptions:
+    """Write one self-contained HTML page with the results of one run, or a comparison of several runs."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Folders of runs, as runs/demo."""
+    """Run folders, for example runs/demo."""
     out: Path | None = None
-    """The page. Default: RUN/report.html of one run, comparison.html beside the first of several."""
+    """HTML file to write. Default: RUN/report.html for one run, comparison.html next to the first of several runs."""
 
 
 def main() -> None:
-    options = tyro.cli(Options, description=__doc__, prog="python -m iwm.report")
-    try:
-        if not options.runs:
-            raise ReportError("no run is given: name at least one run's folder, as runs/demo")
-        first = options.runs[0]
-        beside = first / "report.html" if len(options.runs) == 1 else first.resolve().parent / "comparison.html"
-        print(write_page(options.runs, options.out or beside))
-    except (ReportError, OSError) as problem:
-        sys.exit(f"iwm.report: {problem}")
+    options = tyro.cli(ReportOptions, description=__doc__, prog="python -m iwm.report")
+    if not options.runs:
+        raise UserError("no run is given: name at least one run folder, for example runs/demo")
+    # Imported late: torch and DALI take seconds, and a mistyped option must fail at once.
+    import dali_pipelines.command  # noqa: F401
+    from iwm.report.page import write_page
+
+    first = options.runs[0]
+    default = first / "report.html" if len(options.runs) == 1 else first.resolve().parent / "comparison.html"
+    print(write_page(options.runs, options.out or default))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main, "iwm.report"))

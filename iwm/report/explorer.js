@@ -1,5 +1,5 @@
-// The explorer of iwm/report/explorer.py. All arithmetic is MRR's (iwm/evaluation/mrr.py): L2 distances between pooled
-// features, ties by a share of the true view's norm.
+// Script of the explorer (iwm/report/explorer.py). Ranks are those of MRR (iwm/evaluation/bank.py): L2 distances between
+// pooled features, with a tie tolerance relative to the true view's norm.
 "use strict";
 
 for (const root of document.querySelectorAll(".explorer")) start(root);
@@ -26,7 +26,7 @@ function start(root) {
     };
   }
 
-  // Where the controls stand: the photograph, the source, the place on each axis, and the view that is true there.
+  // Return the state of the controls: photograph, source, index on each axis, and index of the true view.
   function read() {
     const chosen = (what) => Number(find(`.${what} input:checked`).value);
     const at = axes.map((axis) => Number(sliders.get(axis.name)?.value ?? 0));
@@ -45,7 +45,7 @@ function start(root) {
     return at;
   }
 
-  // From the prediction with the action to `view`, to every view.
+  // Return the distances from the prediction with the action to `view` to all views.
   function distancesFrom({ photograph: { points, scale }, source }, view) {
     const size = points.length / ((1 + data.sources.length) * data.bank);
     const prediction = ((1 + source) * data.bank + view) * size;
@@ -72,9 +72,9 @@ function start(root) {
   }
 
   function words(at, source) {
-    const said = axes.map((axis, a) => data.words[axis.name][at[a]]);
-    if (source !== undefined) said.push(data.sources[source].words);
-    return said.filter(Boolean).map((each) => each.replace(/ /g, "\u00a0")).join(", ") || "nothing";
+    const parts = axes.map((axis, a) => data.words[axis.name][at[a]]);
+    if (source !== undefined) parts.push(data.sources[source].words);
+    return parts.filter(Boolean).map((part) => part.replace(/ /g, "\u00a0")).join(", ") || "nothing";
   }
 
   function show(canvas, photograph, cell, label) {
@@ -85,7 +85,7 @@ function start(root) {
     canvas.getContext("2d").drawImage(photograph.picture, x, y, data.side, data.side, 0, 0, data.side, data.side);
   }
 
-  // A new photograph or source: every action's rank, for the map and for the buttons.
+  // Update after a new photograph or source: ranks of all actions, for the map and the buttons.
   function choose() {
     const now = read();
     ranks = Array.from({ length: data.bank }, (_, view) => rankOf(view, distancesFrom(now, view), now));
@@ -94,7 +94,7 @@ function start(root) {
     move();
   }
 
-  // A slider moved: what the prediction retrieves now.
+  // Update after a slider moved: the view nearest to the prediction.
   function move() {
     const now = read();
     const distances = distancesFrom(now, now.view);
@@ -103,11 +103,12 @@ function start(root) {
     const state = data.sources[now.source].name;
     show(canvases.source, now.photograph, data.bank + now.source, `the photograph, ${state}`);
     show(canvases.true, now.photograph, now.view, `true view: ${words(now.at)}`);
-    show(canvases.retrieved, now.photograph, retrieved, `retrieved view: ${words(placesOf(retrieved))}`);
+    show(canvases.retrieved, now.photograph, retrieved, `nearest view: ${words(placesOf(retrieved))}`);
     find(".views").classList.toggle("right", retrieved === now.view);
     find(".answer").innerHTML =
-      `Told <b>${words(now.at, now.source)}</b>, the predictor ranks the true view <b class="rank">${rank}</b> of ` +
-      `${data.bank}` + (retrieved === now.view ? "." : `; it retrieves <b>${words(placesOf(retrieved))}</b>.`);
+      `Action: <b>${words(now.at, now.source)}</b>. The prediction ranks the true view ` +
+      `<b class="rank">${rank}</b> of ${data.bank}` +
+      (retrieved === now.view ? "." : `; the nearest view is <b>${words(placesOf(retrieved))}</b>.`);
     drawSliders(now, distances);
     drawProfile(distances, rank);
     drawMap(now, retrieved);
@@ -130,7 +131,7 @@ function start(root) {
     worst: () => ranks.indexOf(Math.max(...ranks)),
   };
 
-  // Beside each slider, the distances along it while the others stay; all on one scale.
+  // Draw the distances along each slider with the others fixed, all on one scale.
   function drawSliders(now, distances) {
     const lines = axes.map((axis, a) => Array.from({ length: axis.count }, (_, place) =>
       distances[viewAt(now.at.map((old, b) => (b === a ? place : old)))]));
@@ -138,9 +139,9 @@ function start(root) {
     axes.forEach(({ name, count }, a) => {
       const input = sliders.get(name);
       if (!input) return;
-      const said = data.words[name][now.at[a]] || "unchanged";
-      input.setAttribute("aria-valuetext", said);
-      input.parentNode.querySelector("output").textContent = said.replace(`${name} `, "");
+      const label = data.words[name][now.at[a]] || "unchanged";
+      input.setAttribute("aria-valuetext", label);
+      input.parentNode.querySelector("output").textContent = label.replace(`${name} `, "");
       const place = (i) => [(100 * i) / (count - 1), 24 - 20 * share(lines[a][i], low, high)];
       const dot = (i, kind) => `<path class="${kind}" d="M${place(i)}h0"/>`;
       const nearest = lines[a].indexOf(Math.min(...lines[a]));
@@ -150,7 +151,7 @@ function start(root) {
     });
   }
 
-  // Distances in rising order over their place, which is drawn by its logarithm: the first places are what counts.
+  // Draw the sorted distances over their rank on a logarithmic axis, because the first ranks matter most.
   function drawProfile(distances, rank) {
     const sorted = [...distances].sort((a, b) => a - b);
     const low = sorted[0], high = sorted[sorted.length - 1];
@@ -161,20 +162,20 @@ function start(root) {
     const end = at > 180 ? "end" : "start";
     const profile = find(".profile");
     profile.setAttribute("aria-label",
-      `distances from ${low.toFixed(3)} to ${high.toFixed(3)}; the true view's is number ${rank}`);
+      `distances from ${low.toFixed(3)} to ${high.toFixed(3)}; the true view has rank ${rank}`);
     profile.innerHTML =
       ticks.map((place) => `<line class="grid" x1="${x(place)}" x2="${x(place)}" y1="20" y2="172"/>` +
         `<text x="${x(place)}" y="190" text-anchor="middle">${place}</text>`).join("") +
-      `<text x="0" y="12">${high.toFixed(2)} the farthest</text>` +
+      `<text x="0" y="12">largest distance ${high.toFixed(2)}</text>` +
       `<polyline class="line s1" points="${sorted.map((d, i) => `${x(i + 1).toFixed(1)},${y(d).toFixed(1)}`).join(" ")}"/>` +
       `<circle class="nearest" cx="${x(1)}" cy="${y(low)}" r="5"/>` +
       `<line class="true" x1="${at}" x2="${at}" y1="20" y2="172"/><circle class="ring" cx="${at}" cy="${height}" r="6"/>` +
-      `<text x="${at + (end === "start" ? 8 : -8)}" y="28" text-anchor="${end}">true view: ${rank}</text>`;
+      `<text x="${at + (end === "start" ? 8 : -8)}" y="28" text-anchor="${end}">true view: rank ${rank}</text>`;
   }
 
-  // A cell per action: brightness and contrast downwards, saturation and hue across.
+  // Draw one cell per action: rows are the first two axes (brightness, contrast), columns the others (saturation, hue).
   function drawMap(now, retrieved) {
-    const across = axes[2].count * axes[3].count, down = data.bank / across;
+    const across = axes.slice(2).reduce((cells, axis) => cells * axis.count, 1), down = data.bank / across;
     const map = find(".map");
     const cell = Math.max(4, Math.round(700 / across));
     map.width = across * cell;
@@ -199,7 +200,7 @@ function start(root) {
   find(".scale").innerHTML = "<span>rank 1</span>" + Array.from({ length: 12 }, (_, i) =>
     `<i style="background:${colour(i / 11)}"></i>`).join("") + `<span>${data.bank}</span>`;
   find(".map").addEventListener("click", ({ offsetX, offsetY, target }) => {
-    const across = axes[2].count * axes[3].count, down = data.bank / across;
+    const across = axes.slice(2).reduce((cells, axis) => cells * axis.count, 1), down = data.bank / across;
     const column = Math.floor((offsetX / target.clientWidth) * across);
     const row = Math.floor((offsetY / target.clientHeight) * down);
     go(Math.min(Math.max(row, 0), down - 1) * across + Math.min(Math.max(column, 0), across - 1));
@@ -222,7 +223,7 @@ function share(value, low, high) {
   return high > low ? (value - low) / (high - low) : 0.5;
 }
 
-// Viridis, backwards: yellow is near, dark blue far, and either is told apart without colour.
+// Reversed viridis: yellow is near and dark blue far; brightness alone distinguishes them.
 function colour(share) {
   const stops = [[253, 231, 37], [94, 201, 98], [33, 145, 140], [59, 82, 139], [68, 1, 84]];
   const at = Math.min(share, 0.9999) * (stops.length - 1), i = Math.floor(at);

@@ -1,6 +1,7 @@
-"""The explorer: pick a photograph, move an action, see at once what the prediction retrieves. All of it is on the page.
+"""Interactive explorer of actions on the report page.
 
-Made from what the protocol `explore` (iwm/evaluation/explore.py) left; explorer.js beside this file does the rest.
+Its data are the files of the evaluator `explorer` (iwm/evaluation/explorer.py), embedded in the page; its script is
+explorer.js next to this file.
 """
 
 from __future__ import annotations
@@ -15,27 +16,25 @@ from typing import Any
 
 import numpy as np
 
-from iwm.evaluation.bank import UNTOLD
-from iwm.evaluation.mrr import TIE
-from iwm.report.markup import section
-from iwm.report.run_folder import ReportError, Run
+from iwm.evaluation.bank import TIE_TOLERANCE, UNCONDITIONED_NOTE
+from iwm.report.components import section
+from iwm.report.runs import ReportError, RunResults
 
 FOR_THE_SCRIPT = ("bank", "chance", "columns", "side", "axes", "words", "sources")
-"""Fields of explore.json that the script reads."""
+"""Fields of explorer.json that the script reads."""
 
-MEANING = """<p>Choose a photograph and what is done to it, then tell the predictor an action. Which of the photograph's
-{bank} views is nearest to what it predicts? Distances and ranks are those of MRR, computed beforehand from features
-averaged over tokens; {same:.0%} of all ranks are exact, rounding moves the others by at most {most:g}.</p>"""
+MEANING = """<p>Select a photograph, a source and an action. The explorer shows the view nearest to the prediction among
+the photograph's {bank} views. Distances and ranks are those of MRR, precomputed from features averaged over tokens.
+{same:.0%} of all ranks are exact; compression changes the other ranks by at most {most:g}.</p>"""
 
 BUTTONS = {"nothing": "No change", "random": "Random action", "best": "Best action", "worst": "Worst action"}
 
+VIEWS = {"source": "source", "true": "true view", "retrieved": "view nearest to the prediction"}
 
-VIEWS = {"source": "source", "true": "what the action makes", "retrieved": "what the prediction retrieves"}
 
-
-def explorer(runs: Sequence[Run]) -> str:
-    """Of one run's photographs. A comparison has none: each would bring a few megabytes; runs' own pages have them."""
-    results = runs[0].of_protocol("explore") if len(runs) == 1 else {}
+def explorer(runs: Sequence[RunResults]) -> str:
+    """Return the explorer of a single run; '' in a comparison, where each run would add a few megabytes."""
+    results = runs[0].evaluations_of("explorer") if len(runs) == 1 else {}
     if not results:
         return ""
     script = (resources.files("iwm.report") / "explorer.js").read_text()
@@ -53,8 +52,10 @@ def _one(folder: Path, name: str, result: dict[str, Any]) -> str:
     sliders = "".join(_slider(name, axis, values) for axis, values in result["axes"].items())
     views = "".join(_view(role, caption) for role, caption in VIEWS.items())
     meaning = MEANING.format(bank=result["bank"], same=result["same_rank"], most=result["largest_difference"])
-    untold = f"<p>{UNTOLD}</p>" if result["conditioning"] == "none" else ""
-    content = f"""{meaning}{untold}
+    note = f"<p>{UNCONDITIONED_NOTE}</p>" if result["conditioning"] == "none" else ""
+    axes = list(result["axes"])
+    downwards, across = (", then ".join(names) for names in (axes[:2], axes[2:]))
+    content = f"""{meaning}{note}
 <div class="explorer">
 <script type="application/json">{data}</script>
 <noscript><p>The explorer needs JavaScript.</p></noscript>
@@ -69,22 +70,22 @@ def _one(folder: Path, name: str, result: dict[str, Any]) -> str:
 <h3>Rank of every action<b class="score"></b></h3>
 <canvas class="map" role="img" aria-label=""></canvas>
 <div class="legend scale"></div>
-<p class="legend">Downwards brightness and, finer, contrast; across saturation and, finer, hue. Click to go there.</p>
+<p class="legend">Rows: {downwards}; columns: {across}. Click a cell to select its action.</p>
 <h3>Distances from the prediction, nearest first</h3>
 <svg class="profile" viewBox="0 0 360 200" role="img" aria-label=""></svg>
 </div>
 </div>"""
-    return section("Try an action", content)
+    return section("Explorer", content)
 
 
-def _choice(name: str, what: str, options: Sequence[tuple[str, str]]) -> str:
-    """Radio buttons; a photograph's has its picture in the place of text."""
+def _choice(name: str, kind: str, options: Sequence[tuple[str, str]]) -> str:
+    """Return radio buttons; those of photographs show the image in place of text."""
     radios = "".join(
-        f'<label><input type="radio" name="{escape(name)}-{what}" value="{i}" aria-label="{escape(label)}"'
+        f'<label><input type="radio" name="{escape(name)}-{kind}" value="{i}" aria-label="{escape(label)}"'
         f"{' checked' if i == 0 else ''}>{f'<span>{escape(text)}</span>' if text else '<canvas></canvas>'}</label>"
         for i, (text, label) in enumerate(options)
     )
-    return f'<fieldset class="{what}s"><legend>{what}</legend>{radios}</fieldset>'
+    return f'<fieldset class="{kind}s"><legend>{kind}</legend>{radios}</fieldset>'
 
 
 def _view(role: str, caption: str) -> str:
@@ -94,7 +95,7 @@ def _view(role: str, caption: str) -> str:
 
 
 def _slider(name: str, axis: str, values: Sequence[float]) -> str:
-    """A range over the values, with the line of distances that it moves along; nothing for what is never changed."""
+    """Return a slider over the values with a line of distances; '' for a component with a single value."""
     if len(values) == 1:
         return ""
     mark = f"{escape(name)}-{axis}"
@@ -106,12 +107,12 @@ def _slider(name: str, axis: str, values: Sequence[float]) -> str:
 
 
 def _data(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
-    """What the script computes with: little-endian int16 points and float32 norms per photograph, base64."""
+    """Return the data of the script: little-endian int16 points and float32 norms per photograph, as base64."""
     path = _file(folder, result["points"])
     arrays = np.load(path)
     expected = (len(result["photographs"]), 1 + len(result["sources"]), result["bank"], result["components"])
     if arrays["points"].shape != expected:
-        raise ReportError(f"{path} is not of the same making as its JSON; run the protocol explore again")
+        raise ReportError(f"{path}: does not match its JSON; rerun iwm/evaluate.py explorer")
     photographs = [
         {
             "picture": f"data:image/webp;base64,{_base64(_file(folder, photograph['picture']).read_bytes())}",
@@ -121,13 +122,13 @@ def _data(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
         }
         for photograph, points, norms in zip(result["photographs"], arrays["points"], arrays["norms"], strict=True)
     ]
-    return {**{key: result[key] for key in FOR_THE_SCRIPT}, "tie": TIE, "photographs": photographs}
+    return {**{key: result[key] for key in FOR_THE_SCRIPT}, "tie": TIE_TOLERANCE, "photographs": photographs}
 
 
 def _file(folder: Path, name: str) -> Path:
     path = folder / name
     if not path.exists():
-        raise ReportError(f"{path} is missing, which the explorer is made of; run the protocol explore again")
+        raise ReportError(f"{path}: missing data of the explorer; rerun iwm/evaluate.py explorer")
     return path
 
 

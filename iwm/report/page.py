@@ -1,8 +1,8 @@
-"""RUN/report.html, or one page for several runs: self-contained, made from what runs left on disk and nothing else.
+"""Self-contained report page of one run (RUN/report.html) or of several runs, from the files in the run folders.
 
-A section is a function that gives HTML, "" where its material is missing, so the page holds only what was run. To add
-what one run shows (a picture, a table), write it as a function from `Run` and name it in SECTIONS: a comparison has it
-too, folded away under the run's name. The page's looks are in page.html beside this file.
+A section is a function that returns HTML, or "" where its results are missing. To add a section for each run (a figure,
+a table), write a function of `RunResults` and add it to SECTIONS. In a comparison it is folded under the run's name.
+The style of the page is in page.html next to this file.
 """
 
 from __future__ import annotations
@@ -13,64 +13,68 @@ from importlib import resources
 from pathlib import Path
 from string import Template
 
-from iwm.report.actions import grid_curves, undone
-from iwm.report.configuration import configuration
-from iwm.report.downstream import downstream_tables, leveraged
+from iwm.report.components import details, with_contents
+from iwm.report.downstream import downstream_section, downstream_tables
 from iwm.report.explorer import explorer
-from iwm.report.markup import details, with_contents
-from iwm.report.pictures import retrieval_picture
-from iwm.report.probes import nearest_neighbours
-from iwm.report.run_folder import ReportError, Run, read_runs
-from iwm.report.scores import headline, world_model
-from iwm.report.spectrum import marginalised, patch_maps, similarity_matrix
-from iwm.report.training import curves
+from iwm.report.runs import ReportError, RunResults, read_runs
+from iwm.report.training import configuration, curves
+from iwm.report.world_model import (
+    corruption_section,
+    marginalised,
+    nearest_neighbours,
+    patch_maps,
+    retrieval_picture,
+    similarity_matrix,
+    summary_tiles,
+    sweep_section,
+    world_model,
+)
 from shards.atomic import write_atomically
 
-OVERVIEW: tuple[Callable[[Sequence[Run]], str], ...] = (headline, world_model, explorer, downstream_tables)
-"""What all runs share a table or a chart in: first, what they are judged by."""
+OVERVIEW: tuple[Callable[[Sequence[RunResults]], str], ...] = (summary_tiles, world_model, explorer, downstream_tables)
+"""Sections that show all runs in one table or chart, at the top of the page."""
 
-SECTIONS: tuple[Callable[[Run], str], ...] = (
+SECTIONS: tuple[Callable[[RunResults], str], ...] = (
     retrieval_picture,
-    grid_curves,
-    undone,
+    sweep_section,
+    corruption_section,
     similarity_matrix,
     marginalised,
     patch_maps,
     nearest_neighbours,
-    leveraged,
+    downstream_section,
 )
-"""What each run shows by itself."""
+"""Sections of a single run."""
 
-BACKGROUND: tuple[Callable[[Sequence[Run]], str], ...] = (curves, configuration)
-"""How the runs came about, all in one."""
+BACKGROUND: tuple[Callable[[Sequence[RunResults]], str], ...] = (curves, configuration)
+"""Sections on training and configuration of all runs, at the end of the page."""
 
 
 def write_report(folder: Path) -> Path:
-    """Make RUN/report.html anew. Raises ReportError as `read_run` does."""
+    """Regenerate RUN/report.html. Raises the ReportError of `read_run`."""
     return write_page([folder], folder / "report.html")
 
 
 def write_page(folders: Sequence[Path], path: Path, lead: str = "") -> Path:
-    """Write one page of one run, or comparing several; `lead` is a section of its own that
-    comes before the others, as HTML.
+    """Write one page with one run or a comparison of several; `lead` is an HTML section before all others.
 
-    Raises ReportError as `read_runs` does.
+    Raises the ReportError of `read_runs`, and ReportError for a result without a required field.
     """
     runs = read_runs(folders)
     template = Template((resources.files("iwm.report") / "page.html").read_text())
     try:
         body = _body(runs, lead)
     except KeyError as error:
-        where = ", ".join(str(run.folder / "eval") for run in runs)
+        places = ", ".join(str(run.folder / "eval") for run in runs)
         raise ReportError(
-            f"{where}: a result lacks {error}, so another version of iwm wrote it; evaluate again or delete it"
+            f"{places}: a result lacks {error}, so another version of iwm wrote it; evaluate again or delete it"
         ) from error
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     write_atomically(path, template.substitute(title=escape(title), body=body).encode())
     return path
 
 
-def _body(runs: Sequence[Run], lead: str) -> str:
+def _body(runs: Sequence[RunResults], lead: str) -> str:
     top, *overview = (section(runs) for section in OVERVIEW)
     own = ["\n".join(section(run) for section in SECTIONS) for run in runs]
     background = [section(runs) for section in BACKGROUND]

@@ -1,7 +1,7 @@
-"""The forward and backward passes of a step as one CUDA graph, which the host replays with a single call.
+"""CUDA graph of a step's forward and backward passes.
 
-A step of the B/16 recipe is about 2,000 kernels. One by one they take the host 80 ms to issue, where the GPU needs 98
-to run them (H100); with the graph the host's part is 11 ms.
+A step of the B/16 recipe launches about 2,000 kernels. On an H100 the host needs 80 ms to launch them one by one, and
+the GPU 98 ms to run them. Replaying the graph takes 11 ms of host time.
 """
 
 from __future__ import annotations
@@ -11,51 +11,52 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from dali_pipelines.loader import Batch
+from dali_pipelines.loader import ViewBatch
 from iwm.masking import PackedMasks
 from iwm.models.world_model import WorldModel
-from iwm.training.distributed import World
+from iwm.training.distributed import DistEnv
 from iwm.training.step import Gradient, StepResult
 
-WARM_UP = 3
-"""Steps taken kernel by kernel before the graph is captured: they compile, and plan attention and matrix products."""
+WARMUP_STEPS = 3
+"""Number of eager steps before capture. They compile the blocks and plan attention and matrix products."""
 
-AHEAD = 2
-"""Replayed steps that the host may be ahead of the GPU. It issues one in 11 ms: without a bound it would run ahead as
-far as the pipeline can, with every batch that waits in GPU memory (77 MB for 256 images)."""
+MAX_STEPS_AHEAD = 2
+"""Maximum number of replayed steps by which the host may be ahead of the GPU. The host launches one in 11 ms. Without
+this limit it would run as far ahead as the pipeline can, and every waiting batch occupies GPU memory (77 MB for 256
+images)."""
 
 
 class GraphedGradient(Gradient):
     """Gradient whose kernels are captured once and then replayed on copies of each step's batches and masks.
 
-    A step whose shapes are not those of the capture (a batch with more visible patches than the buffer has room for,
-    one in 30,000) is taken kernel by kernel, and the next one is captured anew: the memory of two would not fit where
-    one fills the GPU. Call it on a stream that is not the default one, always the same.
+    A step with other shapes than the captured ones (a batch with more visible patches than the buffer size, one in
+    30,000) runs kernel by kernel. The graph is then released and the next step is captured again, because two graphs
+    may not fit into GPU memory. Always call it on the same stream, which must not be the default stream.
     """
 
     def __init__(self, model: WorldModel, wrapped: nn.Module) -> None:
         super().__init__(model, wrapped)
         self._warm = 0
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._inputs: tuple[list[Batch], list[PackedMasks]] = ([], [])
+        self._inputs: tuple[list[ViewBatch], list[PackedMasks]] = ([], [])
         self._result: StepResult
         self._gradients: list[Tensor | None] = []
         self._replays = 0
         self._ended: list[torch.cuda.Event] = []
 
-    def __call__(self, batches: Sequence[Batch], masks: Sequence[PackedMasks]) -> StepResult:
-        if self._warm < WARM_UP:
+    def __call__(self, batches: Sequence[ViewBatch], masks: Sequence[PackedMasks]) -> StepResult:
+        if self._warm < WARMUP_STEPS:
             self._warm += 1
             return super().__call__(batches, masks)
         if self._graph is None:
             self._capture(batches, masks)
-        given, kept = (list(_tensors(*inputs)) for inputs in ((batches, masks), self._inputs))
-        if [tensor.shape for tensor in given] != [tensor.shape for tensor in kept]:
+        inputs, static = (list(_tensors(*pair)) for pair in ((batches, masks), self._inputs))
+        if [tensor.shape for tensor in inputs] != [tensor.shape for tensor in static]:
             self._release()
             return super().__call__(batches, masks)
-        ended = self._ended[self._replays % AHEAD]
-        ended.synchronize()  # of the replay AHEAD steps ago
-        torch._foreach_copy_(kept, given)
+        ended = self._ended[self._replays % MAX_STEPS_AHEAD]
+        ended.synchronize()  # wait for the replay of MAX_STEPS_AHEAD steps ago
+        torch._foreach_copy_(static, inputs)
         assert self._graph is not None  # captured above
         self._graph.replay()
         ended.record()
@@ -64,20 +65,20 @@ class GraphedGradient(Gradient):
             parameter.grad = gradient
         return StepResult(*(value.clone() for value in self._result))
 
-    def _capture(self, batches: Sequence[Batch], masks: Sequence[PackedMasks]) -> None:
-        """Record the kernels of a step; none of them runs."""
+    def _capture(self, batches: Sequence[ViewBatch], masks: Sequence[PackedMasks]) -> None:
+        """Record the kernels of a step without running them."""
         self._inputs = [batch.clone() for batch in batches], [mask.apply(torch.clone) for mask in masks]
         self.model.zero_grad()  # so that a replay overwrites gradients and does not add to them
         graph = torch.cuda.CUDAGraph()
-        # The pipeline's threads allocate memory and wait for events meanwhile; that concerns no capture of this thread.
+        # The pipeline's threads allocate memory and wait for events meanwhile. A thread-local capture ignores that.
         with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
             self._result = super().__call__(*self._inputs)
         self._gradients = [parameter.grad for parameter in self.model.parameters()]
         self._graph = graph
-        self._ended = [torch.cuda.Event(blocking=True) for _ in range(AHEAD)]
+        self._ended = [torch.cuda.Event(blocking=True) for _ in range(MAX_STEPS_AHEAD)]
 
     def _release(self) -> None:
-        """Free what the graph holds, once it has ended."""
+        """Wait for the replays in flight, then free the graph and its memory."""
         for ended in self._ended:
             ended.synchronize()
         self.model.zero_grad()
@@ -85,23 +86,23 @@ class GraphedGradient(Gradient):
         del self._result
 
 
-def gradient_for(model: WorldModel, wrapped: nn.Module, here: World) -> tuple[Gradient, str]:
-    """The gradient as train.cuda_graph wants it, and in words how its kernels are issued."""
+def gradient_for(model: WorldModel, wrapped: nn.Module, dist: DistEnv) -> tuple[Gradient, str]:
+    """Return the gradient that train.cuda_graph selects, and a description of the kernel launches for the user."""
     train = model.config.train
     if not train.cuda_graph:
         return Gradient(model, wrapped), "kernel by kernel"
     for reason, applies in (
-        ("no GPU", here.device.type != "cuda"),
-        (f"{here.size} processes", here.size > 1),
+        ("no GPU", dist.device.type != "cuda"),
+        (f"{dist.size} processes", dist.size > 1),
         ("not compiled", not train.compile),
     ):
         if applies:
             return Gradient(model, wrapped), f"kernel by kernel ({reason})"
-    return GraphedGradient(model, wrapped), f"as one CUDA graph after {WARM_UP} steps"
+    return GraphedGradient(model, wrapped), f"as one CUDA graph after {WARMUP_STEPS} steps"
 
 
-def _tensors(batches: Sequence[Batch], masks: Sequence[PackedMasks]) -> Iterator[Tensor]:
-    """Everything that differs from step to step."""
+def _tensors(batches: Sequence[ViewBatch], masks: Sequence[PackedMasks]) -> Iterator[Tensor]:
+    """Yield all tensors that change from step to step."""
     for batch in batches:
         yield from (batch.source, batch.target, batch.params)
     for mask in masks:

@@ -1,160 +1,126 @@
-"""Pretraining from its first step to its last, read top to bottom (paper, A.1)."""
+"""The pretraining loop (paper, A.1)."""
 
 from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
-import torch
-
-from dali_pipelines.outputs import SampleKeys
 from iwm.config import to_yaml
-from iwm.flops import measured_peak, training_flops
+from iwm.models.flops import measure_matmul_flops, training_flops
+from iwm.models.world_model import WorldModel
 from iwm.training import checkpoint as checkpoints
-from iwm.training.distributed import StopAgreement, World
-from iwm.training.health import health, held_out
-from iwm.training.monitor import Monitor, memory_gib, rewind
-from iwm.training.session import Session, checkpoint_of
-from iwm.training.signals import StopWish
-from iwm.training.step import StepResult, masks_for, train_step
+from iwm.training.distributed import StopConsensus
+from iwm.training.metrics import MetricLogger, MetricWindow, memory_gib, truncate_metrics_after
+from iwm.training.runtime import StopFlag, manual_gc
+from iwm.training.step import prepare_masks, train_step
+from iwm.training.train_state import TrainState, to_checkpoint
 from shards.atomic import write_atomically
+from shards.errors import UserError
 
 
-class TrainingError(RuntimeError):
-    """Training that cannot go on; the message says why and what to look at."""
+class TrainingError(UserError):
+    """Training that cannot continue; the message names the cause and the remedy."""
 
 
-def pretrain(session: Session, wish: StopWish) -> None:
-    """Train until the configured end or until `wish`, then save.
+def pretrain(
+    state: TrainState, stop: StopFlag, validate: Callable[[WorldModel], dict[str, float]] | None = None
+) -> None:
+    """Train until the configured end or until `stop` is set, then save a checkpoint.
 
+    validate: returns metrics of the model, logged every log.eval_interval steps; None: no validation.
     Raises TrainingError where the gradient stays non-finite, or the last checkpoint cannot be written.
     """
-    s, config, here = session, session.config, session.here
-    if here.main:
+    s, config, dist = state, state.config, state.dist
+    if dist.is_main:
         write_atomically(s.run / "config.yaml", to_yaml(config).encode())
-        rewind(s.run, s.step)
-    watched = held_out(config, here)
-    flops_share = training_flops(config).total / measured_peak(here.device, config.train.precision) / here.size
-    agreement, streak = StopAgreement(here), 0
+        truncate_metrics_after(s.run, s.step)
+    flops_share = training_flops(config).total / measure_matmul_flops(dist.device, config.train.precision) / dist.size
+    agreement, streak = StopConsensus(dist), 0
     with (
-        collecting_by_hand(),
-        Monitor(
-            s.run, f"iwm · {s.run}", s.schedules.steps, s.step, main=here.main, tensorboard=config.log.tensorboard
+        manual_gc(),
+        MetricLogger(
+            s.run, f"iwm · {s.run}", s.schedules.steps, s.step, main=dist.is_main, tensorboard=config.log.tensorboard
         ) as monitor,
     ):
-        for line in s.opening:
-            monitor.say(line)
-        window, ended, saved = Window(), s.step >= s.schedules.steps, True
+        for line in s.startup_messages:
+            monitor.print(line)
+        window, ended, saved = MetricWindow(), s.step >= s.schedules.steps, True
         while not ended:
-            values = s.schedules.at(s.step)
+            values = s.schedules.values_at(s.step)
             waiting = time.perf_counter()
             batches = [next(s.loader) for _ in range(s.accumulation)]
             window.waited += time.perf_counter() - waiting
-            masks = [masks_for(config, here, s.step, part, s.micro_batch) for part in range(s.accumulation)]
+            masks = [prepare_masks(config, dist, s.step, part, s.micro_batch) for part in range(s.accumulation)]
             window.results.append(train_step(s.model, s.gradient, s.optimizer, batches, masks, values))
             window.keys.append([batch.keys for batch in batches])
             s.step += 1
-            s.samples += config.data.batch
-            monitor.advance(s.step)
-            ended = agreement.agreed(bool(wish)) or s.step == s.schedules.steps
+            s.samples += config.data.global_batch_size
+            monitor.set_step(s.step)
+            ended = agreement.any_rank_stopped(bool(stop)) or s.step == s.schedules.steps
 
-            if s.step % config.log.every == 0 or ended:
-                metrics, flags = window.read(here, config.data.batch)
+            if s.step % config.log.interval == 0 or ended:
+                loss, norm, skipped, speed = window.read(dist, config.data.global_batch_size)
+                flags = skipped.tolist()
                 s.skipped += sum(flags)
-                streak = _streak(flags, streak, config.train.nonfinite_limit, window)
-                monitor.write(
+                streak = _streak(flags, streak, config.train.max_nonfinite_steps, window)
+                monitor.log(
                     s.step,
                     {
-                        **metrics,
-                        "mfu": metrics["images_per_second"] * flops_share,
+                        "loss": loss[~skipped].mean().item(),
+                        "gradient_norm": norm[~skipped].mean().item(),
+                        **speed,
+                        "mfu": speed["images_per_second"] * flops_share,
                         "lr": values.lr,
                         "weight_decay": values.weight_decay,
                         "ema": values.ema,
                         "samples": s.samples,
                         "epoch": s.samples / s.loader.samples_per_epoch,
                         "skipped": s.skipped,
-                        "memory_gib": memory_gib(here.device),
+                        "memory_gib": memory_gib(dist.device),
                     },
                 )
                 gc.collect()
-                window = Window()
-            if watched is not None and (s.step % config.log.health_every == 0 or s.step == s.schedules.steps):
-                monitor.write(s.step, health(s.model, watched))
-                window = Window()
-            if s.step % config.log.checkpoint_every == 0 or ended:
+                window = MetricWindow()
+            if validate is not None and (s.step % config.log.eval_interval == 0 or s.step == s.schedules.steps):
+                monitor.log(s.step, validate(s.model))
+                window = MetricWindow()
+            if s.step % config.log.checkpoint_interval == 0 or ended:
                 saved = _save(s, monitor)
         if s.step < s.schedules.steps:
-            monitor.say(f"stopped by a signal after step {s.step:,}; the same command goes on from there")
+            monitor.print(f"stopped by a signal after step {s.step:,}; rerun the same command to resume")
     if not saved:
-        raise TrainingError(f"{s.run}: the last checkpoint could not be written; free some space and run this again")
+        raise TrainingError(
+            f"{s.run}: the last checkpoint could not be written; free disk space and rerun the same command"
+        )
 
 
-@contextmanager
-def collecting_by_hand() -> Iterator[None]:
-    """Garbage is collected with the metrics alone, so that no process pauses while the others wait for it. What is
-    there before the first step is left out: looking through it takes hundreds of milliseconds."""
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-        gc.unfreeze()
+def _streak(flags: list[bool], before: int, limit: int, window: MetricWindow) -> int:
+    """Return the current number of consecutive skipped steps, of which `before` precede the window.
 
-
-@dataclass
-class Window:
-    """What has happened since metrics were last written. Its scalars lie on the device until `read`."""
-
-    results: list[StepResult] = field(default_factory=list)
-    keys: list[list[SampleKeys]] = field(default_factory=list)
-    """Of each step's batches; looked up only if a step was skipped."""
-    waited: float = 0.0
-    began: float = field(default_factory=time.perf_counter)
-
-    def read(self, here: World, batch: int) -> tuple[dict[str, float], list[bool]]:
-        """Metrics of the window, and of each step whether it was skipped. Waits for the device."""
-        loss = torch.stack([result.loss for result in self.results])
-        skipped = torch.stack([result.skipped for result in self.results])
-        loss = here.mean(loss)[~skipped].mean()
-        norm = torch.stack([result.gradient_norm for result in self.results])[~skipped].mean()
-        flags = skipped.tolist()
-        seconds = time.perf_counter() - self.began
-        return {
-            "loss": loss.item(),
-            "gradient_norm": norm.item(),
-            "images_per_second": len(self.results) * batch / seconds,
-            "data_wait": self.waited / seconds,
-        }, flags
-
-
-def _streak(flags: list[bool], before: int, limit: int, window: Window) -> int:
-    """Skipped steps in a row up to now; TrainingError, naming the last one's samples, where there are too many."""
+    Raises TrainingError, which names the samples of the last one, where the number reaches `limit`.
+    """
     streak = before
     for flag, keys in zip(flags, window.keys, strict=True):
         streak = streak + 1 if flag else 0
         if streak >= limit:
             samples = ", ".join(key for part in keys for key in part)
             raise TrainingError(
-                f"the gradient was not finite in {streak} steps in a row; nothing was learnt in them and the last "
-                f"checkpoint is good. Lower --optim.lr or set --optim.clip. Samples of the last of them: {samples}"
+                f"the gradient was not finite in {streak} steps in a row; they were skipped, and the last checkpoint "
+                f"is valid. Lower --optim.lr, set --optim.grad-clip, or check the samples of the last step: {samples}"
             )
     return streak
 
 
-def _save(session: Session, monitor: Monitor) -> bool:
-    """Write a checkpoint; a failure is said and costs nothing that was saved before. Whether it was written."""
-    content = checkpoint_of(session)
-    if not session.here.main:
+def _save(state: TrainState, monitor: MetricLogger) -> bool:
+    """Write a checkpoint and delete old ones. Return False, after a warning, where it could not be written."""
+    content = to_checkpoint(state)
+    if not state.dist.is_main:
         return True
     try:
-        checkpoints.save(session.run, content)
+        checkpoints.save_checkpoint(state.run, content)
     except OSError as error:
-        monitor.say(f"WARNING: {error}. Free some space: the next checkpoint is tried as planned")
+        monitor.print(f"WARNING: {error}. Free disk space; training continues to the next checkpoint")
         return False
-    checkpoints.prune(session.run, session.config.log.keep, session.config.log.milestone_every)
+    checkpoints.prune_checkpoints(state.run, state.config.log.keep_last_k, state.config.log.keep_every)
     return True

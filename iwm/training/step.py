@@ -1,4 +1,4 @@
-"""One optimiser step, with nothing in it that makes the host wait for the device."""
+"""One optimiser step, without host-device synchronisation."""
 
 from __future__ import annotations
 
@@ -9,70 +9,72 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from dali_pipelines.loader import Batch
-from iwm.actions import action_spec
+from dali_pipelines.loader import ViewBatch
 from iwm.config import Config
-from iwm.masking import Masks, PackedMasks, pack_masks, rooms, sample_masks
+from iwm.masking import Masks, PackedMasks, mask_buffer_sizes, pack_masks, sample_masks
+from iwm.models.predictor import num_action_tokens
 from iwm.models.world_model import WorldModel
-from iwm.training.distributed import World
-from iwm.training.optim import set_values, step_unless
-from iwm.training.parallel import gradient_norm, synchronised
-from iwm.training.schedules import Values
+from iwm.training.distributed import DistEnv
+from iwm.training.optim import ScheduleValues, set_lr_wd, step_if_finite
+from iwm.training.parallel import grad_sync, gradient_norm
 
 
 class StepResult(NamedTuple):
-    """Scalars on the device; read them seldom. `loss` is this process's own."""
+    """Result of a step: scalars on the device, or vectors with one entry per trial. Reading them waits for the device.
 
-    loss: Float[Tensor, ""]
-    gradient_norm: Float[Tensor, ""]
-    """Before clipping, of all processes' mean gradient."""
-    skipped: Bool[Tensor, ""]
-    """Whether the gradient was not finite, so that parameters and moments were left as they were."""
-
-
-def drawn_masks(
-    config: Config, here: World, step: int, part: int, batch: int, device: torch.device | None = None
-) -> Masks:
-    """Masks of this process's `batch` samples in pass `part` of a step: those of their places in the step's batch.
-
-    device: where they are drawn; None: on the host. They are the same everywhere.
+    `loss` is that of this process.
     """
-    first = (part * here.size + here.rank) * batch
+
+    loss: Float[Tensor, "*trials"]
+    gradient_norm: Float[Tensor, "*trials"]
+    """Norm, before clipping, of the gradient averaged over processes."""
+    skipped: Bool[Tensor, "*trials"]
+    """True where the gradient was not finite, so that parameters and moments are unchanged."""
+
+
+def sample_step_masks(
+    config: Config, dist: DistEnv, step: int, part: int, batch: int, device: torch.device | None = None
+) -> Masks:
+    """Sample the masks of this process's `batch` samples in pass `part` of a step, by their positions in the batch.
+
+    device: device that computes them; None: the host. The masks are the same on every device.
+    """
+    first = (part * dist.size + dist.rank) * batch
     index = torch.arange(first, first + batch, device=device)
-    return sample_masks(config.masking, config.grid, config.train.seed, step, index)
+    return sample_masks(config.masking, config.grid_size, config.train.seed, step, index)
 
 
-def masks_for(config: Config, here: World, step: int, part: int, batch: int) -> PackedMasks:
-    """Those masks, as a step takes them: packed, on its device, in shapes that never change if compiled."""
-    drawn = drawn_masks(config, here, step, part, batch)
-    extra = action_spec(config.action, config.views).size if config.action.conditioning == "sequence" else 0
-    fixed = rooms(config.masking, config.grid, extra, batch) if config.train.compile else None
-    return pack_masks(drawn, fixed, extra).to(here.device)
+def prepare_masks(config: Config, dist: DistEnv, step: int, part: int, batch: int) -> PackedMasks:
+    """Sample and pack the masks of a pass, on its device; in constant shapes if the step is compiled."""
+    masks = sample_step_masks(config, dist, step, part, batch)
+    extra = num_action_tokens(config)
+    fixed = mask_buffer_sizes(config.masking, config.grid_size, extra, batch) if config.train.compile else None
+    return pack_masks(masks, fixed, extra).to(dist.device)
 
 
 class Gradient:
-    """The forward and backward passes of a step, one kernel after another.
+    """Forward and backward passes of a step, launched kernel by kernel.
 
     Calling it leaves the mean gradient of `batches` in the parameters' `.grad`, clipped as configured.
     """
 
     def __init__(self, model: WorldModel, wrapped: nn.Module) -> None:
-        """wrapped: `parallel.wrap(model, …)`."""
+        """Store the model and `wrapped`, the result of `parallel.parallelize`."""
         self.model, self.wrapped = model, wrapped
 
-    def __call__(self, batches: Sequence[Batch], masks: Sequence[PackedMasks]) -> StepResult:
+    def __call__(self, batches: Sequence[ViewBatch], masks: Sequence[PackedMasks]) -> StepResult:
         config, device = self.model.config, batches[0].source.device
         self.model.zero_grad()
         loss = torch.zeros((), device=device)
         for number, (batch, mask) in enumerate(zip(batches, masks, strict=True), start=1):
-            with synchronised(self.model, self.wrapped, now=number == len(batches)):
+            with grad_sync(self.model, self.wrapped, now=number == len(batches)):
                 with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
                     part = self.wrapped(batch.source, batch.target, batch.params, mask) / len(batches)
                 part.backward()
             loss += part.detach()
         norm = gradient_norm(self.model.parameters())
-        if config.optim.clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), config.optim.clip, norm)
+        if config.optim.grad_clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), config.optim.grad_clip, norm)
         return StepResult(loss, norm, ~torch.isfinite(norm))
 
 
@@ -80,16 +82,16 @@ def train_step(
     model: WorldModel,
     gradient: Gradient,
     optimizer: torch.optim.Optimizer,
-    batches: Sequence[Batch],
+    batches: Sequence[ViewBatch],
     masks: Sequence[PackedMasks],
-    values: Values,
+    values: ScheduleValues,
 ) -> StepResult:
-    """Compute the gradient of `batches`, step, and move the target encoder.
+    """Compute the gradient of `batches`, update the parameters, and update the target encoder.
 
-    `values` are this step's from schedules.py.
+    values: hyperparameters of this step (optim.Schedules).
     """
-    set_values(optimizer, values.lr, values.weight_decay)
+    set_lr_wd(optimizer, values.lr, values.weight_decay)
     result = gradient(batches, masks)
-    step_unless(optimizer, result.skipped)
+    step_if_finite(optimizer, result.skipped)
     model.update_target(values.ema)
     return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -14,34 +15,31 @@ from typing import Any
 import pytest
 
 from iwm.ablate import main
-from iwm.training.checkpoint import all_checkpoints, path_of
+from iwm.ablation.studies import STUDIES
+from iwm.training.checkpoint import checkpoint_path, list_checkpoints
+from shards.errors import UserError
+from tests.ablation.widths import widths
 from tests.training.runs import TINY
 
-SCRIPT = Path(__file__).parents[2] / "iwm" / "ablate.py"
-STUDY = """
-title: Two widths
-arms:
-  - {row: default, column: narrow, options: [--predictor.width, '32'], paper: 0.5}
-  - {row: default, column: wide, options: [--predictor.width, '64']}
-"""
+SCRIPT = Path(__file__).with_name("widths.py")
 
 
 def test_a_failed_and_a_stopped_run_go_on_and_a_finished_study_prints_its_tables(
     tmp_path: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, study = tmp_path / "out", tmp_path / "widths.yaml"
-    study.write_text(STUDY)
-    tiny = [word for key, value in TINY.items() if key != "predictor.width" for word in (f"--{key}", str(value))]
-    own = ["--jobs", "2", "--bank.images", "3", "--bank.size", "8", "--out", "out"]
+    out = tmp_path / "out"
+    tiny = [word for key, value in TINY.items() if key != "predictor.embed_dim" for word in (f"--{key}", str(value))]
+    own = ["--jobs", "2", "--bank.num-images", "3", "--bank.num-views", "8", "--out", "out"]
     training = ["--data.shards", str(tiny_shards), "--schedule.steps", "200", "--log.no-tensorboard", *tiny]
-    command = [sys.executable, str(SCRIPT), str(study), "demo", *own, "--", *training]
+    command = [sys.executable, str(SCRIPT), "widths", "demo", *own, "--", *training]
     narrow, wide = (out / f"default-{column}-seed0" for column in ("narrow", "wide"))
 
     (wide / "eval").mkdir(parents=True)
     (wide / "checkpoints").write_text("in the way")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(STUDIES, "widths", widths)
     monkeypatch.setattr(sys, "argv", command[1:])
-    with pytest.raises(SystemExit, match="1 of 2 runs failed"):
+    with pytest.raises(UserError, match="1 of 2 runs failed"):
         main()
     said = capsys.readouterr().out
     assert re.search(r"default-wide-seed0: iwm/train.py failed.*default-wide-seed0/log.txt", said)
@@ -49,19 +47,20 @@ def test_a_failed_and_a_stopped_run_go_on_and_a_finished_study_prints_its_tables
     assert "not run" in (out / "tables.md").read_text()
     (wide / "checkpoints").unlink()
 
-    stopped = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[2])}
+    stopped = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     while not list(wide.glob("checkpoints/*.pt")):
         assert stopped.poll() is None
         time.sleep(0.05)
     stopped.send_signal(signal.SIGTERM)
-    assert "stopped; the same command goes on" in stopped.communicate(timeout=600)[1]
+    assert "stopped; rerun the same command to resume" in stopped.communicate(timeout=600)[1]
     assert stopped.returncode == 1
-    assert all_checkpoints(wide)[0] != path_of(wide, 200)
+    assert list_checkpoints(wide)[0] != checkpoint_path(wide, 200)
 
     before = {path: path.stat().st_mtime_ns for path in narrow.rglob("*.pt")}
     main()
     said = capsys.readouterr().out
-    assert "default-narrow-seed0: done before, kept" in said
+    assert "default-narrow-seed0: already finished, skipped" in said
     assert "default-wide-seed0: trained in" in said
     assert before == {path: path.stat().st_mtime_ns for path in before}
     results = _read(out / "ablation.json")["results"]
@@ -74,7 +73,7 @@ def test_a_failed_and_a_stopped_run_go_on_and_a_finished_study_prints_its_tables
     assert "paper 0.50" in page
 
     main()
-    assert capsys.readouterr().out.count("done before, kept") == 2
+    assert capsys.readouterr().out.count("already finished, skipped") == 2
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -85,11 +84,11 @@ def _read(path: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["depth", "demo"], r"'depth' is no study"),
-        (["conditioning", "demos"], r"'demos' is no recipe.*cpu_small"),
+        (["depth", "demo"], r"'depth' is not a study.*complexity"),
+        (["conditioning", "demos"], r"'demos' is not a recipe.*cpu_small"),
         (["conditioning", "demo", "--jobs", "0"], "--jobs"),
-        (["conditioning", "demo", "--common", "destructive"], "'destructive' is no scenario with jitter"),
-        (["conditioning", "demo", "--", "--predictor.width", "97"], "predictor.width 97"),
+        (["conditioning", "demo", "--common", "destructive"], "'destructive' is not a scenario with jitter"),
+        (["conditioning", "demo", "--", "--predictor.embed-dim", "97"], "predictor.embed_dim 97"),
         (["conditioning", "demo", "--bank.scenario", "strong"], "--bank.scenario"),
     ],
 )
@@ -98,9 +97,8 @@ def test_a_mistake_ends_with_one_line_before_anything_is_trained(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["iwm/ablate.py", *arguments])
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(UserError) as stop:
         main()
-    assert isinstance(stop.value.code, str)
-    assert re.search(says, stop.value.code)
-    assert "\n" not in stop.value.code
+    assert re.search(says, str(stop.value))
+    assert "\n" not in str(stop.value)
     assert not list(tmp_path.iterdir())

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from iwm.ablation.studies import Arm, Study
+from iwm.ablation.studies import AblationStudy, Variant
 from iwm.ablation.tables import tables
+from iwm.evaluation.result_table import ResultTable
+from iwm.report.components import html_table
 
-STUDY = Study(
+STUDY = AblationStudy(
     "Table 1",
     (
-        Arm("default", "none", (), paper=0.0),
-        Arm("default", "feature", ("x",), paper=0.79),
-        Arm("strong", "feature", ("y",), bank="strong"),
+        Variant("default", "none", (), paper=0.0),
+        Variant("default", "feature", ("x",), paper=0.79),
+        Variant("strong", "feature", ("y",), bank="strong"),
     ),
 )
 
@@ -35,15 +37,19 @@ FOUND = [
 ]
 
 
+def _rows(table: ResultTable) -> dict[str, list[str]]:
+    return {name: cells for name, *cells in table.rows}
+
+
 def test_places_have_mean_and_range_the_papers_figure_or_say_not_run() -> None:
     own, common, per_token, shuffled, ratio = tables(STUDY, FOUND, "default")
-    assert own.columns == ["none", "feature"]
-    assert own.rows["default"] == ["not run, paper 0.00", "0.250 (0.200–0.300), paper 0.79"]
-    assert own.rows["strong"] == ["", "0.500"]
-    assert common.rows["strong"] == ["", "0.100"]
-    assert per_token.rows["default"][1] == "0.125 (0.100–0.150)"
-    assert shuffled.rows["default"][1] == "0.020 (0.020–0.020)"
-    assert ratio.rows["default"][1] == "0.600 (0.100–1.100)"
+    assert own.columns == ["", "none", "feature"]
+    assert _rows(own)["default"] == ["not run, paper 0.00", "0.250 (0.200–0.300), paper 0.79"]
+    assert _rows(own)["strong"] == ["", "0.500"]
+    assert _rows(common)["strong"] == ["", "0.100"]
+    assert _rows(per_token)["default"][1] == "0.125 (0.100–0.150)"
+    assert _rows(shuffled)["default"][1] == "0.020 (0.020–0.020)"
+    assert _rows(ratio)["default"][1] == "0.600 (0.100–1.100)"
 
 
 def test_the_caption_says_what_was_asked_and_whose_figures_stand_beside() -> None:
@@ -64,6 +70,7 @@ def test_markdown_is_a_table_of_as_many_columns() -> None:
 
 
 def test_the_page_gets_the_same_table_with_its_words_escaped() -> None:
-    arm = Arm("a < b", "none", (), paper=0.5)
-    page = tables(Study("One", (arm,)), [_result("a < b", "none", "default", 0, 0.25, 0.25)], "default")[0].html()
-    assert "<td>a &lt; b</td><td>0.250, paper 0.50</td>" in page
+    trial = Variant("a < b", "none", (), paper=0.5)
+    found = [_result("a < b", "none", "default", 0, 0.25, 0.25)]
+    page = html_table(tables(AblationStudy("One", (trial,)), found, "default")[0])
+    assert '<th scope="row">a &lt; b</th><td>0.250, paper 0.50</td>' in page

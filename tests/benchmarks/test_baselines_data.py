@@ -1,4 +1,4 @@
-"""The loaders that the data pipeline is compared with: they do the work they are said to do, on the same JPEGs."""
+"""Baseline loaders: they do the stated work on the same JPEGs."""
 
 from __future__ import annotations
 
@@ -8,19 +8,18 @@ from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 
-import data_contenders
+import loaders
 import pytest
 import simplejpeg
 import torch
 from baselines import jpeg_decode, webdataset_loader
-from baselines.stored import places
-from data_contenders import Work, entrants
-from data_mode import Data, chosen_baselines
-from mistakes import BenchmarkError
+from baselines.jpeg_decode import stored_images
+from environment import BenchmarkError
+from loaders import LoaderOptions, LoaderWork, chosen_baselines, loader_baselines
 from PIL import Image
 from rich.console import Console
 
-from dali_pipelines.augmentation import NO_COLOUR, Photometric, Views
+from dali_pipelines.augmentations import NO_PHOTOMETRIC, PhotometricConfig, Views
 from tests.benchmarks.tile_shards import tile_shards
 
 ROOT = Path(__file__).parents[2]
@@ -29,21 +28,21 @@ TILES = 40
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Each tile has a width of its own."""
+    """Write shards whose tiles all have different widths."""
     boxes = ((4 * i, 4 * i, 4 * i + 100 + i, 4 * i + 90) for i in range(TILES))
     return tile_shards(tmp_path_factory.mktemp("baselines"), boxes)
 
 
 def test_every_jpeg_of_the_split_is_read_once_and_whole(shards: Path) -> None:
-    widths = {Image.open(io.BytesIO(place.read())).width for place in places(shards, "train")}
+    widths = {Image.open(io.BytesIO(place.read())).width for place in stored_images(shards, "train")}
     assert widths == {100 + i for i in range(TILES)}
 
 
 def test_webdataset_makes_the_same_two_views(shards: Path) -> None:
-    always = Photometric(1.0, 0.4, 0.4, 0.2, 0.1, 1.0, 1.0, (0.1, 2.0), 1.0)
+    always = PhotometricConfig(1.0, 0.4, 0.4, 0.2, 0.1, 1.0, 1.0, (0.1, 2.0), 1.0)
     torch.manual_seed(0)
     source, target = next(
-        iter(webdataset_loader.dataset(shards, "train", Views(size=48, source=always, target=NO_COLOUR), 4))
+        iter(webdataset_loader.dataset(shards, "train", Views(size=48, source=always, target=NO_PHOTOMETRIC), 4))
     )
     assert source.shape == target.shape == (4, 3, 48, 48)
     assert source.dtype == target.dtype == torch.uint8
@@ -67,25 +66,25 @@ def test_the_limit_decodes_whole_batches_in_every_thread(
 
 
 def test_all_means_what_is_installed_and_the_rest_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_contenders, "find_spec", lambda name: None if name == "ffcv" else find_spec(name))
+    monkeypatch.setattr(loaders, "find_spec", lambda name: None if name == "ffcv" else find_spec(name))
     said = Console(record=True, width=200, quiet=False, file=io.StringIO())
-    assert chosen_baselines(Data(baseline=("all",)), said) == ("torchvision", "webdataset", "decode")
+    assert chosen_baselines(LoaderOptions(baseline=("all",)), said) == ("torchvision", "webdataset", "decode")
     assert "without ffcv: the package ffcv is not installed here" in said.export_text()
-    assert chosen_baselines(Data(baseline=("decode", "torchvision")), said) == ("torchvision", "decode")
-    assert chosen_baselines(Data(baseline=("none",)), said) == ()
+    assert chosen_baselines(LoaderOptions(baseline=("decode", "torchvision")), said) == ("torchvision", "decode")
+    assert chosen_baselines(LoaderOptions(baseline=("none",)), said) == ()
 
 
 def test_a_baseline_that_is_not_there_is_refused_with_the_way_to_install_it(
     shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data_contenders, "find_spec", lambda name: None)
+    monkeypatch.setattr(loaders, "find_spec", lambda name: None)
     with pytest.raises(BenchmarkError, match=r"--baseline ffcv: .* not installed here .*pip install ffcv"):
-        entrants(Work(shards, "train", Views(), 8, 1), "cpu", ("ffcv",), Console())
+        loader_baselines(LoaderWork(shards, "train", Views(), 8, 1), "cpu", ("ffcv",), Console())
 
 
 def test_none_beside_a_baseline_is_a_mistake() -> None:
-    with pytest.raises(BenchmarkError, match="--baseline none decode: 'none' stands alone"):
-        chosen_baselines(Data(baseline=("none", "decode")), Console())
+    with pytest.raises(BenchmarkError, match="--baseline none decode: 'none' cannot be combined with others"):
+        chosen_baselines(LoaderOptions(baseline=("none", "decode")), Console())
 
 
 @pytest.mark.skipif(find_spec("ffcv") is None, reason="FFCV is not installed")
@@ -95,5 +94,5 @@ def test_ffcv_holds_the_same_bytes_and_makes_both_views_of_them(shards: Path, tm
     file = tmp_path / "images.beton"
     ffcv_loader.write_dataset(shards, "train", file, 1)
     content = file.read_bytes()
-    assert all(place.read() in content for place in places(shards, "train"))
+    assert all(place.read() in content for place in stored_images(shards, "train"))
     assert list(islice(ffcv_loader.batches(file, Views(size=32), 8, 1), 6)) == [8] * 6

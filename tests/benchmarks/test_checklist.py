@@ -1,4 +1,4 @@
-"""The checklist of a new machine: it goes on where it was, failures stop nothing, nothing is left running."""
+"""Checklist of a new machine: it resumes, failures do not stop it, and no process is left running."""
 
 from __future__ import annotations
 
@@ -12,27 +12,28 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import attempt
+import check_runs
 import pytest
-from checklist import NOT_ALL, Options, main, run
+from checklist import NOT_ALL, ChecklistOptions, main, run
 from checks import GROUPS, LEVERAGED, Check, asked, checks, in_order
-from mistakes import BenchmarkError
+from environment import BenchmarkError
 from rich.console import Console
 
-from iwm.evaluate import TRAINED
+from iwm.downstream.registry import PROTOCOLS
+from shards.errors import run_command
 
 ROOT = Path(__file__).parents[2]
 HANG = 240
-"""Seconds after which something hangs."""
+"""Time after which a command counts as hanging (seconds)."""
 
 
 @pytest.fixture(autouse=True)
 def compiled_kernels_stay_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attempt, "kernels", lambda out: tmp_path / "kernels")
+    monkeypatch.setattr(check_runs, "kernels", lambda out: tmp_path / "kernels")
 
 
 def make(out: Path, all_checks: dict[str, Check], said: Console | None = None, **options: object) -> int:
-    return run(Options(out, **options), all_checks, said or Console(quiet=True))
+    return run(ChecklistOptions(out, **options), all_checks, said or Console(quiet=True))
 
 
 def endings(out: Path) -> dict[str, str]:
@@ -41,7 +42,7 @@ def endings(out: Path) -> dict[str, str]:
 
 
 def counting(file: Path, then: str = "") -> Check:
-    """A check that adds a line to a file, then does something else."""
+    """Return a check that appends a line to a file and then runs other code."""
     return Check(["-c", f"open({str(file)!r}, 'a').write('made\\n')\n{then}"])
 
 
@@ -76,7 +77,7 @@ def test_what_failed_is_made_again_and_what_passed_is_not(tmp_path: Path) -> Non
         "good": "passed",
         "bad": "FAILED with code 3",
         "other": "passed",
-        "later": "not made: it needs bad, which has not passed",
+        "later": "not run: it needs bad, which has not passed",
     }
     mended.touch()
     said = Console(record=True, width=200, file=io.StringIO())
@@ -103,7 +104,7 @@ def test_an_unfinished_try_leaves_nothing_to_the_next(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_cut_off_takes_children_and_grandchildren_along(number: signal.Signals, tmp_path: Path) -> None:
     out, pids = tmp_path / "out", tmp_path / "pids"
-    # A grandchild in a session apart, which does not listen to SIGTERM.
+    # A grandchild in its own session, which ignores SIGTERM.
     deep = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
     deep += "; print('there', flush=True); time.sleep(600)"
     child = f"""
@@ -119,9 +120,9 @@ time.sleep(600)
     driver = f"""
 from pathlib import Path
 from rich.console import Console
-from checklist import Options, run
+from checklist import ChecklistOptions, run
 from checks import Check
-raise SystemExit(run(Options(Path({str(out)!r})), {all_checks!r}, Console()))
+raise SystemExit(run(ChecklistOptions(Path({str(out)!r})), {all_checks!r}, Console()))
 """
     path = os.pathsep.join((str(ROOT), str(ROOT / "benchmarks")))
     process = subprocess.Popen([sys.executable, "-c", driver], cwd=ROOT, env={**os.environ, "PYTHONPATH": path})
@@ -145,7 +146,7 @@ def test_time_that_is_over_ends_a_check_and_is_told(tmp_path: Path) -> None:
     assert make(out, all_checks, minutes=0.01) == 1
     assert endings(out) == {"slow": "stopped after 0.01 minutes", "quick": "passed"}
     assert make(out, all_checks, total_minutes=0.01, fresh=True) == NOT_ALL
-    assert endings(out)["slow"].endswith("minutes: --total-minutes were over")
+    assert endings(out)["slow"].endswith("minutes: time limit --total-minutes reached")
     assert "quick" not in endings(out)
     assert make(out, all_checks, only=("quick",), total_minutes=0.0) == NOT_ALL
     assert make(out, all_checks, only=("quick",)) == 0
@@ -155,7 +156,7 @@ def test_results_of_another_configuration_are_refused(tmp_path: Path) -> None:
     all_checks = {"one": counting(tmp_path / "one")}
     assert make(tmp_path, all_checks, tiny=True) == 0
     with pytest.raises(
-        BenchmarkError, match=r"checklist\.json: .* tiny was True, is False; name another OUT, or .*--fresh"
+        BenchmarkError, match=r"checklist\.json: .* tiny was True, is False; choose another OUT, or .*--fresh"
     ):
         make(tmp_path, all_checks)
     assert make(tmp_path, all_checks, fresh=True) == 0
@@ -174,7 +175,7 @@ def test_kernels_that_a_cut_off_check_was_compiling_are_removed(tmp_path: Path) 
         file.parent.mkdir()
         file.touch()
     os.utime(whole, (1000, 1000))
-    attempt.clear_since(tmp_path, 2000)
+    check_runs.clear_since(tmp_path, 2000)
     assert whole.exists()
     assert not half.exists()
 
@@ -189,7 +190,7 @@ def test_the_attention_kernel_of_the_training_is_recorded(tmp_path: Path) -> Non
 
 
 def test_groups_hold_every_check_once_and_a_check_comes_after_the_one_it_needs(tmp_path: Path) -> None:
-    assert set(LEVERAGED) == set(TRAINED)
+    assert set(LEVERAGED) == set(PROTOCOLS)
     for tiny in (True, False):
         all_checks = checks(tmp_path, tiny)
         assert list(all_checks) == [name for group in GROUPS.values() for name in group]
@@ -201,9 +202,9 @@ def test_a_check_that_is_not_there_is_refused_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["checklist.py", str(tmp_path / "out"), "--only", "warp"])
-    assert main() == 1
+    assert run_command(main, "benchmarks/checklist.py") == 1
     assert capsys.readouterr().err.startswith(
-        "benchmarks/checklist.py: --only warp: there is none of that name; there are data, train"
+        "benchmarks/checklist.py: --only warp: does not exist; choose from data, train"
     )
 
 

@@ -1,4 +1,4 @@
-"""The predictions of docs/scaling.md: sizes are those of real models, times behave as they must, tables are printed."""
+"""Predictions of docs/scaling.md: sizes equal those of real models, times are plausible, tables are printed."""
 
 from __future__ import annotations
 
@@ -6,29 +6,28 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import scaling_formulas as formulas
+import scaling_model as formulas
 import torch
-from scaling_formulas import BUCKET, Work, parameters, predict
-from scaling_model import TABLES, model
+from scaling_model import BUCKET, TABLES, ModelWork, model, parameters, predict
 
 from iwm.models.world_model import WorldModel
 from iwm.recipes import demo
-from iwm.training.optim import build_optimizer, state_for_checkpoint
+from iwm.training.optim import build_optimizer, optimizer_state_dict
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "scaling.md"
-SMALL = Work(trained=120_000_000, target=86_000_000, rate=3000, backward=0.6)
+SMALL = ModelWork(trained=120_000_000, target=86_000_000, rate=3000, backward=0.6)
 
 
 def test_sizes_are_those_of_a_real_model_its_gradients_and_its_checkpoint() -> None:
     config = demo()
     real = WorldModel(config)
     trained, target = parameters(real, trained=True), parameters(real, trained=False)
-    optimizer, _ = build_optimizer(real, replace(config.optim, kernels="torch"), torch.device("cpu"))
+    optimizer, _ = build_optimizer(real, replace(config.optim, implementation="torch"), torch.device("cpu"))
     for p in real.parameters():
         p.grad = torch.ones_like(p) if p.requires_grad else None
     optimizer.step()
     assert formulas.gradient_bytes(trained) == sum(p.grad.nbytes for p in real.parameters() if p.grad is not None)
-    state = state_for_checkpoint(optimizer)["state"].values()
+    state = optimizer_state_dict(optimizer)["state"].values()
     moments = sum(entry["exp_avg"].nbytes + entry["exp_avg_sq"].nbytes for entry in state)
     saved = sum(value.nbytes for value in real.state_dict().values())
     assert formulas.checkpoint_bytes(trained, target) == moments + saved

@@ -1,4 +1,4 @@
-"""The data benchmark, run as its user runs it, and the work its baseline does."""
+"""Data benchmark, run as by a user, and the work of its baseline."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 from baselines.torchvision_loader import TwoViews, Variant
-from data_mode import Data, fastest, over_each, run
-from mistakes import BenchmarkError
-from pinned import Rate
+from environment import BenchmarkError
+from loaders import LoaderOptions, fastest, over_each, run
 from rich.console import Console
+from timing import Rate
 
-from dali_pipelines.augmentation import NO_COLOUR, Photometric, Views
+from dali_pipelines.augmentations import NO_PHOTOMETRIC, PhotometricConfig, Views
 from tests.benchmarks.tile_shards import tile_shards
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -37,7 +37,7 @@ def throughput(*arguments: object) -> subprocess.CompletedProcess[str]:
 @pytest.mark.long
 def test_a_measurement_compares_on_equal_terms_and_says_on_what(shards: Path, tmp_path: Path) -> None:
     file = tmp_path / "result.json"
-    quick = ("--size", 32, "--batch", 8, "--seconds", 0.5, "--repeats", 1)
+    quick = ("--size", 32, "--batch-size", 8, "--seconds", 0.5, "--repeats", 1)
     done = throughput("--shards", shards, *quick, "--json", file)
     assert done.returncode == 0, done.stderr
     result = json.loads(file.read_text())
@@ -54,23 +54,23 @@ def test_a_measurement_compares_on_equal_terms_and_says_on_what(shards: Path, tm
 
 
 def test_a_users_mistake_is_one_line_and_no_traceback(shards: Path) -> None:
-    done = throughput("--shards", shards, "--batch", 25)
+    done = throughput("--shards", shards, "--batch-size", 25)
     assert done.returncode == 1
     assert len(done.stderr.strip().splitlines()) == 1
-    assert re.search("--batch 25: .* has only 24 images", done.stderr), done.stderr
+    assert re.search("--batch-size 25: .* has only 24 images", done.stderr), done.stderr
 
 
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
-        ({"scenario": "purple"}, "--scenario purple: there is none of that name; there are default"),
-        ({"recipe": "cake"}, "--recipe cake: there is none of that name; there are demo"),
+        ({"scenario": "purple"}, "--scenario purple: does not exist; choose from default"),
+        ({"recipe": "cake"}, "--recipe cake: does not exist; choose from demo"),
         ({"cores": 9999}, "--cores 9999: this process may use"),
     ],
 )
 def test_other_mistakes_name_the_option_and_what_there_is(shards: Path, mistake: dict[str, Any], message: str) -> None:
     with pytest.raises(BenchmarkError, match=message):
-        run(Data(shards=shards, batch=8, **mistake), Console())
+        run(LoaderOptions(shards=shards, batch_size=8, **mistake), Console())
 
 
 def test_the_ratio_is_over_the_faster_baseline_turn_by_turn() -> None:
@@ -89,8 +89,8 @@ def test_the_ratio_is_over_the_faster_baseline_turn_by_turn() -> None:
 @pytest.mark.parametrize("variant", ["pil", "tensor"])
 def test_the_baseline_does_the_same_work(shards: Path, variant: Variant) -> None:
     torch.manual_seed(0)
-    always = Photometric(1.0, 0.4, 0.4, 0.2, 0.1, 1.0, 1.0, (0.1, 2.0), 1.0)
-    source, target = TwoViews(shards, "train", Views(size=48, source=always, target=NO_COLOUR), variant)[3]
+    always = PhotometricConfig(1.0, 0.4, 0.4, 0.2, 0.1, 1.0, 1.0, (0.1, 2.0), 1.0)
+    source, target = TwoViews(shards, "train", Views(size=48, source=always, target=NO_PHOTOMETRIC), variant)[3]
     assert source.shape == target.shape == (3, 48, 48)
     assert source.dtype == target.dtype == torch.uint8
     assert (source[0] == source[1]).all()

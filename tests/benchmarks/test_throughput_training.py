@@ -1,4 +1,4 @@
-"""The benchmark's modes that train, run on a tiny model and real shards: what they write, print, draw and refuse."""
+"""Training modes of the benchmark on a tiny model and real shards: results, tables, plot and errors."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import pytest
 import throughput
 import torch
 
+from shards.errors import run_command
 from tests.training.runs import ROOT, TINY
 
 MODEL = [word for key, value in TINY.items() if not key.startswith("log") for word in (f"--{key}", str(value))]
@@ -27,14 +28,14 @@ def read(file: Path) -> dict[str, Any]:
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """benchmarks/throughput.py, in this process."""
+    """Run benchmarks/throughput.py in this process."""
     monkeypatch.setattr(sys, "argv", ["throughput.py", *map(str, arguments)])
-    return throughput.main()
+    return run_command(throughput.main, "benchmarks/throughput.py")
 
 
 @pytest.fixture(scope="module")
 def everything(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what mode `all` writes: all.json, all.svg and a trace."""
+    """Return a folder with the output of mode `all`: all.json, all.svg and a trace."""
     out = tmp_path_factory.mktemp("all")
     files = ("--json", out / "all.json", "--plot", out / "all.svg", "--profile", out / "trace")
     with pytest.MonkeyPatch.context() as patch:
@@ -59,7 +60,7 @@ def test_all_measures_every_mode_and_its_figures_agree_with_each_other(everythin
         else:
             attained = np.median(mode["turns"]) * flops
             assert mode["mfu"] == pytest.approx(attained / result["peak_flops"]["median"], rel=1e-3)
-        # All steps of all turns, over all their time, is between the slowest and the fastest turn.
+        # The number of all steps over their total time lies between the slowest and the fastest turn.
         assert min(mode["turns"]) * 0.999 <= 8 * mode["steps"] / mode["seconds"] <= max(mode["turns"]) * 1.001
     assert 0 < modes["end-to-end"]["data_wait"] < 1
     assert modes["model"]["data_wait"] == 0
@@ -73,8 +74,8 @@ def test_the_json_says_on_what_and_with_what_it_was_measured(everything: Path) -
     assert result["mode"] == "all"
     assert result["recipe"] == "demo"
     assert result["settings"] == {"seconds": 0.1, "repeats": 2, "warmup": 2}
-    assert result["config"]["data"]["batch"] == 8
-    assert result["config"]["encoder"]["width"] == 32
+    assert result["config"]["data"]["global_batch_size"] == 8
+    assert result["config"]["encoder"]["embed_dim"] == 32
     assert {"processor", "cores", "packages", "commit"} <= set(result["machine"])
     assert result["recompilations"] == 0
     assert 0 < result["warm_up"]["first_step_seconds"] < result["warm_up"]["seconds"]
@@ -84,7 +85,7 @@ def test_the_json_says_on_what_and_with_what_it_was_measured(everything: Path) -
 
 def test_the_picture_shows_every_stage(everything: Path) -> None:
     picture = (everything / "all.svg").read_text()
-    for stage in ("pipeline alone", "model alone", "model beside the pipeline", "end to end", "images per second"):
+    for stage in ("pipeline alone", "model alone", "model while the pipeline runs", "end to end", "images per second"):
         assert f"<!-- {stage}" in picture, stage
 
 
@@ -112,7 +113,7 @@ def test_a_mode_measures_what_it_is_named_for(
     assert mode in modes
     assert all(name in printed and entry["mfu"] > 0 for name, entry in modes.items())
     if mode == "model":
-        # I-JEPA's step truncates and predicts block by block: other FLOPs, which its MFU is taken over.
+        # I-JEPA's step truncates and predicts block by block, so its MFU is based on other FLOPs.
         assert len(modes) == 3
         assert len({entry["flops_per_image"] for entry in modes.values()}) == 2
 
@@ -149,18 +150,20 @@ def test_all_sets_the_pipeline_beside_its_limit_its_rivals_and_its_own_parts(
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
-        (("all", "--recipe", "cake"), "--recipe cake: there is none of that name; there are demo"),
-        (("model", "--scenario", "purple"), "--scenario purple: there is none of that name; there are default"),
+        (("all", "--recipe", "cake"), "--recipe cake: does not exist; choose from demo"),
+        (("model", "--scenario", "purple"), "--scenario purple: does not exist; choose from default"),
         (("all", "--plot", "picture.bmp"), "--plot picture.bmp: the name must end in .png or .svg"),
         (("model", "--repeats", "0"), "--repeats 0: must be at least 1"),
-        (("model", "--seconds", "0"), "--seconds 0.0: must be positive"),
+        (("model", "--seconds", "0"), "--seconds 0.0: must be above 0"),
         (
             ("end-to-end", "--recipe", "demo", "--views.size", "33"),
-            "views.size 33 is not a multiple of encoder.patch 8",
+            "views.size 33 is not a multiple of encoder.patch_size 8",
         ),
-        (("model", "--data.batch", "101"), "--data.batch 101: .* has only 100 images in 'train'"),
-        (("model", "--json", "/dev/null/result.json"), "--json /dev/null/result.json: its folder cannot be made"),
-        (("model", "--tuned", "missing.yaml"), "--tuned missing.yaml: it cannot be read"),
+        (
+            ("model", "--data.global-batch-size", "101"),
+            "--data.global-batch-size 101: .* has only 100 images in 'train'",
+        ),
+        (("model", "--json", "/dev/null/result.json"), "--json /dev/null/result.json: its folder cannot be created"),
         pytest.param(
             ("model", "--train.device", "cuda"),
             "train.device cuda: torch sees no GPU",

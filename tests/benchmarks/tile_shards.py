@@ -1,4 +1,4 @@
-"""Small shards for the benchmarks' tests: tiles of one photograph, made by the project's own tool."""
+"""Small shards for the benchmarks' tests: tiles of one photograph, made with the project's tool."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from PIL import Image
 from tests.training.runs import ROOT
 
 Box = tuple[int, int, int, int]
-"""Left, top, right, bottom in pixels of a 512×512 photograph."""
+"""Left, top, right and bottom in a 512×512 photograph (pixels)."""
 
 
 def tile_shards(folder: Path, boxes: Iterable[Box]) -> Path:
-    """A folder of shards with a JPEG of each box, in one class."""
+    """Write a folder of shards with a JPEG of each box, in one class."""
     tiles = folder / "tiles" / "astronaut"
     tiles.mkdir(parents=True)
     photograph = Image.fromarray(skimage.data.astronaut())

@@ -1,4 +1,4 @@
-"""Shards for the pipeline tests: real tars with indexes and a manifest, written by the documented format."""
+"""Shards for the pipeline tests: real tars with indices and a manifest in the documented format."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import numpy as np
 import skimage.data
 from PIL import Image
 
-from shards.index import Entry, format_index
-from shards.manifest import Column, Manifest, Shard, save_manifest
+from shards.format import Column, Entry, Manifest, Shard, format_index, save_manifest
 
 CLASSES = [f"class{i}" for i in range(12)]
 
@@ -21,7 +20,7 @@ CLASSES = [f"class{i}" for i in range(12)]
 def write_split(
     folder: Path, split: str, images: Sequence[bytes], per_shard: Sequence[int], masks: Sequence[bytes] | None = None
 ) -> Manifest:
-    """Sample i has key f"{split}{i:06d}", class i % 12 and, as label column `row`, its own number i."""
+    """Write a split. Sample i has key f"{split}{i:06d}", class i % 12, and i in the label column `row`."""
     folder.mkdir(parents=True, exist_ok=True)
     shards, start = [], 0
     for number, count in enumerate(per_shard):
@@ -73,21 +72,21 @@ def _hash(path: Path) -> str:
 
 
 def jpeg(pixels: np.ndarray) -> bytes:
-    """A baseline JPEG of these uint8 pixels, quality 95."""
+    """Encode uint8 pixels as a baseline JPEG of quality 95."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=95)
     return buffer.getvalue()
 
 
 def png(ids: np.ndarray) -> bytes:
-    """An 8-bit grey PNG of these uint8 ids [h, w]."""
+    """Encode uint8 ids [h, w] as an 8-bit grey PNG."""
     buffer = io.BytesIO()
     Image.fromarray(ids).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def photographs_and_noise(count: int, side: int = 160) -> list[bytes]:
-    """Half cut from photographs (astronaut, cat, coffee), half of random pixels, of sizes around `side`."""
+    """Make JPEGs of sides around `side`: half are crops of photographs (astronaut, cat, coffee), half random pixels."""
     rng = np.random.default_rng(0)
     photographs = [skimage.data.astronaut(), skimage.data.chelsea(), skimage.data.coffee()]
     images = []

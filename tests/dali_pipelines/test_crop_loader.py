@@ -1,4 +1,4 @@
-"""The loader of labelled crops: what is cut, what is done to it, and that it can be resumed."""
+"""The loader of labelled crops: boxes, ops, errors and resuming."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 
 from dali_pipelines import replay
-from dali_pipelines.augmentation import IDENTITY, ONE_OP, PHOTOMETRIC_FIELDS, AugmentationError, Photometric
-from dali_pipelines.crops import Crops
-from dali_pipelines.endless import StateError
-from dali_pipelines.loader import CropLoader, LabelledBatch
-from shards.manifest import ShardError
+from dali_pipelines.augmentations import IDENTITY, PHOTOMETRIC_FIELDS, SINGLE_OP, AugmentationError, PhotometricConfig
+from dali_pipelines.loader import CropLoader, LabelledBatch, LoaderStateError
+from dali_pipelines.pipelines import CropSettings
+from shards.errors import ShardError
 
-SMALL = Crops(size=32, colour=Photometric())
-WHOLE = Crops(size=48, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip_probability=0.0)
-"""Of a square image, all of it."""
+SMALL = CropSettings(size=32, photometric=PhotometricConfig())
+WHOLE = CropSettings(size=48, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip_probability=0.0)
+"""Crops that cover all of a square image."""
 
 
-def loader(folder: Path, crops: Crops = SMALL, **settings: Any) -> CropLoader:
-    return CropLoader(folder, "train", crops, **{"label": "row", "batch_size": 8, "seed": 5, "threads": 1} | settings)
+def loader(folder: Path, crops: CropSettings = SMALL, **settings: Any) -> CropLoader:
+    defaults: dict[str, Any] = {"label": "row", "batch_size": 8, "seed": 5, "num_threads": 1}
+    return CropLoader(folder, "train", crops, **defaults | settings)
 
 
 def equal(a: LabelledBatch, b: LabelledBatch) -> bool:
@@ -38,7 +38,7 @@ def equal(a: LabelledBatch, b: LabelledBatch) -> bool:
 
 @pytest.fixture(scope="module")
 def squares(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[bytes]]:
-    """Twelve square photographs and random images."""
+    """Write twelve square photographs and random images."""
     folder = tmp_path_factory.mktemp("squares")
     images = []
     for content in photographs_and_noise(12, side=200):
@@ -49,8 +49,8 @@ def squares(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[bytes]
     return folder, images
 
 
-def of_all_squares(folder: Path, crops: Crops, **settings: Any) -> Tensor:
-    """One crop of each square, in the order of their numbers."""
+def of_all_squares(folder: Path, crops: CropSettings, **settings: Any) -> Tensor:
+    """Return one crop of each square, in the order of their labels."""
     batch = next(loader(folder, crops, batch_size=12, **settings))
     return batch.images[batch.labels.argsort()].cpu()
 
@@ -74,15 +74,15 @@ def test_a_restored_loader_goes_on_bit_for_bit(shards: Path, device: str, stoppe
     for _ in range(stopped_after):
         next(whole)
     file = io.BytesIO()
-    torch.save(whole.state(), file)
+    torch.save(whole.state_dict(), file)
     file.seek(0)
     restored = loader(shards, device=device, state=torch.load(file, weights_only=True))
     assert all(equal(next(whole), next(restored)) for _ in range(8))
 
 
 def test_a_state_of_other_crops_is_refused_by_name(shards: Path) -> None:
-    state = loader(shards).state()
-    with pytest.raises(StateError, match=r"crops was .*, is "):
+    state = loader(shards).state_dict()
+    with pytest.raises(LoaderStateError, match=r"crops was .*, is "):
         loader(shards, replace(SMALL, flip_probability=0.0), state=state)
 
 
@@ -96,28 +96,28 @@ def test_a_label_column_must_be_named_and_be_there(shards: Path) -> None:
 @pytest.mark.parametrize(
     ("crops", "named"),
     [
-        (Crops(crop_scale=(0.5, 0.2)), "crop_scale 0.5 0.2"),
-        (Crops(crop_scale=(0.0, 1.0)), "crop_scale 0.0 1.0"),
-        (Crops(crop_ratio=(2.0, 1.0)), "crop_ratio"),
-        (Crops(flip_probability=1.5), "flip_probability 1.5"),
+        (CropSettings(crop_scale=(0.5, 0.2)), "crop_scale 0.5 0.2"),
+        (CropSettings(crop_scale=(0.0, 1.0)), "crop_scale 0.0 1.0"),
+        (CropSettings(crop_ratio=(2.0, 1.0)), "crop_ratio"),
+        (CropSettings(flip_probability=1.5), "flip_probability 1.5"),
     ],
 )
-def test_crops_that_cannot_be_made_are_refused_by_name(shards: Path, crops: Crops, named: str) -> None:
+def test_crops_that_cannot_be_made_are_refused_by_name(shards: Path, crops: CropSettings, named: str) -> None:
     with pytest.raises(AugmentationError, match=named):
         loader(shards, crops)
 
 
 def test_boxes_and_flips_have_the_distributions_of_torchvision(tmp_path: Path) -> None:
-    """Red grows to the right and green downwards, so that a crop's own pixels say where it was cut."""
+    """Read the box of a crop from its pixels: red increases to the right and green downwards."""
     y, x = np.mgrid[0:75, 0:100]
     pixels = np.stack([40 + 1.6 * x, 40 + 2.0 * y, np.full_like(x, 128)], axis=-1).astype(np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=100, subsampling=0)
     write_split(tmp_path, "train", [buffer.getvalue()] * 20, per_shard=(20,))
-    endless = loader(tmp_path, Crops(size=24), batch_size=500)
+    endless = loader(tmp_path, CropSettings(size=24), batch_size=500)
     images = torch.cat([next(endless).images.clone() for _ in range(6)]).double().numpy()
     red, green = images[..., 0].mean(1), images[..., 1].mean(2)
-    # The middles of the outermost pixels are half a pixel of the crop inside its box.
+    # The centres of the outermost pixels are half a pixel of the crop inside its box.
     slope = (red[:, -2] - red[:, 1]) / 21
     flipped = slope < 0
     assert binomtest(int(flipped.sum()), len(flipped), 0.5).pvalue > 1e-4
@@ -128,7 +128,7 @@ def test_boxes_and_flips_have_the_distributions_of_torchvision(tmp_path: Path) -
     empty = torch.empty(3, 75, 100)
     boxes = [RandomResizedCrop.get_params(empty, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(3000)]
     top, left, tall, wide = np.array(boxes, dtype=float).T
-    # What was drawn is whole pixels and what was read is not: the expected are spread by what reading is off by.
+    # Sampled boxes are whole pixels, but boxes read from colours are not: add the reading error to the expected ones.
     noise = np.random.default_rng(0).uniform(-0.7, 0.7, (4, 3000))
     expected = (wide, tall, left + wide / 2 - 0.5, top + tall / 2 - 0.5)
     for ours, torchvisions, spread in zip((width, height, centre_x, centre_y), expected, noise, strict=True):
@@ -153,11 +153,11 @@ def test_colour_ops_are_done_to_the_crop(squares: tuple[Path, list[bytes]], devi
     folder, _ = squares
     plain = of_all_squares(folder, WHOLE, device=device)
     for op in ("grayscale", "solarize"):
-        changed = of_all_squares(folder, replace(WHOLE, colour=ONE_OP[op]), device=device)
+        changed = of_all_squares(folder, replace(WHOLE, photometric=SINGLE_OP[op]), device=device)
         params = torch.tensor(IDENTITY).repeat(12, 1)
         params[:, PHOTOMETRIC_FIELDS.index(op)] = 1.0
-        expected = replay.photometric(plain, params, "linear")
+        expected = replay.apply_photometric(plain, params, "linear")
         assert (changed.float() - expected.float()).abs().mean() <= 0.01
-    jittered = of_all_squares(folder, replace(WHOLE, colour=ONE_OP["brightness"]), device=device)
+    jittered = of_all_squares(folder, replace(WHOLE, photometric=SINGLE_OP["brightness"]), device=device)
     factors = jittered.float().mean((1, 2, 3)) / plain.float().mean((1, 2, 3))
     assert factors.std() > 0.05

@@ -1,12 +1,12 @@
-"""DALI's errors: one line that tells a bad sample from memory that is used up."""
+"""DALI's errors: one line each, which distinguishes damaged samples from memory that ran out."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dali_pipelines.outputs import run
-from shards.manifest import ShardError
+from dali_pipelines.outputs import run_pipeline
+from shards.errors import ShardError
 
 PAGE = """Critical error in pipeline:
 Error in MIXED operator `nvidia.dali.fn.decoders.image`,
@@ -22,7 +22,7 @@ Current pipeline object is no longer valid."""
 
 
 class Failing:
-    """A pipeline whose run ends as DALI's do."""
+    """A pipeline whose run raises an error like DALI's."""
 
     device_id = None
 
@@ -43,14 +43,14 @@ class Failing:
         MemoryError("std::bad_alloc"),
     ],
 )
-def test_memory_is_told_as_memory(error: Exception) -> None:
-    with pytest.raises(ShardError, match=r"^shards: DALI is out of memory: .*--data\.micro-batch") as told:
-        run(Failing(error), Path("shards"))
-    assert "verify" not in str(told.value)
-    assert "\n" not in str(told.value)
+def test_a_failed_allocation_is_reported_as_out_of_memory(error: Exception) -> None:
+    with pytest.raises(ShardError, match=r"^shards: DALI is out of memory: .*--data\.micro-batch") as raised:
+        run_pipeline(Failing(error), Path("shards"))
+    assert "verify" not in str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
-def test_a_bad_sample_is_told_with_the_command_that_names_it() -> None:
+def test_a_bad_sample_is_reported_with_the_command_that_names_it() -> None:
     error = RuntimeError(PAGE.format(cause="Failed to decode sample #3"))
     with pytest.raises(ShardError, match=r"Failed to decode sample #3 in nvidia\.dali\.fn\.decoders\.image.*verify"):
-        run(Failing(error), Path("shards"))
+        run_pipeline(Failing(error), Path("shards"))

@@ -1,4 +1,4 @@
-"""RandAugment is timm's: every op at every magnitude, how often each is drawn, and what its string says."""
+"""RandAugment against timm: every op at every magnitude, the sampled distributions, and the parsed strings."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from timm.data import auto_augment
 from torch.utils.dlpack import from_dlpack
 
 from dali_pipelines import rand_augment
-from dali_pipelines.augmentation import AugmentationError
-from dali_pipelines.crops import Crops
+from dali_pipelines.augmentations import AugmentationError
+from dali_pipelines.geometry import Interpolation
 from dali_pipelines.loader import CropLoader
-from dali_pipelines.rand_augment import NOTHING, OPS, Drawn, RandAugment, parse
-from dali_pipelines.reader import Interpolation
+from dali_pipelines.pipelines import CropSettings
+from dali_pipelines.rand_augment import IDENTITY_OP, OPS, RandAugment, RandAugmentParams, parse
 
 STRING = "rand-m9-mstd0.5-inc1"
 SIZE = 96
@@ -34,35 +34,35 @@ RESAMPLING: dict[Interpolation, Any] = {"linear": Image.Resampling.BILINEAR, "cu
 
 TOLERANCE = {
     **dict.fromkeys(("Invert", "Posterize", "Solarize", "SolarizeAdd"), 0.0),
-    # A level in a hundred falls on the other side of a whole number than in Pillow's floats.
+    # About 1% of the values round differently from Pillow's floats.
     **dict.fromkeys(("AutoContrast", "Color", "Contrast", "Brightness"), 0.05),
-    # OpenCV rounds a level's new place, Pillow rounds the pixels of a level down first.
+    # OpenCV rounds the new level; Pillow first rounds down the number of pixels per level.
     "Equalize": 0.8,
-    # DALI rounds, Pillow rounds down: half a level. At the edge of a turned image DALI fades into the fill.
+    # DALI rounds, Pillow rounds down: half a level. At the edge of a rotated image DALI blends into the fill.
     **dict.fromkeys(("Sharpness", "TranslateXRel", "TranslateYRel"), 0.7),
     **dict.fromkeys(("Rotate", "ShearX", "ShearY"), 1.0),
 }
-"""Mean error of an image in grey levels; for rotation and shears against Pillow's linear interpolation."""
+"""Maximum of an image's mean error (grey levels); for rotation and shears against Pillow's linear interpolation."""
 
 CUBIC_TOLERANCE = 4.0
-"""Of rotation and shears against Pillow's cubic interpolation, which DALI's warp does not have; at this small size."""
+"""Tolerance of rotation and shears against Pillow's cubic interpolation, which DALI's warp does not have."""
 
 
 def photographs() -> list[np.ndarray]:
-    """Three photographs, and one of them with little contrast: uint8 [SIZE, SIZE, 3]."""
+    """Return three photographs, and one of them with little contrast: uint8 [SIZE, SIZE, 3]."""
     sources = (skimage.data.astronaut(), skimage.data.chelsea(), skimage.data.coffee())
     images = [np.array(Image.fromarray(image[:300, :400]).resize((SIZE, SIZE))) for image in sources]
     return [*images, images[0] // 3 + 60]
 
 
 Case = tuple[int, str, float, float]
-"""Image, op, magnitude, sign."""
+"""Index of the image, op, magnitude, sign."""
 
 
 def made(
     images: list[np.ndarray], cases: list[Case], increasing: bool, interpolation: Interpolation, device: str
 ) -> list[np.ndarray]:
-    """What the graph makes of known draws."""
+    """Run the graph with given ops and levels."""
     on_gpu = device == "cuda"
     columns = {
         "op": [np.array(list(OPS).index(op), np.int32) for _, op, _, _ in cases],
@@ -78,7 +78,7 @@ def made(
     )
     def graph() -> Any:
         image = fn.external_source(repeat([images[case[0]] for case in cases]), layout="HWC")
-        drawn = Drawn(*(fn.external_source(repeat(columns[name])) for name in Drawn._fields))
+        drawn = RandAugmentParams(*(fn.external_source(repeat(columns[name])) for name in RandAugmentParams._fields))
         backend = "gpu" if on_gpu else "cpu"
         image = image.gpu() if on_gpu else image
         return rand_augment.apply(image, [drawn], increasing, SIZE, interpolation, backend)
@@ -90,7 +90,7 @@ def made(
 
 
 class Directed:
-    """In place of the module `random` within timm: ops go in the direction that is asked for."""
+    """Replacement of the module `random` in timm that makes ops go in a given direction."""
 
     def __init__(self, sign: float) -> None:
         self._sign = sign
@@ -100,13 +100,13 @@ class Directed:
 
 
 def timms(image: np.ndarray, case: Case, increasing: bool, interpolation: Interpolation) -> np.ndarray:
-    """What timm's op makes of it, through Pillow."""
+    """Apply timm's op through Pillow."""
     _, op, magnitude, sign = case
     name = f"{op}Increasing" if increasing and f"{op}Increasing" in auto_augment.NAME_TO_OP else op
     hparams = {"img_mean": (124, 116, 104), "interpolation": RESAMPLING[interpolation]}
     augment = auto_augment.AugmentOp(name, prob=1.0, magnitude=magnitude, hparams=hparams)
     if op == "Posterize" and augment.level_fn(magnitude, hparams) == (0,):
-        return np.zeros_like(image)  # no bits kept: black in the Pillow of its time, refused by today's
+        return np.zeros_like(image)  # no bits kept: black in older Pillow, an error in current Pillow
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(auto_augment, "random", Directed(sign))
         return np.array(augment(Image.fromarray(image)))
@@ -125,7 +125,7 @@ def test_every_op_at_every_magnitude_is_timms(increasing: bool, interpolation: I
     ]
     for case, ours in zip(cases, made(images, cases, increasing, interpolation, device), strict=True):
         theirs = timms(images[case[0]], case, increasing, interpolation)
-        if case[1] == "Sharpness":  # Pillow leaves the outermost pixels as they are
+        if case[1] == "Sharpness":  # Pillow does not change the outermost pixels
             ours, theirs = ours[1:-1, 1:-1], theirs[1:-1, 1:-1]
         tolerance = TOLERANCE[case[1]]
         if interpolation == "cubic" and case[1] in ("Rotate", "ShearX", "ShearY"):
@@ -134,7 +134,7 @@ def test_every_op_at_every_magnitude_is_timms(increasing: bool, interpolation: I
 
 
 def test_ops_that_do_anything_are_seen_to() -> None:
-    """The tolerances of the test above would not pass an op that is left out."""
+    """Check that every op changes the image by more than the tolerances of the test above."""
     images = photographs()
     cases: list[Case] = [(3 if op == "AutoContrast" else 0, op, 9.0, 1.0) for op in OPS]
     for case, ours in zip(cases, made(images, cases, True, "cubic", "cpu"), strict=True):
@@ -143,11 +143,11 @@ def test_ops_that_do_anything_are_seen_to() -> None:
 
 
 def ours_drawn(spec: RandAugment, images: int) -> np.ndarray:
-    """Op and level of each layer of each image: [images, layers, 2]."""
+    """Sample op and level of each layer of each image: [images, layers, 2]."""
 
     @pipeline_def(batch_size=500, num_threads=1, device_id=None, seed=3, exec_dynamic=True)
     def graph() -> Any:
-        layers = rand_augment.draw(spec)
+        layers = rand_augment.sample(spec)
         return fn.stack(*(fn.stack(*(fn.cast(node, dtype=types.FLOAT) for node in layer)) for layer in layers))
 
     pipeline = graph()
@@ -156,7 +156,7 @@ def ours_drawn(spec: RandAugment, images: int) -> np.ndarray:
 
 
 def timms_drawn(string: str, images: int) -> list[list[tuple[str, float]]]:
-    """Op and magnitude of each op done to each image."""
+    """Return op and magnitude of each op that timm applies to each image."""
     transform = auto_augment.rand_augment_transform(string, {"img_mean": (124, 116, 104)})
     done: list[list[tuple[str, float]]] = []
 
@@ -170,7 +170,7 @@ def timms_drawn(string: str, images: int) -> list[list[tuple[str, float]]]:
     for op in transform.ops:
         op.level_fn, op.aug_fn = note(op.name), lambda image, **_: image
     auto_augment.random.seed(0)
-    np.random.seed(0)  # noqa: NPY002  # the generator that timm draws from
+    np.random.seed(0)  # noqa: NPY002  # the generator that timm samples from
     for _ in range(images):
         done.append([])
         transform(None)
@@ -181,7 +181,7 @@ def test_ops_and_magnitudes_are_drawn_as_timm_draws_them() -> None:
     ours = ours_drawn(parse(STRING), 6000)
     theirs = timms_drawn(STRING, 6000)
     assert ours.shape == (6000, 2, 2)
-    done = ours[..., 0] < NOTHING
+    done = ours[..., 0] < IDENTITY_OP
     counts = [Counter(done.sum(1).tolist()), Counter(map(len, theirs))]
     assert chi2_contingency([[count[n] for n in range(3)] for count in counts]).pvalue > 1e-3
     our_ops = Counter(list(OPS)[int(op)] for op in ours[..., 0][done])
@@ -201,7 +201,7 @@ def test_without_a_deviation_the_magnitude_is_the_strings() -> None:
     drawn = ours_drawn(parse("rand-m7-n3-p1.0"), 500)
     assert drawn.shape == (500, 3, 2)
     assert (abs(drawn[..., 1]) == 7).all()
-    assert (drawn[..., 0] < NOTHING).all()
+    assert (drawn[..., 0] < IDENTITY_OP).all()
 
 
 def test_the_string_is_read_as_timm_reads_it() -> None:
@@ -237,18 +237,18 @@ def test_what_is_not_followed_is_refused_by_name(string: str, named: str) -> Non
 def test_the_loader_refuses_such_a_string_before_it_begins(tmp_path: Path) -> None:
     write_split(tmp_path, "train", photographs_and_noise(2, side=40), per_shard=(2,))
     with pytest.raises(AugmentationError, match="section 'x3'"):
-        CropLoader(tmp_path, "train", Crops(rand_augment="rand-x3"), label="row", batch_size=2, seed=0)
+        CropLoader(tmp_path, "train", CropSettings(rand_augment="rand-x3"), label="row", batch_size=2, seed=0)
 
 
 def test_the_loader_does_to_a_crop_what_one_of_timms_ops_does(tmp_path: Path) -> None:
-    """One op for each image, at a known magnitude: each must be one of the 29 that this can be."""
+    """Apply one op per image at a known magnitude: each result must be one of the 29 possible ones."""
     square = [jpeg(np.asarray(image)) for image in photographs()] * 12
     write_split(tmp_path, "train", square, per_shard=(len(square),))
-    plain = Crops(size=SIZE, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip_probability=0.0)
+    plain = CropSettings(size=SIZE, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip_probability=0.0)
 
-    def batch(crops: Crops) -> dict[int, torch.Tensor]:
+    def batch(crops: CropSettings) -> dict[int, torch.Tensor]:
         images, labels, _ = next(
-            CropLoader(tmp_path, "train", crops, label="row", batch_size=len(square), seed=0, threads=1)
+            CropLoader(tmp_path, "train", crops, label="row", batch_size=len(square), seed=0, num_threads=1)
         )
         return {int(label): image.clone() for label, image in zip(labels, images, strict=True)}
 
@@ -271,14 +271,14 @@ def test_the_loader_does_to_a_crop_what_one_of_timms_ops_does(tmp_path: Path) ->
 
 def test_a_loader_with_rand_augment_goes_on_bit_for_bit(tmp_path: Path) -> None:
     write_split(tmp_path, "train", photographs_and_noise(24, side=60), per_shard=(24,))
-    crops = Crops(size=32, rand_augment=STRING)
+    crops = CropSettings(size=32, rand_augment=STRING)
 
     def loader(state: dict[str, Any] | None = None) -> CropLoader:
-        return CropLoader(tmp_path, "train", crops, label="row", batch_size=8, seed=0, threads=1, state=state)
+        return CropLoader(tmp_path, "train", crops, label="row", batch_size=8, seed=0, num_threads=1, state=state)
 
     whole = loader()
     for _ in range(4):
         next(whole)
-    restored = loader(whole.state())
+    restored = loader(whole.state_dict())
     for _ in range(4):
         assert torch.equal(next(whole).images, next(restored).images)

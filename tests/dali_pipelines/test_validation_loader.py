@@ -1,4 +1,4 @@
-"""The validation loader: every sample once, in order, as torchvision's resize and centre crop show it."""
+"""The validation loader: every sample once, in order, with torchvision's resize and centre crop."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from PIL import Image
 from pipeline_shards import photographs_and_noise
 from torchvision.transforms.v2 import functional as tv
 
-from dali_pipelines.loader import ValidationLoader
+from dali_pipelines.validation_loader import ValidationLoader
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_one_pass_has_every_sample_once_over_the_ranks_in_order(shards: Path, world_size: int) -> None:
     loaders = [
-        ValidationLoader(shards, "train", size=32, batch_size=6, rank=r, world_size=world_size, threads=1, label="row")
+        ValidationLoader(
+            shards, "train", size=32, batch_size=6, rank=r, world_size=world_size, num_threads=1, label="row"
+        )
         for r in range(world_size)
     ]
     for _ in range(2):
@@ -35,13 +37,13 @@ def test_one_pass_has_every_sample_once_over_the_ranks_in_order(shards: Path, wo
 
 
 def test_a_pass_that_was_broken_off_does_not_change_the_next(shards: Path) -> None:
-    loader = ValidationLoader(shards, "train", size=32, batch_size=6, threads=1)
+    loader = ValidationLoader(shards, "train", size=32, batch_size=6, num_threads=1)
     next(iter(loader))
     assert [key for batch in loader for key in batch.keys][:2] == ["train000000", "train000001"]
 
 
 def test_images_are_resized_and_cropped_as_torchvision_does(shards: Path, device: str) -> None:
-    loader = ValidationLoader(shards, "train", size=56, batch_size=47, threads=1, device=device)
+    loader = ValidationLoader(shards, "train", size=56, batch_size=47, num_threads=1, device=device)
     (batch,) = loader
     assert batch.labels is None
     assert batch.images.dtype == torch.uint8

@@ -1,4 +1,4 @@
-"""What is drawn has the distributions that the declaration states."""
+"""Distributions of the sampled parameters, against their declaration."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from scipy.stats import binomtest, ks_2samp, kstest
 from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 
-from dali_pipelines.augmentation import (
+from dali_pipelines.augmentations import (
     GEOMETRY_FIELDS,
     IDENTITY,
     JITTER_FIELDS,
-    NO_COLOUR,
+    NO_PHOTOMETRIC,
     PARAMS,
     PHOTOMETRIC_FIELDS,
     SCENARIOS,
     SOURCE,
     TARGET,
-    Photometric,
+    PhotometricConfig,
     Views,
 )
 from dali_pipelines.loader import ViewLoader
-from dali_pipelines.replay import draw_photometric
+from dali_pipelines.replay import sample_photometric
 
 DRAWS = 4000
 UNLIKELY = 1e-4
-"""The p-value under which a draw counts as wrong; seeds are fixed, so a pass stays a pass."""
+"""P-value below which a distribution counts as wrong. Seeds are fixed, so the tests are deterministic."""
 
 
 @pytest.fixture(scope="module")
 def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """20 images of 75×100 pixels: what is drawn does not depend on what is in them."""
+    """Write 20 images of 75×100 pixels; the parameters do not depend on their content."""
     folder = tmp_path_factory.mktemp("tiny")
     rng = np.random.default_rng(0)
     write_split(folder, "train", [jpeg(rng.integers(0, 256, (75, 100, 3), dtype=np.uint8))] * 20, per_shard=(20,))
@@ -44,16 +44,16 @@ def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def draw(folder: Path, views: Views, draws: int = DRAWS) -> Tensor:
-    loader = ViewLoader(folder, "train", replace(views, size=8), batch_size=500, seed=1, threads=1)
+    loader = ViewLoader(folder, "train", replace(views, size=8), batch_size=500, seed=1, num_threads=1)
     return torch.cat([next(loader).params.clone() for _ in range(draws // 500)])
 
 
-def replayed(spec: Photometric) -> Tensor:
-    return draw_photometric(spec, DRAWS, torch.Generator().manual_seed(1))
+def replayed(spec: PhotometricConfig) -> Tensor:
+    return sample_photometric(spec, DRAWS, torch.Generator().manual_seed(1))
 
 
-def assert_drawn_as_declared(params: Tensor, spec: Photometric) -> None:
-    """`params` [n, 7] in the order of PHOTOMETRIC_FIELDS."""
+def assert_drawn_as_declared(params: Tensor, spec: PhotometricConfig) -> None:
+    """Check `params` [n, 7], in the order of PHOTOMETRIC_FIELDS, against the distributions of `spec`."""
     columns = dict(zip(PHOTOMETRIC_FIELDS, params.double().numpy().T, strict=True))
     identities = dict(zip(PHOTOMETRIC_FIELDS, IDENTITY, strict=True))
     jittered = np.any([columns[name] != identities[name] for name in JITTER_FIELDS], axis=0)
@@ -97,19 +97,19 @@ def test_source_and_target_jitter_are_independent(tiny_shards: Path) -> None:
     params = draw(tiny_shards, SCENARIOS["jitter"]).double()
     both = torch.cat([params[:, TARGET][:, :4], params[:, SOURCE][:, :4]], dim=1)
     correlation = torch.corrcoef(both.T)
-    # Within a view the shared coin does not correlate the factors; between views nothing may.
+    # The shared coin does not correlate the factors of a view; the views must be independent.
     assert (correlation - torch.eye(8, dtype=torch.float64)).abs().max() < 0.08
 
 
 def test_what_cannot_vary_is_written_as_it_is(tiny_shards: Path) -> None:
-    still = Photometric(1.0, 0.4, 0.0, 0.0, 0.0, 0.0, 1.0, (1.5, 1.5), 0.0)
-    params = draw(tiny_shards, Views(source=still, target=NO_COLOUR), draws=500)[:, SOURCE]
+    still = PhotometricConfig(1.0, 0.4, 0.0, 0.0, 0.0, 0.0, 1.0, (1.5, 1.5), 0.0)
+    params = draw(tiny_shards, Views(source=still, target=NO_PHOTOMETRIC), draws=500)[:, SOURCE]
     assert (params[:, 1:] == torch.tensor([1.0, 1.0, 0.0, 0.0, 1.5, 0.0])).all()
     assert params[:, 0].std() > 0.1
 
 
 def test_crop_boxes_have_the_distribution_of_torchvisions_random_resized_crop(tiny_shards: Path) -> None:
-    params = draw(tiny_shards, Views(target=NO_COLOUR, source=NO_COLOUR))
+    params = draw(tiny_shards, Views(target=NO_PHOTOMETRIC, source=NO_PHOTOMETRIC))
     x, y, width, height, image_width, image_height, flip = params.double().numpy()[:, : len(GEOMETRY_FIELDS)].T
     assert set(image_width) == {100.0}
     assert set(image_height) == {75.0}
@@ -125,9 +125,9 @@ def test_crop_boxes_have_the_distribution_of_torchvisions_random_resized_crop(ti
 
 
 def test_a_panorama_that_no_box_fits_is_cut_to_the_nearest_aspect(tmp_path: Path) -> None:
-    """As torchvision does, but placed anywhere, where torchvision always takes the centre."""
+    """Check the fallback of the crop: torchvision's size, but at a random position; torchvision uses the centre."""
     write_split(tmp_path, "train", [jpeg(np.zeros((40, 400, 3), dtype=np.uint8))] * 4, per_shard=(4,))
-    x, y, width, height = draw(tmp_path, Views(target=NO_COLOUR, source=NO_COLOUR), draws=500)[:, :4].T
+    x, y, width, height = draw(tmp_path, Views(target=NO_PHOTOMETRIC, source=NO_PHOTOMETRIC), draws=500)[:, :4].T
     assert set(width.tolist()) == {53.0}
     assert set(height.tolist()) == {40.0}
     assert set(y.tolist()) == {0.0}
@@ -136,5 +136,5 @@ def test_a_panorama_that_no_box_fits_is_cut_to_the_nearest_aspect(tmp_path: Path
 
 
 def test_the_whole_image_can_be_asked_for(tiny_shards: Path) -> None:
-    views = Views(crop_scale=(1.0, 1.0), crop_ratio=(4 / 3, 4 / 3), flip_probability=0.0, target=NO_COLOUR)
+    views = Views(crop_scale=(1.0, 1.0), crop_ratio=(4 / 3, 4 / 3), flip_probability=0.0, target=NO_PHOTOMETRIC)
     assert set(map(tuple, draw(tiny_shards, views, draws=500)[:, :7].tolist())) == {(0, 0, 100, 75, 100, 75, 0)}

@@ -1,4 +1,4 @@
-"""The training loader: which samples, on which rank, in which order, and what it refuses."""
+"""The training loader: samples of each rank, their order, resuming and errors."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ import pytest
 import torch
 from pipeline_shards import photographs_and_noise, write_split
 
-from dali_pipelines.augmentation import SCENARIOS, Views
-from dali_pipelines.endless import StateError
-from dali_pipelines.loader import Batch, ViewLoader
-from shards.manifest import ShardError, load_manifest
+from dali_pipelines.augmentations import SCENARIOS, Views
+from dali_pipelines.loader import LoaderStateError, ViewBatch, ViewLoader
+from shards.errors import ShardError
+from shards.format import load_manifest
 
 SMALL = replace(SCENARIOS["default"], size=32)
 
 
 def loader(folder: Path, **settings: Any) -> ViewLoader:
     return ViewLoader(
-        folder, "train", settings.pop("views", SMALL), **{"batch_size": 8, "seed": 5, "threads": 1} | settings
+        folder, "train", settings.pop("views", SMALL), **{"batch_size": 8, "seed": 5, "num_threads": 1} | settings
     )
 
 
@@ -32,11 +32,11 @@ def epoch_keys(loader: ViewLoader) -> list[str]:
     return [key for _ in range(loader.steps_per_epoch) for key in next(loader).keys]
 
 
-def copied(batch: Batch) -> list[torch.Tensor]:
+def copied(batch: ViewBatch) -> list[torch.Tensor]:
     return [tensor.clone() for tensor in (batch.source, batch.target, batch.params)]
 
 
-def equal(a: Batch, b: Batch) -> bool:
+def equal(a: ViewBatch, b: ViewBatch) -> bool:
     same = all(torch.equal(x, y) for x, y in zip(a[:3], b[:3], strict=True))
     return same and list(a.keys) == list(b.keys)
 
@@ -93,7 +93,7 @@ def test_a_restored_loader_goes_on_bit_for_bit_within_and_across_epochs(
     for _ in range(stopped_after):
         next(whole)
     file = io.BytesIO()
-    torch.save(whole.state(), file)
+    torch.save(whole.state_dict(), file)
     file.seek(0)
     state = torch.load(file, weights_only=True)
     restored = loader(shards, views=Views(size=32), device=device, state=state)
@@ -102,10 +102,10 @@ def test_a_restored_loader_goes_on_bit_for_bit_within_and_across_epochs(
 
 
 def test_prefetch_and_threads_do_not_change_the_stream(shards: Path) -> None:
-    started = loader(shards, prefetch=1)
+    started = loader(shards, prefetch_queue_depth=1)
     for _ in range(3):
         next(started)
-    resumed = loader(shards, prefetch=3, threads=2, state=started.state())
+    resumed = loader(shards, prefetch_queue_depth=3, num_threads=2, state=started.state_dict())
     for _ in range(8):
         assert equal(next(started), next(resumed))
 
@@ -123,15 +123,15 @@ def test_prefetch_and_threads_do_not_change_the_stream(shards: Path) -> None:
     ],
 )
 def test_a_state_of_other_settings_is_refused_by_name(shards: Path, name: str, settings: dict[str, Any]) -> None:
-    state = loader(shards).state()
-    with pytest.raises(StateError, match=rf"{name} was .*, is "):
+    state = loader(shards).state_dict()
+    with pytest.raises(LoaderStateError, match=rf"{name} was .*, is "):
         loader(shards, state=state, **settings)
 
 
 def test_a_state_of_other_shards_is_refused(shards: Path, tmp_path: Path) -> None:
     write_split(tmp_path, "train", photographs_and_noise(47), per_shard=(9, 11, 13, 4, 10))
-    with pytest.raises(StateError, match="shards was"):
-        loader(tmp_path, state=loader(shards).state())
+    with pytest.raises(LoaderStateError, match="shards was"):
+        loader(tmp_path, state=loader(shards).state_dict())
 
 
 def test_a_kept_batch_is_never_overwritten(shards: Path, device: str) -> None:

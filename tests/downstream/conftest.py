@@ -1,4 +1,4 @@
-"""A run to leverage: real shards of coloured boxes and a checkpoint of a small, untrained world model."""
+"""Fixtures: shards of coloured boxes, and a run with a checkpoint of a small, untrained world model."""
 
 from __future__ import annotations
 
@@ -13,23 +13,26 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from dali_pipelines.crops import Crops
-from iwm.config import Config, Data, Encoder, Predictor, Train
-from iwm.downstream.settings import Images, Training
-from iwm.evaluate import TRAINED, train_and_evaluate
+from dali_pipelines.pipelines import CropSettings
+from iwm.config import Config, DataConfig, EncoderConfig, PredictorConfig, TrainConfig
+from iwm.downstream.registry import PROTOCOLS
+from iwm.downstream.settings import DataSettings, TrainSettings
+from iwm.evaluate import train_and_evaluate
 from iwm.models.world_model import WorldModel
 from iwm.recipes import demo
-from iwm.training.checkpoint import Checkpoint, save, versions
-from shards.make import MakeShards, make_shards
-from shards.plan import Cut
+from iwm.training.checkpoint import Checkpoint, save_checkpoint, versions
+from shards.make import ShardingOptions, make_shards
+from shards.plan import ShardSize
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 220)}
 
 
 @pytest.fixture(scope="session")
 def boxes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A shard folder with 'train' (120 images) and 'val' (48), 48 px: a box on noise, red, green or blue (`label`), on
-    one side (`side`), with masks (0: noise, 1 to 3: the box, by colour)."""
+    """Write shards of 48 px images of boxes on noise: splits 'train' (120 images) and 'val' (48).
+
+    Label columns: `label` (red, green, blue) and `side` (left, right). Masks: 0 noise, 1 to 3 the box, by colour.
+    """
     folder = tmp_path_factory.mktemp("boxes")
     for split, count in (("train", 120), ("val", 48)):
         rng = np.random.default_rng(count)
@@ -47,33 +50,35 @@ def boxes(tmp_path_factory: pytest.TempPathFactory) -> Path:
             name = list(COLOURS)[colour]
             rows.append(f"{split}/{number}.jpg,{name},{('left', 'right')[side]},{split}/{number}.png")
         (folder / f"{split}.csv").write_text("\n".join(rows) + "\n")
-        options = MakeShards(str(folder / f"{split}.csv"), folder / "shards", split, workers=1, cut=Cut(min_shards=4))
+        options = ShardingOptions(
+            str(folder / f"{split}.csv"), folder / "shards", split, workers=1, shard=ShardSize(min_shards=4)
+        )
         make_shards(options, Console(quiet=True))
     return folder / "shards"
 
 
 @pytest.fixture(scope="session")
 def small() -> Config:
-    """The configuration of a very small run at 32 px, 16 patches."""
+    """Return the configuration of a very small run at 32 px, 16 patches."""
     return replace(
         demo(),
-        data=Data(shards=Path("nowhere")),
-        encoder=Encoder(width=32, depth=4, heads=2, patch=8, init="xavier"),
-        predictor=Predictor(width=16, depth=4, heads=2),
-        train=replace(Train(), compile=False, precision="fp32", threads=1),
+        data=DataConfig(shards=Path("nowhere")),
+        encoder=EncoderConfig(embed_dim=32, depth=4, num_heads=2, patch_size=8, init="xavier"),
+        predictor=PredictorConfig(embed_dim=16, depth=4, num_heads=2),
+        train=replace(TrainConfig(), compile=False, precision="fp32", num_threads=1),
     )
 
 
 @pytest.fixture
 def run(tmp_path: Path, boxes: Path, small: Config) -> Path:
-    """The run's folder."""
-    return untrained(tmp_path / "run", replace(small, data=Data(shards=boxes)))
+    """Return the folder of an untrained run."""
+    return untrained(tmp_path / "run", replace(small, data=DataConfig(shards=boxes)))
 
 
 def untrained(folder: Path, config: Config) -> Path:
-    """Make a run's folder with one checkpoint, of step 7."""
+    """Write a run's folder with one checkpoint, of step 7."""
     torch.manual_seed(0)
-    save(
+    save_checkpoint(
         folder,
         Checkpoint(
             config=config,
@@ -90,23 +95,32 @@ def untrained(folder: Path, config: Config) -> Path:
     return folder
 
 
-SHORT = {"steps": 6, "batch": 20, "micro_batch": None, "warmup_epochs": 0.0, "validate_every": 1.0, "log_every": 3}
-"""Options that make any protocol as short as a test wants it."""
+SHORT = {
+    "steps": 6,
+    "batch_size": 20,
+    "micro_batch_size": None,
+    "warmup_epochs": 0.0,
+    "validate_every": 1.0,
+    "log_every": 3,
+}
+"""Options that make any protocol short enough for a test."""
 
 
 @pytest.fixture
 def leverage(run: Path) -> Callable[..., dict[str, Any] | None]:
-    """Run a protocol here, as a process of its own would: `leverage("linear", lrs=(1.0,))`."""
+    """Return a function that runs a protocol in this process: `leverage("linear", lrs=(1.0,))`."""
 
-    def leveraged(name: str, **options: Any) -> dict[str, Any] | None:
+    def run_protocol(name: str, **options: Any) -> dict[str, Any] | None:
         return train_and_evaluate(name, settings_for(name, run, **options))
 
-    return leveraged
+    return run_protocol
 
 
-def settings_for(name: str, run: Path, **options: Any) -> Training:
-    """A protocol's settings, short, with plain crops unless they are given."""
-    made: Training = TRAINED[name].Settings(**({"checkpoint": run, "data": Images(threads=1)} | SHORT | options))
-    if "crops" not in options and isinstance(getattr(made, "crops", None), Crops):
-        made = replace(made, crops=replace(made.crops, rand_augment=None))
-    return made
+def settings_for(name: str, run: Path, **options: Any) -> TrainSettings:
+    """Return a protocol's settings with SHORT options, and crops without RandAugment unless `crops` is given."""
+    settings: TrainSettings = PROTOCOLS[name].command.settings(
+        **({"checkpoint": run, "data": DataSettings(num_threads=1)} | SHORT | options)
+    )
+    if "crops" not in options and isinstance(getattr(settings, "crops", None), CropSettings):
+        settings = replace(settings, crops=replace(settings.crops, rand_augment=None))
+    return settings

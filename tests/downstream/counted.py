@@ -1,7 +1,7 @@
-"""Run a protocol in this process, then print how many graphs had been compiled by the end of each step, as JSON.
+"""Script: run a protocol and print the number of compiled graphs after each step, as JSON.
 
-A script, because the run-time shape checks of the test suite break graphs:
-python tests/downstream/counted.py RUN OUTPUT PROTOCOL BACKEND OPTIONS, which are settings as JSON
+It is a script because the run-time shape checks of the test suite break graphs. Usage:
+python tests/downstream/counted.py RUN OUTPUT PROTOCOL BACKEND OPTIONS (settings as JSON)
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from iwm import evaluate
-from iwm.training.signals import StopWish
+from iwm.training.runtime import StopFlag
 from tests.downstream.conftest import settings_for
 from tests.training.graphs import CountGraphs
 
@@ -26,11 +26,11 @@ if __name__ == "__main__":
     count = CountGraphs()
 
     @contextmanager
-    def counting() -> Iterator[StopWish]:
+    def counting() -> Iterator[StopFlag]:
         yield count
 
-    evaluate.stop_on_signal = counting  # another generator, used the same way
-    torch.compile = partial(torch.compile, backend=backend)  # Module.compile's too
+    evaluate.stop_on_signal = counting  # a generator with the same interface
+    torch.compile = partial(torch.compile, backend=backend)  # Module.compile uses it too
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(given).items()}
     settings = settings_for(name, Path(run), **options, output=Path(output), compile="yes")
     evaluate.train_and_evaluate(name, settings)

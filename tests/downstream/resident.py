@@ -1,4 +1,4 @@
-"""A few steps of four arms on resident batches: in this process, or as one of several under torchrun.
+"""Script: a few steps of five trials on resident batches, in one process or in several under torchrun.
 
 torchrun --nproc_per_node N tests/downstream/resident.py FOLDER ACCUMULATION
 """
@@ -14,36 +14,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iwm.config import Config, Encoder, Predictor, Train
-from iwm.downstream.arms import FinetunedEncoder, FinetunedPredictor, Probe
-from iwm.downstream.loop import train
+from iwm.config import Config, EncoderConfig, PredictorConfig, TrainConfig
 from iwm.downstream.optim import adamw, lars
-from iwm.downstream.plan import Plan
+from iwm.downstream.progress import TrainPlan
 from iwm.downstream.study import FrozenEncoders, Study
-from iwm.models.backbone import backbone_of
+from iwm.downstream.trainer import train
+from iwm.downstream.trials import FinetunedEncoder, FinetunedPredictor, Probe
+from iwm.models.backbone import frozen_backbone
 from iwm.models.heads import AttentiveHead, LinearHead
-from iwm.models.reader import Reader, kept
+from iwm.models.predictor_backbone import PredictorBackbone, copy_pretrained
 from iwm.models.world_model import WorldModel
 from iwm.recipes import demo
-from iwm.training.distributed import World, world
-from iwm.training.signals import StopWish
+from iwm.training.distributed import DistEnv, init_distributed
+from iwm.training.runtime import StopFlag
 
 BATCH, STEPS, CLASSES = 8, 4, 3
 
 
 class Resident:
-    """The same images of a step, shared by processes and passes."""
+    """Task whose images of a step are the same however they are split over processes and passes."""
 
-    name, metric, counted = "resident", "top1", ("top1",)
+    name, metric, proportion_metrics = "resident", "top1", ("top1",)
     images = 2 * BATCH
 
-    def __init__(self, here: World, accumulation: int) -> None:
-        self._here, self._accumulation = here, accumulation
-        self._size = BATCH // here.size // accumulation
+    def __init__(self, dist: DistEnv, accumulation: int) -> None:
+        self._dist, self._accumulation = dist, accumulation
+        self._size = BATCH // dist.size // accumulation
 
-    def batch(self, number: int) -> tuple[Tensor, Tensor]:
+    def get_batch(self, number: int) -> tuple[Tensor, Tensor]:
         images, targets = self._images(number // self._accumulation)
-        first = (number % self._accumulation * self._here.size + self._here.rank) * self._size
+        first = (number % self._accumulation * self._dist.size + self._dist.rank) * self._size
         return images[first : first + self._size], targets[first : first + self._size]
 
     def _images(self, step: int) -> tuple[Tensor, Tensor]:
@@ -54,43 +54,47 @@ class Resident:
     def state(self) -> dict[str, Any]:
         return {}
 
-    def judge(self, study: Study, number: int, arms: Sequence[int]) -> list[dict[str, Any]]:
-        """How far apart processes are in what they say of the same images."""
-        said = self._here.gather(study.predict(self._images(99)[0], number, arms))
+    def evaluate(self, study: Study, number: int, trials: Sequence[int]) -> list[dict[str, Any]]:
+        """Return the largest difference between the processes' logits of the same images (`apart`)."""
+        predictions = self._dist.gather(study.predict(self._images(99)[0], number, trials))
         return [
-            {"top1": 0.0, "apart": max((answers[arm] - said[0][arm]).abs().max().item() for answers in said)}
-            for arm in range(len(arms))
+            {"top1": 0.0, "apart": max((p[trial] - predictions[0][trial]).abs().max().item() for p in predictions)}
+            for trial in range(len(trials))
         ]
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         return {}
 
 
-def trajectory(folder: Path, here: World, accumulation: int) -> dict[str, Any]:
-    """After STEPS steps: the parameters of a linear probe, a finetuned encoder and a finetuned predictor, and how far
-    apart processes are in what these say, an attentive probe, whose batch norm sees a process's images alone, and a
-    probe of which nothing is trained."""
+def trajectory(folder: Path, dist: DistEnv, accumulation: int) -> dict[str, Any]:
+    """Return the parameters after STEPS steps, and the difference between the processes' logits.
+
+    Trials: a linear probe, a finetuned encoder, a finetuned predictor, an attentive probe (its batch norm sees only the
+    images of its process, so its parameters are not returned), and a probe without trained parameters.
+    """
     config: Config = replace(
         demo(),
-        encoder=Encoder(width=32, depth=2, heads=2, patch=8, init="xavier"),
-        predictor=Predictor(width=16, depth=2, heads=2),
+        encoder=EncoderConfig(embed_dim=32, depth=2, num_heads=2, patch_size=8, init="xavier"),
+        predictor=PredictorConfig(embed_dim=16, depth=2, num_heads=2),
     )
     torch.manual_seed(0)
     model = WorldModel(config)
-    teacher, student = backbone_of(model.target_encoder), backbone_of(model.encoder)
+    teacher, student = frozen_backbone(model.target_encoder), frozen_backbone(model.encoder)
     probe = Probe(LinearHead(32, CLASSES), "teacher", 0)
-    encoder = FinetunedEncoder(student.trained(), LinearHead(32, CLASSES))
-    predictor = FinetunedPredictor(Reader(kept(model.predictor)), LinearHead(32, CLASSES), "teacher", 0)
+    encoder = FinetunedEncoder(student.finetune_copy(), LinearHead(32, CLASSES))
+    predictor = FinetunedPredictor(
+        PredictorBackbone(copy_pretrained(model.predictor)), LinearHead(32, CLASSES), "teacher", 0
+    )
     normed = Probe(AttentiveHead(32, 2, CLASSES), "teacher", 0)
     still = Probe(LinearHead(32, CLASSES), "teacher", 0).requires_grad_(False)
-    arms = {"probe": probe, "encoder": encoder, "predictor": predictor, "normed": normed, "still": still}
-    plan = Plan(
+    trials = {"probe": probe, "encoder": encoder, "predictor": predictor, "normed": normed, "still": still}
+    plan = TrainPlan(
         title="resident",
         folder=folder,
         identity={},
-        study=Study(arms, FrozenEncoders({"teacher": teacher}), seeds=[0] * len(arms)),
-        tasks=[Resident(here, accumulation)],
-        solves=[(0,)] * len(arms),
+        study=Study(trials, FrozenEncoders({"teacher": teacher}), seeds=[0] * len(trials)),
+        tasks=[Resident(dist, accumulation)],
+        task_ids=[(0,)] * len(trials),
         optimizers=[
             lars(probe, 50.0, 0.0),
             adamw(encoder, 1e-2, 0.1),
@@ -98,10 +102,10 @@ def trajectory(folder: Path, here: World, accumulation: int) -> dict[str, Any]:
             adamw(normed, 1e-2, 0.1),
             torch.optim.AdamW([{"params": list(still.parameters()), "peak": 0.0}], fused=True),
         ],
-        rate=lambda step: 1.0,
+        lr_factor=lambda step: 1.0,
         steps=STEPS,
         steps_per_epoch=2.0,
-        batch=BATCH,
+        batch_size=BATCH,
         accumulation=accumulation,
         bf16=False,
         validate_every=1.0,
@@ -109,16 +113,16 @@ def trajectory(folder: Path, here: World, accumulation: int) -> dict[str, Any]:
         log_every=1,
         tensorboard=False,
     )
-    progress = train(plan, here, StopWish(), None)
+    progress = train(plan, dist, StopFlag(), None)
     assert progress is not None
     return {
-        "state": {name: value for name, value in plan.study.trained().items() if not name.startswith("3.")},
+        "state": {name: value for name, value in plan.study.state_dicts().items() if not name.startswith("3.")},
         "apart": [scores["resident"]["apart"] for scores in progress.scores],
     }
 
 
 if __name__ == "__main__":
-    with world(Train(device="cpu")) as here:
-        ended = trajectory(Path(sys.argv[1]), here, int(sys.argv[2]))
-        if here.main:
+    with init_distributed(TrainConfig(device="cpu")) as dist:
+        ended = trajectory(Path(sys.argv[1]), dist, int(sys.argv[2]))
+        if dist.is_main:
             torch.save(ended, Path(sys.argv[1]) / "ended.pt")

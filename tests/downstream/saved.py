@@ -1,7 +1,7 @@
-"""Bytes that passes of several arms keep for their backward passes, as a table.
+"""Bytes that autograd saves for the backward passes of several trials, as a table.
 
-A script: python -m tests.downstream.saved DEPTH prints, for a ViT-B/16 at 224 px and a predictor of 384 features and
-DEPTH blocks, MiB per image of 1, 2, 4 and 8 arms that finetune the predictor or the encoder, in float32.
+The script python -m tests.downstream.saved DEPTH prints MiB per image (float32) of 1, 2, 4 and 8 trials that finetune
+the predictor or the encoder: a ViT-B/16 at 224 px and a predictor of width 384 with DEPTH blocks.
 """
 
 from __future__ import annotations
@@ -17,43 +17,43 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dali_pipelines.augmentation import Views
-from iwm.config import Config, Encoder, Predictor
-from iwm.downstream import loop
-from iwm.downstream.arms import FinetunedEncoder, FinetunedPredictor
+from dali_pipelines.augmentations import Views
+from iwm.config import Config, EncoderConfig, PredictorConfig
+from iwm.downstream import trainer
 from iwm.downstream.optim import adamw
-from iwm.downstream.plan import Plan
-from iwm.downstream.study import Arm, FrozenEncoders, Study
-from iwm.downstream.window import Window
-from iwm.models.attention import settle
-from iwm.models.backbone import backbone_of
+from iwm.downstream.progress import TrainPlan
+from iwm.downstream.study import FrozenEncoders, Study, Trial
+from iwm.downstream.trials import FinetunedEncoder, FinetunedPredictor
+from iwm.models.attention import to_device
+from iwm.models.backbone import frozen_backbone
 from iwm.models.heads import AttentiveHead, LinearHead
-from iwm.models.reader import Reader, kept
+from iwm.models.predictor_backbone import PredictorBackbone, copy_pretrained
 from iwm.models.world_model import WorldModel
 from iwm.recipes import demo
+from iwm.training.metrics import MetricWindow
 from tests.training.runs import alone
 
 CLASSES = 10
 
 
 class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
-    """Bytes of distinct storages that autograd keeps at the same time, parameters and buffers left out."""
+    """Bytes of the distinct storages that autograd saves at the same time, without parameters and buffers."""
 
     def __init__(self, module: nn.Module) -> None:
         self.now = self.peak = 0
         self._kept: dict[int, int] = {}
         self._own = {each.untyped_storage()._cdata for each in (*module.parameters(), *module.buffers())}
-        super().__init__(self._pack, lambda held: held.tensor)
+        super().__init__(self._pack, lambda saved_tensor: saved_tensor.tensor)
 
     def _pack(self, tensor: Tensor) -> _Held:
-        held, place = _Held(tensor), tensor.untyped_storage()._cdata
+        saved_tensor, place = _Held(tensor), tensor.untyped_storage()._cdata
         if place not in self._own:
             if not self._kept.get(place):
                 self.now += tensor.untyped_storage().nbytes()
                 self.peak = max(self.peak, self.now)
             self._kept[place] = self._kept.get(place, 0) + 1
-            weakref.finalize(held, self._dropped, place, tensor.untyped_storage().nbytes())
-        return held
+            weakref.finalize(saved_tensor, self._dropped, place, tensor.untyped_storage().nbytes())
+        return saved_tensor
 
     def _dropped(self, place: int, count: int) -> None:
         self._kept[place] -= 1
@@ -68,44 +68,44 @@ class _Held:
 
 
 class Given:
-    """A task of one batch of images and soft targets."""
+    """Task with one batch of images and soft targets."""
 
-    name, metric, counted, images = "given", "top1", ("top1",), 1
+    name, metric, proportion_metrics, images = "given", "top1", ("top1",), 1
 
     def __init__(self, images: int, side: int) -> None:
         generator = torch.Generator().manual_seed(0)
         self._images = torch.randint(0, 256, (images, side, side, 3), dtype=torch.uint8, generator=generator)
         self._targets = torch.full((images, CLASSES), 1 / CLASSES)
 
-    def batch(self, number: int) -> tuple[Tensor, Tensor]:
+    def get_batch(self, number: int) -> tuple[Tensor, Tensor]:
         return self._images, self._targets
 
     def state(self) -> dict[str, Any]:
         return {}
 
-    def judge(self, *given: Any) -> Any:
+    def evaluate(self, *given: Any) -> Any:
         raise NotImplementedError
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         return {}
 
 
 def small() -> Config:
-    """A small model at 32 px."""
+    """Return the configuration of a small model at 32 px."""
     return replace(
         demo(),
-        encoder=Encoder(width=32, depth=4, heads=2, patch=8, init="xavier"),
-        predictor=Predictor(width=32, depth=6, heads=2),
+        encoder=EncoderConfig(embed_dim=32, depth=4, num_heads=2, patch_size=8, init="xavier"),
+        predictor=PredictorConfig(embed_dim=32, depth=6, num_heads=2),
     )
 
 
 def base(depth: int) -> Config:
-    """A ViT-B/16 at 224 px with a predictor of 384 features."""
+    """Return the configuration of a ViT-B/16 at 224 px with a predictor of width 384."""
     return replace(
         demo(),
         views=Views(size=224),
-        encoder=Encoder(width=768, depth=12, heads=12, patch=16),
-        predictor=Predictor(width=384, depth=depth, heads=12),
+        encoder=EncoderConfig(embed_dim=768, depth=12, num_heads=12, patch_size=16),
+        predictor=PredictorConfig(embed_dim=384, depth=depth, num_heads=12),
     )
 
 
@@ -115,35 +115,43 @@ def _model(config: Config) -> WorldModel:
     return WorldModel(config)
 
 
-def plan_of(config: Config, arms: int, images: int, kind: str = "predictor", checkpointing: bool = False) -> Plan:
-    """Plan to finetune so many predictors on a frozen encoder, or (kind `encoder`) so many encoders."""
+def plan_of(
+    config: Config, trials: int, images: int, kind: str = "predictor", checkpointing: bool = False
+) -> TrainPlan:
+    """Return a plan that finetunes `trials` predictors on a frozen encoder, or (kind `encoder`) `trials` encoders."""
     model = _model(config)
     torch.manual_seed(0)
-    teacher, width = backbone_of(model.target_encoder), config.encoder.width
+    teacher, width = frozen_backbone(model.target_encoder), config.encoder.embed_dim
 
-    def made() -> Arm:
+    def new_trial() -> Trial:
         if kind == "encoder":
             return FinetunedEncoder(
-                teacher.trained(drop_path=0.2, checkpointing=checkpointing), LinearHead(width, CLASSES)
+                teacher.finetune_copy(drop_path=0.2, checkpointing=checkpointing), LinearHead(width, CLASSES)
             )
-        reader = Reader(kept(model.predictor), drop_path=0.2, checkpointing=checkpointing)
-        return FinetunedPredictor(reader, AttentiveHead(width, config.encoder.heads, CLASSES), "teacher", 0)
+        predictor_backbone = PredictorBackbone(
+            copy_pretrained(model.predictor), drop_path=0.2, checkpointing=checkpointing
+        )
+        return FinetunedPredictor(
+            predictor_backbone, AttentiveHead(width, config.encoder.num_heads, CLASSES), "teacher", 0
+        )
 
-    study = Study({str(arm): made() for arm in range(arms)}, FrozenEncoders({"teacher": teacher}), [0] * arms)
-    # Fused attention keeps no weights of attention, as on a GPU.
-    settle(study, torch.device("cpu"), "fused")
-    return Plan(
+    study = Study(
+        {str(trial): new_trial() for trial in range(trials)}, FrozenEncoders({"teacher": teacher}), [0] * trials
+    )
+    # Fused attention saves no attention weights, as on a GPU.
+    to_device(study, torch.device("cpu"), "sdpa")
+    return TrainPlan(
         title="saved",
         folder=Path("unused"),
         identity={},
         study=study.train(),
         tasks=[Given(images, config.views.size)],
-        solves=[(0,)] * arms,
-        optimizers=[adamw(arm, 1e-3, 0.1) for arm in study.arms],
-        rate=lambda step: 1.0,
+        task_ids=[(0,)] * trials,
+        optimizers=[adamw(trial, 1e-3, 0.1) for trial in study.trials],
+        lr_factor=lambda step: 1.0,
         steps=1,
         steps_per_epoch=1.0,
-        batch=images,
+        batch_size=images,
         accumulation=1,
         bf16=False,
         validate_every=1.0,
@@ -153,23 +161,23 @@ def plan_of(config: Config, arms: int, images: int, kind: str = "predictor", che
     )
 
 
-def arm_by_arm(plan: Plan) -> None:
-    """A pass as training makes it."""
-    loop._pass(plan, list(plan.study.arms), 0, alone(), Window(len(plan.study.names)))
+def trial_by_trial(plan: TrainPlan) -> None:
+    """Compute the gradients of a pass as in training."""
+    trainer._pass(plan, list(plan.study.trials), 0, alone(), MetricWindow())
 
 
-def all_at_once(plan: Plan) -> None:
-    """The same gradients by one backward pass of the sum of all losses."""
-    pixels, targets = plan.tasks[0].batch(0)
-    shared, losses = plan.study.share(pixels), []
-    for arm in range(len(plan.study.names)):
-        plan.study.seed(arm, 0, 0)
-        losses.append(plan.study.arm(arm)(shared, [targets]))
+def all_at_once(plan: TrainPlan) -> None:
+    """Compute the same gradients by one backward pass of the sum of all losses."""
+    pixels, targets = plan.tasks[0].get_batch(0)
+    shared, losses = plan.study.shared_inputs(pixels), []
+    for trial in range(len(plan.study.names)):
+        plan.study.seed(trial, 0, 0)
+        losses.append(plan.study.trial(trial)(shared, [targets]))
     torch.stack(losses).sum().backward()
 
 
-def saved(plan: Plan, way: Callable[[Plan], None] = arm_by_arm) -> int:
-    """Peak of the bytes that are kept for backward passes."""
+def saved(plan: TrainPlan, way: Callable[[TrainPlan], None] = trial_by_trial) -> int:
+    """Return the peak of the bytes that are saved for backward passes."""
     counted = SavedBytes(plan.study)
     with counted:
         way(plan)
@@ -180,12 +188,12 @@ if __name__ == "__main__":
     IMAGES, config = 2, base(int(sys.argv[1]))
     for title, way, options in (
         ("all at once", all_at_once, {}),
-        ("arm by arm", arm_by_arm, {}),
-        ("arm by arm, checkpointing", arm_by_arm, {"checkpointing": True}),
-        ("encoders, arm by arm", arm_by_arm, {"kind": "encoder"}),
-        ("encoders, arm by arm, checkpointing", arm_by_arm, {"kind": "encoder", "checkpointing": True}),
+        ("trial by trial", trial_by_trial, {}),
+        ("trial by trial, checkpointing", trial_by_trial, {"checkpointing": True}),
+        ("encoders, trial by trial", trial_by_trial, {"kind": "encoder"}),
+        ("encoders, trial by trial, checkpointing", trial_by_trial, {"kind": "encoder", "checkpointing": True}),
     ):
         cells = []
-        for arms in (1, 2, 4, 8):
-            cells.append(f"{saved(plan_of(config, arms, IMAGES, **options), way) / IMAGES / 2**20:,.1f}")
+        for trials in (1, 2, 4, 8):
+            cells.append(f"{saved(plan_of(config, trials, IMAGES, **options), way) / IMAGES / 2**20:,.1f}")
         print(f"| {title} | {' | '.join(cells)} |", flush=True)

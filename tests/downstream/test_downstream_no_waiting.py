@@ -1,4 +1,4 @@
-"""Nothing in a step of a downstream protocol makes the host wait for the device, and a step of no use is not taken."""
+"""A step of a downstream protocol does not make the host wait for the device; non-finite steps are skipped."""
 
 from __future__ import annotations
 
@@ -10,55 +10,56 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from iwm.downstream import loop, protocol
-from iwm.downstream.kept import KeptFeatures
-from iwm.downstream.optim import adamw, lars, set_rate, step_unless
-from iwm.downstream.plan import Plan
-from iwm.downstream.window import Window
-from iwm.training.distributed import World
+from iwm.downstream import experiment, trainer
+from iwm.downstream.optim import adamw, lars, set_lr
+from iwm.downstream.progress import TrainPlan
+from iwm.downstream.tasks import CachedFeatures
+from iwm.training.distributed import DistEnv
+from iwm.training.metrics import MetricWindow
+from iwm.training.optim import step_if_finite
 from tests.training.test_no_waiting import NoReads
 
 PROTOCOLS: list[tuple[str, dict[str, Any]]] = [
     ("linear", {"lrs": (1.0, 10.0)}),
-    ("linear", {"keep_features": True}),
+    ("linear", {"cache_features": True}),
     ("attentive", {}),
     ("finetune-encoder", {}),
     ("finetune-encoder", {"activation_checkpointing": True}),
-    ("finetune-predictor", {"latents": ("null", "random"), "queries": ("image", "token")}),
-    ("finetune-predictor", {"keep_features": True}),
+    ("finetune-predictor", {"actions": ("null", "random"), "outputs": ("image", "token")}),
+    ("finetune-predictor", {"cache_features": True}),
     ("finetune-end-to-end", {}),
     ("multitask", {"tasks": ("label", "side")}),
     (
         "segmentation",
-        {"classes": 4, "void_zero": False, "channels": 8, "lrs": (1e-3,), "parts": ("encoder", "predictor")},
+        {"classes": 4, "reduce_zero_label": False, "channels": 8, "lrs": (1e-3,), "parts": ("encoder", "predictor")},
     ),
 ]
 STEPS = 5
-KINDS = {"keep_features": ", kept", "activation_checkpointing": ", checkpointing"}
+KINDS = {"cache_features": ", cached", "activation_checkpointing": ", checkpointing"}
 NAMES = [name + "".join(word for option, word in KINDS.items() if option in options) for name, options in PROTOCOLS]
 
 
 def steps_of(
     monkeypatch: pytest.MonkeyPatch, leverage: Callable[..., Any], name: str, **options: Any
 ) -> Callable[[], None]:
-    """A protocol on real shards, made ready to take some steps, whose images are decoded (on the host) already."""
-    made: list[tuple[Plan, World]] = []
-    monkeypatch.setattr(protocol, "train", lambda plan, here, *rest: made.append((plan, here)))
+    """Return a function that takes one step of a protocol on real shards, whose images are already decoded."""
+    made: list[tuple[TrainPlan, DistEnv]] = []
+    monkeypatch.setattr(experiment, "train", lambda plan, dist, *rest: made.append((plan, dist)))
     leverage(name, **options)
-    plan, here = made[0]
+    plan, dist = made[0]
     study, taken = plan.study.train(), iter(range(STEPS))
     for task in plan.tasks:
-        if not isinstance(task, KeptFeatures):
+        if not isinstance(task, CachedFeatures):
             loader = cast(Any, task)._loader
             monkeypatch.setattr(task, "_loader", iter([next(loader) for _ in range(STEPS)]))
 
     def step() -> None:
         for optimizer in plan.optimizers:
-            set_rate(optimizer, 0.5)
+            set_lr(optimizer, 0.5)
             optimizer.zero_grad(set_to_none=True)
-        means = loop._running_means(study)
-        loop._pass(plan, list(study.arms), next(taken), here, Window(len(study.names)))
-        loop._step(plan, means)
+        norm_buffers = trainer._norm_buffers(study)
+        trainer._pass(plan, list(study.trials), next(taken), dist, MetricWindow())
+        trainer._step(plan, norm_buffers)
 
     return step
 
@@ -101,7 +102,7 @@ def still(module: nn.Module) -> torch.optim.Optimizer:
 def test_a_step_whose_gradient_is_not_finite_leaves_everything_as_it_was(
     made: Callable[[nn.Module], torch.optim.Optimizer],
 ) -> None:
-    """With broken steps between, the first one too, a training ends bit for bit where it ends without them."""
+    """With non-finite steps in between, also the first, a training ends bit for bit as without them."""
     torch.manual_seed(0)
     clean = nn.Linear(5, 4)
     disturbed = copy.deepcopy(clean)
@@ -115,6 +116,6 @@ def test_a_step_whose_gradient_is_not_finite_leaves_everything_as_it_was(
         for given in gradients:
             for parameter, gradient in zip(module.parameters(), given, strict=True):
                 parameter.grad = gradient.clone()
-            step_unless(optimizer, torch.tensor(given is bad))
+            step_if_finite(optimizer, torch.tensor(given is bad))
     assert all(torch.equal(one, other) for one, other in zip(clean.parameters(), disturbed.parameters(), strict=True))
     assert all(p.isfinite().all() for p in disturbed.parameters())

@@ -1,4 +1,4 @@
-"""Optimisers take the steps of their published formulas, on the parameters that the recipes name."""
+"""Optimisers follow their published formulas, with the learning rates and decays of the recipes."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from timm.optim import Lars, param_groups_layer_decay
 from torch import Tensor, nn
 
 from iwm.config import Config
-from iwm.downstream import protocol
-from iwm.downstream.arms import FinetunedEncoder
-from iwm.downstream.optim import adamw, lars, set_rate
-from iwm.downstream.plan import Plan
-from iwm.models.backbone import backbone_of
-from iwm.models.foreign import ForeignEncoder
+from iwm.downstream import experiment
+from iwm.downstream.optim import adamw, lars, layer_decay_scales, set_lr
+from iwm.downstream.progress import TrainPlan
+from iwm.downstream.trials import FinetunedEncoder
+from iwm.models.backbone import frozen_backbone
+from iwm.models.external.loading import ExternalEncoder
 from iwm.models.heads import LinearHead
-from iwm.models.layer_numbers import layer_scales
 from iwm.models.world_model import WorldModel
 
 STEPS = 6
@@ -33,7 +32,7 @@ def gradients(module: nn.Module, step: int) -> list[Tensor]:
 
 
 def trajectory(module: nn.Module, step_of: Callable[[int, list[Tensor]], None]) -> list[Tensor]:
-    """Parameters after STEPS steps of gradients that depend on the step alone."""
+    """Return the parameters after STEPS steps whose gradients depend only on the step."""
     for step in range(STEPS):
         step_of(step, gradients(module, step))
     return [p.detach().clone() for p in module.parameters()]
@@ -41,7 +40,7 @@ def trajectory(module: nn.Module, step_of: Callable[[int, list[Tensor]], None]) 
 
 def optimise(module: nn.Module, optimizer: torch.optim.Optimizer, share: Callable[[int], float]) -> list[Tensor]:
     def step_of(step: int, given: list[Tensor]) -> None:
-        set_rate(optimizer, share(step))
+        set_lr(optimizer, share(step))
         for parameter, gradient in zip(module.parameters(), given, strict=True):
             parameter.grad = gradient
         optimizer.step()
@@ -55,7 +54,7 @@ def linear() -> nn.Linear:
 
 
 def maes_lars(module: nn.Module, rate: Callable[[int], float], weight_decay: float, momentum: float) -> list[Tensor]:
-    """MAE's LARS (util/lars.py), written out: what has one dimension is neither scaled nor decayed."""
+    """Compute MAE's LARS (util/lars.py) explicitly: parameters of one dimension are neither scaled nor decayed."""
     velocities = [torch.zeros_like(p) for p in module.parameters()]
 
     def step_of(step: int, given: list[Tensor]) -> None:
@@ -83,7 +82,7 @@ def test_lars_takes_the_steps_of_maes_formula_through_a_warm_up() -> None:
 
 
 def test_lars_decays_weights_and_no_biases() -> None:
-    """With no gradient but a whisper, decay alone moves weights; the recipe's 0 is where it is MAE's formula."""
+    """With a negligible gradient, only decay moves weights. (The recipe has no decay, as in MAE's formula.)"""
     module = linear()
     before = [p.detach().clone() for p in module.parameters()]
     optimizer = lars(module, 1.0, 0.1, momentum=0.0)
@@ -96,27 +95,27 @@ def test_lars_decays_weights_and_no_biases() -> None:
 
 
 def test_timms_default_without_weight_decay_is_plain_sgd_and_steps_many_times_too_far() -> None:
-    """What optim.lars says of it, on a fresh probe of a ViT-B's features and ImageNet's classes."""
+    """The claim in the docstring of optim.lars, for a new probe on ViT-B features and 1,000 classes."""
     torch.manual_seed(0)
     head = LinearHead(768, 1000)
     labels = torch.randint(0, 1000, (4096,))
     features = torch.randn(1000, 768)[labels] + torch.randn(4096, 768) + torch.randn(768)
     F.cross_entropy(head(0.5 * features[:, None]), labels).backward()
-    weight, steps = head.classify.weight, []
+    weight, steps = head.fc.weight, []
     assert weight.grad is not None
     begin, gradient = weight.detach().clone(), weight.grad.clone()
     for optimizer in (lars(head, 1.0, 0.0, momentum=0.0), Lars(head.parameters(), lr=1.0)):
         optimizer.step()
         steps.append(weight.detach() - begin)
         weight.data.copy_(begin)
-        weight.grad.copy_(gradient)  # some releases of timm scale it where it lies
+        weight.grad.copy_(gradient)  # some releases of timm scale it in place
     torch.testing.assert_close(steps[1], -gradient)
     assert steps[0].norm() == pytest.approx((0.001 * begin.norm()).item(), rel=1e-4)
     assert 20 < steps[1].norm() / steps[0].norm() < 200
 
 
 def test_a_finetuned_timm_vit_has_timms_groups_but_for_its_last_norm() -> None:
-    """Rates by layer and who is decayed, as BEiT and MAE finetune; they count the last norm with the head."""
+    """Rates per layer and decayed parameters are as in BEiT and MAE, which count the last norm with the head."""
     size = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 4}
     stock = VisionTransformer(**size, num_classes=10)
     stock_names = {parameter: name for name, parameter in stock.named_parameters()}
@@ -129,12 +128,12 @@ def test_a_finetuned_timm_vit_has_timms_groups_but_for_its_last_norm() -> None:
         for parameter in group["params"]
     }
     expected |= dict.fromkeys(("norm.weight", "norm.bias"), (0.002, 0.0))
-    encoder = ForeignEncoder("timm", VisionTransformer(**size, num_classes=0), (0.5,) * 3, (0.5,) * 3)
-    arm = FinetunedEncoder(backbone_of(encoder).trained(), LinearHead(32, 10))
-    optimizer = adamw(arm, 2e-3, 0.05, layer_scales(arm, 0.65).__getitem__)
+    encoder = ExternalEncoder("timm", VisionTransformer(**size, num_classes=0), (0.5,) * 3, (0.5,) * 3)
+    trial = FinetunedEncoder(frozen_backbone(encoder).finetune_copy(), LinearHead(32, 10))
+    optimizer = adamw(trial, 2e-3, 0.05, layer_decay_scales(trial, 0.65).__getitem__)
     got = {
-        name.removeprefix("backbone.encoder.vit.").replace("head.classify", "head"): values
-        for name, values in rates_and_decays(arm, optimizer).items()
+        name.removeprefix("backbone.encoder.vit.").replace("head.fc", "head"): values
+        for name, values in rates_and_decays(trial, optimizer).items()
     }
     assert got.keys() == expected.keys()
     for name, values in got.items():
@@ -144,11 +143,11 @@ def test_a_finetuned_timm_vit_has_timms_groups_but_for_its_last_norm() -> None:
 def test_adamw_takes_the_steps_of_its_formula_on_every_parameter(small: Config) -> None:
     """Loshchilov and Hutter's, written out, with each parameter's own rate and decay, through a warm-up."""
     torch.manual_seed(0)
-    backbone = backbone_of(WorldModel(small).target_encoder)
-    one = FinetunedEncoder(backbone.trained(), LinearHead(backbone.width, 5))
+    backbone = frozen_backbone(WorldModel(small).target_encoder)
+    one = FinetunedEncoder(backbone.finetune_copy(), LinearHead(backbone.embed_dim, 5))
     other = copy.deepcopy(one)
     trained = nn.ParameterList(p for p in one.parameters() if p.requires_grad)
-    optimizer = adamw(one, 2e-3, 0.3, layer_scales(one, 0.65).__getitem__)
+    optimizer = adamw(one, 2e-3, 0.3, layer_decay_scales(one, 0.65).__getitem__)
     got = optimise(trained, optimizer, warm_up)
 
     own = nn.ParameterList(p for p in other.parameters() if p.requires_grad)
@@ -171,16 +170,16 @@ def test_adamw_takes_the_steps_of_its_formula_on_every_parameter(small: Config) 
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
-def rates_and_decays(arm: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, tuple[float, float]]:
-    """Of every parameter that is trained, by its name: its highest rate and its weight decay."""
+def rates_and_decays(trial: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, tuple[float, float]]:
+    """Return the peak learning rate and weight decay of every trained parameter by its name."""
     values = {p: (group["peak"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
-    named = {name: values[p] for name, p in arm.named_parameters() if p in values}
+    named = {name: values[p] for name, p in trial.named_parameters() if p in values}
     assert len(named) == len(values) == sum(len(group["params"]) for group in optimizer.param_groups)
-    assert set(named) == {name for name, p in arm.named_parameters() if p.requires_grad}
+    assert set(named) == {name for name, p in trial.named_parameters() if p.requires_grad}
     return named
 
 
-# Rates of real arms of a model of 4 encoder and 4 predictor blocks: the first beginning of a name that fits decides.
+# Rates of trials of a model with 4 encoder and 4 predictor blocks: the first matching name prefix counts.
 
 Rates = dict[str, float]
 HEAD = {"head.": 1.0}
@@ -194,13 +193,15 @@ END_TO_END: Rates = {
     "backbone.encoder.patch_embed.": 0.1 * 0.9**10,
     **{f"backbone.encoder.blocks.{block}.": 0.1 * 0.9 ** (9 - block) for block in range(4)},
     "backbone.encoder.norm.": 0.1 * 0.9**5,
-    **{f"reader.predictor.blocks.{block}.": 0.1 * 0.9 ** (4 - block) for block in range(4)},
-    **{f"reader.predictor.{name}.": 0.1 for name in ("norm", "project")},
-    "reader.predictor.": 0.1 * 0.9**5,
+    **{f"predictor_backbone.predictor.blocks.{block}.": 0.1 * 0.9 ** (4 - block) for block in range(4)},
+    **{f"predictor_backbone.predictor.{name}.": 0.1 for name in ("norm", "predictor_proj")},
+    "predictor_backbone.predictor.": 0.1 * 0.9**5,
     **HEAD,
 }
-OF_RANDOM: Rates = {name: value * (10 if name.startswith("reader") else 1) for name, value in END_TO_END.items()}
-PRETRAINED, RANDOM = ({"reader.predictor.": share, **HEAD} for share in (0.1, 1.0))
+OF_RANDOM: Rates = {
+    name: value * (10 if name.startswith("predictor_backbone") else 1) for name, value in END_TO_END.items()
+}
+PRETRAINED, RANDOM = ({"predictor_backbone.predictor.": share, **HEAD} for share in (0.1, 1.0))
 
 
 @pytest.mark.parametrize(
@@ -223,7 +224,11 @@ PRETRAINED, RANDOM = ({"reader.predictor.": share, **HEAD} for share in (0.1, 1.
             "multitask",
             {"tasks": ("label", "side")},
             {
-                "multitask": (1e-3, 0.1, {"reader.predictor.": 0.1, "reader.task_tokens": 1.0, "heads.": 1.0}),
+                "multitask": (
+                    1e-3,
+                    0.1,
+                    {"predictor_backbone.predictor.": 0.1, "predictor_backbone.task_tokens": 1.0, "heads.": 1.0},
+                ),
                 "single-label": (1e-3, 0.1, PRETRAINED),
                 "single-side": (1e-3, 0.1, PRETRAINED),
             },
@@ -242,18 +247,20 @@ def test_rates_and_decay_reach_the_parameters_that_the_recipe_names(
     options: dict[str, Any],
     expected: dict[str, tuple[float, float, Rates]],
 ) -> None:
-    plans: list[Plan] = []
-    monkeypatch.setattr(protocol, "train", lambda plan, *rest: plans.append(plan))
+    plans: list[TrainPlan] = []
+    monkeypatch.setattr(experiment, "train", lambda plan, *rest: plans.append(plan))
     assert leverage(name, **options) is None
     plan = plans[0]
     assert list(plan.study.names) == list(expected)
-    for arm, optimizer, (lr, decay, shares) in zip(plan.study.arms, plan.optimizers, expected.values(), strict=True):
+    for trial, optimizer, (lr, decay, shares) in zip(
+        plan.study.trials, plan.optimizers, expected.values(), strict=True
+    ):
         unused = set(shares)
-        for parameter, (peak, decayed) in rates_and_decays(arm, optimizer).items():
+        for parameter, (peak, decayed) in rates_and_decays(trial, optimizer).items():
             part = next(part for part in shares if parameter.startswith(part))
             unused.discard(part)
             assert peak == pytest.approx(lr * shares[part]), parameter
-            value = arm.get_parameter(parameter)
+            value = trial.get_parameter(parameter)
             is_weight = value.ndim > 1 and not parameter.endswith("bias") and value.numel() > max(value.shape)
             assert decayed == (decay if is_weight and "task_tokens" not in parameter else 0.0), parameter
         assert not unused

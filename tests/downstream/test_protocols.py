@@ -1,4 +1,4 @@
-"""Every protocol runs to its end on real shards, says what it did, and learns what can be learnt."""
+"""Every protocol runs on real shards, writes a complete result, and learns a simple task."""
 
 import json
 from collections.abc import Callable
@@ -9,16 +9,16 @@ import pytest
 import timm
 import torch
 
-from iwm.config import Predictor
-from iwm.downstream.mixing import Mixing
-from iwm.downstream.settings import Foreign, Images
-from tests.models.test_foreign import decoder_state, vit_state
+from iwm.config import PredictorConfig
+from iwm.downstream.mixup import MixupSettings
+from iwm.downstream.settings import DataSettings, ExternalModel
+from tests.models.test_external import decoder_state, vit_state
 
 Leverage = Callable[..., dict[str, Any]]
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "arms"),
+    ("name", "options", "trials"),
     [
         ("linear", {"lrs": (1.0, 10.0), "features": ("teacher", "student")}, 4),
         ("attentive", {"lrs": (1e-3,)}, 1),
@@ -28,22 +28,22 @@ Leverage = Callable[..., dict[str, Any]]
     ],
 )
 def test_a_protocol_runs_and_says_what_it_did(
-    leverage: Leverage, run: Path, name: str, options: dict[str, Any], arms: int
+    leverage: Leverage, run: Path, name: str, options: dict[str, Any], trials: int
 ) -> None:
     result = leverage(name, **options)
     assert result == json.loads((run / "eval" / f"{name}.json").read_text()) | {"settings": result["settings"]}
-    assert (result["protocol"], result["steps"], result["batch"]) == (name, 6, 20)
+    assert (result["protocol"], result["steps"], result["batch_size"]) == (name, 6, 20)
     assert (result["classes"], result["train_images"], result["val_images"]) == (3, 120, 48)
     assert result["chance"] == pytest.approx(18 / 48)
-    assert len(result["arms"]) == arms
-    for arm in result["arms"].values():
-        assert 0 <= arm["top1"]["mean"] <= arm["top5"]["mean"] == 1
-        assert arm["best"]["score"] >= arm["top1"]["mean"]
-        assert arm["parameters"] > 0
-        assert arm["skipped_steps"] == 0
-    assert result["chosen"] in result["arms"]
+    assert len(result["trials"]) == trials
+    for trial in result["trials"].values():
+        assert 0 <= trial["top1"]["mean"] <= trial["top5"]["mean"] == 1
+        assert trial["best"]["score"] >= trial["top1"]["mean"]
+        assert trial["parameters"] > 0
+        assert trial["skipped_steps"] == 0
+    assert result["chosen"] in result["trials"]
     best = torch.load(run / "eval" / name / "best.pt", weights_only=True)
-    assert best["arm"] in result["arms"]
+    assert best["arm"] in result["trials"]
     assert best["classes"] == ["blue", "green", "red"]
     assert (run / "report.html").exists()
 
@@ -54,14 +54,14 @@ def test_a_protocol_runs_and_says_what_it_did(
         ("linear", {"lrs": (30.0, 100.0, 300.0, 1000.0)}),
         ("attentive", {"lrs": (3e-3,)}),
         ("finetune-encoder", {"lr": 2e-3, "layer_decay": 1.0}),
-        ("finetune-predictor", {"lr": 2e-3, "pretrained_share": 1.0}),
-        ("finetune-end-to-end", {"lr": 2e-3, "encoder_share": 1.0, "predictor_share": 1.0}),
+        ("finetune-predictor", {"lr": 2e-3, "pretrained_lr_mult": 1.0}),
+        ("finetune-end-to-end", {"lr": 2e-3, "encoder_lr_mult": 1.0, "predictor_lr_mult": 1.0}),
     ],
 )
 def test_colours_are_learnt(leverage: Leverage, name: str, options: dict[str, Any]) -> None:
-    plain = {} if name in ("linear", "attentive") else {"mixing": Mixing.none(), "drop_path": 0.0}
-    result = leverage(name, steps=40, batch=60, validate_every=100.0, **plain, **options)
-    assert result["arms"][result["chosen"]]["top1"]["mean"] > 0.9
+    plain = {} if name in ("linear", "attentive") else {"mixup": MixupSettings.none(), "drop_path": 0.0}
+    result = leverage(name, steps=40, batch_size=60, validate_every=100.0, **plain, **options)
+    assert result["trials"][result["chosen"]]["top1"]["mean"] > 0.9
 
 
 def test_all_combinations_of_table_s3_are_trained_from_one_forward_pass(leverage: Leverage) -> None:
@@ -70,19 +70,19 @@ def test_all_combinations_of_table_s3_are_trained_from_one_forward_pass(leverage
         steps=2,
         predictors=("pretrained",),
         features=("teacher", "student"),
-        latents=("null", "random"),
-        queries=("image", "token"),
+        actions=("null", "random"),
+        outputs=("image", "token"),
     )
-    told = {(arm["features"], arm["latents"], arm["tokens"]) for arm in result["arms"].values()}
-    assert len(told) == len(result["arms"]) == 8
+    settings = {(trial["features"], trial["actions"], trial["tokens"]) for trial in result["trials"].values()}
+    assert len(settings) == len(result["trials"]) == 8
 
 
 def test_a_random_predictor_has_the_pretrained_ones_shape_and_other_parameters(leverage: Leverage, run: Path) -> None:
     result = leverage("finetune-predictor", seeds=(0, 1), steps=1)
-    assert set(result["arms"]) == {f"{kind}, seed {seed}" for kind in ("pretrained", "random") for seed in (0, 1)}
-    assert len({arm["parameters"] for arm in result["arms"].values()}) == 1
-    last = torch.load(run / "eval/finetune-predictor/last.pt", weights_only=True)["arms"]
-    weights = [last[f"{number}.reader.predictor.blocks.0.mlp.fc1.weight"] for number in range(4)]
+    assert set(result["trials"]) == {f"{kind}, seed {seed}" for kind in ("pretrained", "random") for seed in (0, 1)}
+    assert len({trial["parameters"] for trial in result["trials"].values()}) == 1
+    last = torch.load(run / "eval/finetune-predictor/last.pt", weights_only=True)["trials"]
+    weights = [last[f"{number}.predictor_backbone.predictor.blocks.0.mlp.fc1.weight"] for number in range(4)]
     pretrained_apart, random_apart = ((weights[i] - weights[i + 1]).abs().max() for i in (0, 2))
     assert pretrained_apart < 1e-3 < random_apart
 
@@ -92,15 +92,17 @@ def test_several_tasks_are_learnt_by_one_predictor_beside_one_for_each(
 ) -> None:
     other = f"{boxes}:label"
     monkeypatch.setenv("COLUMNS", "500")
-    result = leverage("multitask", tasks=("side", other), keep_features=True, steps=60, lr=3e-3, pretrained_share=1.0)
-    assert set(result["arms"]) == {"multitask", "single-side", f"single-{other}"}
-    assert result["batch"] == 40
-    # Rich would make a picture of ":label:".
+    result = leverage(
+        "multitask", tasks=("side", other), cache_features=True, steps=60, lr=3e-3, pretrained_lr_mult=1.0
+    )
+    assert set(result["trials"]) == {"multitask", "single-side", f"single-{other}"}
+    assert result["batch_size"] == 40
+    # Rich would replace ":label:" by an emoji.
     assert f"{other}: 120 training" in capsys.readouterr().out
-    assert set(result["tasks"]) == {"side", other} == set(result["arms"]["multitask"]["scores"])
-    assert set(result["arms"]["single-side"]["scores"]) == {"side"}
-    for arm in result["arms"].values():
-        for scores in arm["scores"].values():
+    assert set(result["tasks"]) == {"side", other} == set(result["trials"]["multitask"]["scores"])
+    assert set(result["trials"]["single-side"]["scores"]) == {"side"}
+    for trial in result["trials"].values():
+        for scores in trial["scores"].values():
             assert scores["top1"]["mean"] > 0.7
 
 
@@ -109,29 +111,32 @@ def test_an_encoder_without_a_predictor_gets_a_random_one(leverage: Leverage, tm
     torch.save(timm.create_model("vit_tiny_patch16_224", img_size=48, num_classes=0).state_dict(), file)
     options: dict[str, Any] = {
         "checkpoint": file,
-        "foreign": Foreign(kind="timm", name="vit_tiny_patch16_224", image_size=48),
-        "data": Images(shards=boxes, threads=1),
-        "fresh": Predictor(width=24, depth=1, heads=3),
+        "external": ExternalModel(format="timm", name="vit_tiny_patch16_224", image_size=48),
+        "data": DataSettings(shards=boxes, num_threads=1),
+        "random_predictor": PredictorConfig(embed_dim=24, depth=1, num_heads=3),
         "steps": 2,
     }
     result = leverage("finetune-predictor", **options)
-    assert list(result["arms"]) == ["random, seed 0"]
-    assert result["encoder"]["kind"] == "timm"
+    assert list(result["trials"]) == ["random, seed 0"]
+    assert result["encoder"]["format"] == "timm"
     assert (tmp_path / "vit" / "eval" / "finetune-predictor.json").exists()
 
 
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("finetune-predictor", {"queries": ("image", "token")}),
+        ("finetune-predictor", {"outputs": ("image", "token")}),
         ("finetune-end-to-end", {}),
-        ("segmentation", {"parts": ("predictor",), "classes": 4, "void_zero": False, "channels": 8, "lrs": (1e-3,)}),
+        (
+            "segmentation",
+            {"parts": ("predictor",), "classes": 4, "reduce_zero_label": False, "channels": 8, "lrs": (1e-3,)},
+        ),
     ],
 )
 def test_maes_decoder_is_its_predictor_and_a_file_without_it_gets_a_random_one(
     leverage: Leverage, tmp_path: Path, boxes: Path, name: str, options: dict[str, Any]
 ) -> None:
-    """Of the published widths, for which the number of heads is known."""
+    """The widths are published ones, for which the number of heads is known."""
     encoder = vit_state(width=768, depth=1)
     whole = encoder | decoder_state(width=768, own=512, depth=4)
     trained = {}
@@ -141,11 +146,11 @@ def test_maes_decoder_is_its_predictor_and_a_file_without_it_gets_a_random_one(
         result = leverage(
             name,
             checkpoint=file,
-            foreign=Foreign(kind="mae", image_size=32),
-            data=Images(shards=boxes, threads=1),
-            fresh=Predictor(width=24, depth=4, heads=3),
-            **options | {"steps": 1, "batch": 8},
+            external=ExternalModel(format="mae", image_size=32),
+            data=DataSettings(shards=boxes, num_threads=1),
+            random_predictor=PredictorConfig(embed_dim=24, depth=4, num_heads=3),
+            **options | {"steps": 1, "batch_size": 8},
         )
-        trained[kind] = {arm["predictor"] for arm in result["arms"].values()}
+        trained[kind] = {trial["predictor"] for trial in result["trials"].values()}
     assert trained["whole"] == ({"pretrained", "random"} if name == "finetune-predictor" else {"pretrained"})
     assert trained["encoder"] == {"random"}

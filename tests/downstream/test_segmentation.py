@@ -1,4 +1,4 @@
-"""Segmentation: masks are learnt from crops, whole images of any size are judged, and wrong ids are told."""
+"""Segmentation: training on crops, evaluation on whole images of any size, and errors for wrong mask ids."""
 
 import math
 from collections.abc import Callable
@@ -9,26 +9,26 @@ import numpy as np
 import pytest
 import torch
 
-from dali_pipelines.augmentation import NO_COLOUR
-from dali_pipelines.loader import WholeImageLoader
-from dali_pipelines.segmentation import MaskCrops
+from dali_pipelines.augmentations import NO_PHOTOMETRIC
+from dali_pipelines.pipelines import SegmentationCrops
+from dali_pipelines.validation_loader import FullImageLoader
 from iwm.config import ConfigError
-from iwm.downstream.masks import Segmentation, filled_up
-from iwm.downstream.settings import Images
-from iwm.downstream.study import PIXELS, Arm, FrozenEncoders, Study
-from shards.manifest import ShardError
+from iwm.downstream.segmentation_task import SegmentationTask, pad_to_patches
+from iwm.downstream.settings import DataSettings
+from iwm.downstream.study import PIXELS, FrozenEncoders, Study, Trial
+from shards.errors import ShardError
 from tests.training.runs import alone
 
 Leverage = Callable[..., dict[str, Any]]
-BOXES: dict[str, Any] = {"classes": 4, "void_zero": False, "channels": 16, "validate_every": 100.0}
+BOXES: dict[str, Any] = {"classes": 4, "reduce_zero_label": False, "channels": 16, "validate_every": 100.0}
 
 
 def test_encoder_and_predictor_learn_to_find_the_boxes(leverage: Leverage) -> None:
-    """All background would score 0.2."""
-    plain = MaskCrops(scale=(1.2, 1.6), colour=NO_COLOUR)
+    """Predicting only background has an mIoU of 0.2."""
+    plain = SegmentationCrops(scale=(1.2, 1.6), photometric=NO_PHOTOMETRIC)
     parts = ("encoder", "predictor")
-    result = leverage("segmentation", **BOXES, parts=parts, lrs=(5e-3,), steps=120, crops=plain, batch=16)
-    encoder, predictor = result["arms"].values()
+    result = leverage("segmentation", **BOXES, parts=parts, lrs=(5e-3,), steps=120, crops=plain, batch_size=16)
+    encoder, predictor = result["trials"].values()
     assert encoder["miou"]["mean"] > 0.45
     assert predictor["miou"]["mean"] > 0.25
     assert encoder["miou"]["mean"] == pytest.approx(np.mean(encoder["per_class"]))
@@ -39,24 +39,24 @@ def test_encoder_and_predictor_learn_to_find_the_boxes(leverage: Leverage) -> No
 def test_every_part_is_trained(leverage: Leverage) -> None:
     parts = ("encoder", "predictor", "end-to-end")
     result = leverage("segmentation", **BOXES, parts=parts, predictors=("pretrained", "random"), lrs=(1e-4,), steps=2)
-    told = [(arm["part"], arm["predictor"]) for arm in result["arms"].values()]
+    trained = [(trial["part"], trial["predictor"]) for trial in result["trials"].values()]
     both = [(part, kind) for part in parts[1:] for kind in ("pretrained", "random")]
-    assert told == [("encoder", None), *both]
+    assert trained == [("encoder", None), *both]
 
 
 def test_without_a_class_zero_the_background_does_not_count(leverage: Leverage) -> None:
     result = leverage("segmentation", classes=3, channels=8, lrs=(1e-3,), steps=1)
-    assert len(next(iter(result["arms"].values()))["per_class"]) == 3
+    assert len(next(iter(result["trials"].values()))["per_class"]) == 3
 
 
-class _Perfect(Arm):
-    """Knows the masks: sets of each class's pixels by the image's first grey level are too easy to need learning."""
+class _Perfect(Trial):
+    """Perfect predictions: looks up the mask by the first grey levels of the image."""
 
     def __init__(self, masks: dict[tuple[int, ...], torch.Tensor]) -> None:
         super().__init__()
         self.masks = masks
 
-    def losses(self, shared: Any, targets: Any) -> torch.Tensor:
+    def loss(self, shared: Any, targets: Any) -> torch.Tensor:
         return torch.zeros(())
 
     def logits(self, shared: Any, task: int) -> torch.Tensor:
@@ -68,62 +68,62 @@ class _Perfect(Arm):
 
 
 def test_whole_images_are_judged_at_their_own_size(boxes: Path) -> None:
-    """48 px are no multiple of a patch of 32; what was filled up is cut off again, so a perfect arm scores 1."""
+    """48 px is not a multiple of the patch size 32. Padding is cropped again, so perfect predictions score 1."""
     task = opened(boxes, patch=32)
-    (scores,) = task.judge(perfect(boxes), 0, [0])
+    (scores,) = task.evaluate(perfect(boxes), 0, [0])
     assert scores["miou"] == scores["pixel_accuracy"] == 1.0
-    assert task.facts()["val_images"] == 48
+    assert task.metadata()["val_images"] == 48
 
 
 def test_held_out_ids_that_are_no_class_are_told_with_their_split(boxes: Path) -> None:
     with pytest.raises(ConfigError, match=r"shards, split 'val': masks: \d+ pixels have .* \(--classes"):
-        opened(boxes, classes=3).judge(perfect(boxes), 0, [0])
+        opened(boxes, classes=3).evaluate(perfect(boxes), 0, [0])
 
 
 def perfect(shards: Path) -> Study:
     masks = {
         tuple(image[0, :8, 0].int().tolist()): mask.long().clone()
-        for image, mask, _ in WholeImageLoader(shards, "val", threads=1)
+        for image, mask, _ in FullImageLoader(shards, "val", num_threads=1)
     }
     return Study({"perfect": _Perfect(masks)}, FrozenEncoders({}), seeds=[0]).eval()
 
 
-def opened(shards: Path, **options: Any) -> Segmentation:
-    loading = {"device": "cpu", "rank": 0, "world_size": 1, "threads": 1, "prefetch": 1}
-    made: dict[str, Any] = {"classes": 4, "void_zero": False, "patch": 8, "batch_size": 4, "seed": 0}
-    crops = MaskCrops(size=32, void=255)
-    return Segmentation(shards, "train", "val", crops, here=alone(), loading=loading, **(made | options))
+def opened(shards: Path, **options: Any) -> SegmentationTask:
+    loading = {"device": "cpu", "rank": 0, "world_size": 1, "num_threads": 1, "prefetch_queue_depth": 1}
+    made: dict[str, Any] = {"classes": 4, "reduce_zero_label": False, "patch": 8, "batch_size": 4, "seed": 0}
+    crops = SegmentationCrops(size=32, ignore_index=255)
+    return SegmentationTask(shards, "train", "val", crops, dist=alone(), loading=loading, **(made | options))
 
 
 def test_images_are_filled_up_with_the_mean_colour() -> None:
     image = torch.randint(0, 256, (30, 45, 3), dtype=torch.uint8)
-    filled = filled_up(image, 16)
+    filled = pad_to_patches(image, 16)
     assert filled.shape == (32, 48, 3)
     assert torch.equal(filled[:30, :45], image.float())
     assert filled[31, 47].tolist() == [124.0, 116.0, 104.0]
-    assert filled_up(image[:5, :5], 16).shape == (32, 32, 3)
+    assert pad_to_patches(image[:5, :5], 16).shape == (32, 32, 3)
 
 
 def test_zero_becomes_void_where_it_is_of_no_class(boxes: Path) -> None:
-    _, with_zero = opened(boxes).batch(1)
-    _, without = opened(boxes, classes=3, void_zero=True).batch(1)
+    _, with_zero = opened(boxes).get_batch(1)
+    _, without = opened(boxes, classes=3, reduce_zero_label=True).get_batch(1)
     assert set(with_zero.unique().tolist()) <= {0, 1, 2, 3, 255}
     assert torch.equal(without[with_zero != 255].int(), (with_zero[with_zero != 255].int() - 1) % 256)
 
 
 def test_ids_that_are_no_class_are_told_before_anything_is_learnt(leverage: Leverage) -> None:
-    with pytest.raises(ConfigError, match=r"split 'train': [\d,]+ pixels have an id that is no class of --classes 2"):
-        leverage("segmentation", classes=2, void_zero=False, channels=8)
+    with pytest.raises(ConfigError, match=r"split 'train': [\d,]+ pixels have an id outside --classes 2: "):
+        leverage("segmentation", classes=2, reduce_zero_label=False, channels=8)
 
 
 def test_shards_without_masks_are_told(leverage: Leverage, tiny_shards: Path) -> None:
     with pytest.raises(ShardError, match="mask"):
-        leverage("segmentation", data=Images(shards=tiny_shards, threads=1))
+        leverage("segmentation", data=DataSettings(shards=tiny_shards, num_threads=1))
 
 
 def test_a_class_that_occurs_nowhere_is_left_out_of_the_mean(leverage: Leverage, run: Path) -> None:
     result = leverage("segmentation", **{**BOXES, "classes": 9}, lrs=(1e-3,), steps=1)
-    per_class = next(iter(result["arms"].values()))["per_class"]
+    per_class = next(iter(result["trials"].values()))["per_class"]
     known = [iou for iou in per_class if iou is not None]
     assert 4 <= len(known) <= 9
-    assert next(iter(result["arms"].values()))["miou"]["mean"] == pytest.approx(math.fsum(known) / len(known))
+    assert next(iter(result["trials"].values()))["miou"]["mean"] == pytest.approx(math.fsum(known) / len(known))

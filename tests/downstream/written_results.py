@@ -1,4 +1,4 @@
-"""Results of protocols that train, as RUN/eval/*.json has them, with figures of one's own."""
+"""Results of downstream protocols, as in RUN/eval/*.json, with chosen scores."""
 
 from __future__ import annotations
 
@@ -16,22 +16,24 @@ def top1(mean: float, error: float = 0.01) -> dict[str, Any]:
     return {"top1": {"mean": mean, "standard_error": error}, "top5": {"mean": 1.0, "standard_error": 0.0}}
 
 
-def arm(mean: float, seed: int = 0, lr: float = 0.001, rate: float | None = 1234.4, **settings: Any) -> dict[str, Any]:
+def trial(
+    mean: float, seed: int = 0, lr: float = 0.001, rate: float | None = 1234.4, **settings: Any
+) -> dict[str, Any]:
     speed = {} if rate is None else {"images_per_second": rate}
     best = {"best": {"score": mean + 0.05, "epoch": 3.0}, "skipped_steps": seed, "parameters": 100 + seed}
     return {"lr": lr, "seed": seed, "features": "teacher", **settings, **top1(mean), **best, **speed}
 
 
 def predictor(kind: str, mean: float, seed: int = 0, **settings: Any) -> dict[str, Any]:
-    return arm(mean, seed, predictor=kind, **{"latents": "null", "tokens": "all", **settings})
+    return trial(mean, seed, predictor=kind, **{"actions": "null", "tokens": "all", **settings})
 
 
-def result(protocol: str, *arms: dict[str, Any], **more: Any) -> dict[str, Any]:
+def result(protocol: str, *trials: dict[str, Any], **more: Any) -> dict[str, Any]:
     return {
         "protocol": protocol,
         "checkpoint": "/runs/x/checkpoints/step-000300.pt",
         "data": {"shards": "/data/imagenet", "split": "val"},
-        "encoder": {"kind": "iwm", "description": VIT_B},
+        "encoder": {"format": "iwm", "description": VIT_B},
         "label": "label",
         "classes": 10,
         "train_images": 5000,
@@ -39,8 +41,8 @@ def result(protocol: str, *arms: dict[str, Any], **more: Any) -> dict[str, Any]:
         "chance": 0.1,
         "epochs": 90.0,
         "steps": 450,
-        "batch": 1024,
-        "arms": {f"arm {number}": each for number, each in enumerate(arms)},
+        "batch_size": 1024,
+        "trials": {f"arm {number}": each for number, each in enumerate(trials)},
         "chosen": "arm 0",
         "seed": 0,
         "seconds": 1.0,

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dali_pipelines.augmentation import Views
-from iwm.config import Config, Data, Encoder, Predictor, Train
+from dali_pipelines.augmentations import Views
+from iwm.config import Config, DataConfig, EncoderConfig, PredictorConfig, TrainConfig
 from iwm.models.world_model import WorldModel
-from iwm.training.checkpoint import Checkpoint, save, versions
+from iwm.training.checkpoint import Checkpoint, save_checkpoint, versions
 from tools.make_demo_data import make_split
 
 ROOT = Path(__file__).parents[2]
@@ -31,11 +31,11 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def config(shards: Path) -> Config:
     return Config(
-        data=Data(shards=shards),
+        data=DataConfig(shards=shards),
         views=Views(size=32),
-        encoder=Encoder(width=48, depth=1, heads=2, patch=8),
-        predictor=Predictor(width=48, depth=1, heads=2),
-        train=replace(Train(), compile=False, precision="fp32"),
+        encoder=EncoderConfig(embed_dim=48, depth=1, num_heads=2, patch_size=8),
+        predictor=PredictorConfig(embed_dim=48, depth=1, num_heads=2),
+        train=replace(TrainConfig(), compile=False, precision="fp32"),
     )
 
 
@@ -69,7 +69,7 @@ def untrained(folder: Path, config: Config) -> Path:
         loader=[],
         versions=versions(),
     )
-    save(folder, content)
+    save_checkpoint(folder, content)
     return folder
 
 

@@ -2,36 +2,41 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from pathlib import Path
 
-from dali_pipelines.augmentation import IDENTITY, Views
-from dali_pipelines.replay import photometric
+import torch
+from torch import Tensor, nn
+
+from dali_pipelines.augmentations import IDENTITY, Views
+from dali_pipelines.replay import apply_photometric
 from iwm.actions import action_spec
-from iwm.config import Action, Config
+from iwm.config import ActionConfig, Config
+from iwm.evaluation.common import EvalContext
+from iwm.models.world_model import WorldModel
 
 VIEWS = Views(size=16)
 
 
-class Oracle:
+class Oracle(WorldModel):
     """A world model over pixels that can be reasoned about: features are 4×4 patches, the predictor undoes the action
     vector into jitter parameters and applies them to the picture itself."""
 
     def __init__(self) -> None:
+        nn.Module.__init__(self)  # without encoders: the features are the pixels
         self.config = Config(views=VIEWS)
-        self.action_spec = action_spec(Action(), VIEWS)
+        self.action_spec = action_spec(ActionConfig(), VIEWS)
 
     def encode(self, images: Tensor, which: str) -> Tensor:
         return images.float().reshape(len(images), 16, -1)
 
-    def targets(self, images: Tensor) -> Tensor:
+    def target_features(self, images: Tensor) -> Tensor:
         return self.encode(images, "teacher")
 
     def predict(self, context: Tensor, action: Tensor) -> Tensor:
         images = context.reshape(-1, VIEWS.size, VIEWS.size, 3).round().byte()
         params = torch.tensor(IDENTITY).repeat(len(action), 1)
         params[:, :4] += action[:, :4] * torch.tensor(self.action_spec.scale)
-        return self.encode(photometric(images, params, VIEWS.colour), "teacher")
+        return self.encode(apply_photometric(images, params, VIEWS.jitter_impl), "teacher")
 
 
 class Blind(Oracle):
@@ -49,3 +54,9 @@ class Knowing(Oracle):
     def predict(self, context: Tensor, action: Tensor) -> Tensor:
         destroyed = action[:, 4:7].any(1)[:, None, None]
         return super().predict(torch.where(destroyed, self.clean, context), action)
+
+
+def context_of(model: WorldModel) -> EvalContext:
+    """Context of a model that has neither a run nor data."""
+    nowhere = Path("unused")
+    return EvalContext(model, model.config, nowhere, nowhere, nowhere, "val", torch.device("cpu"))

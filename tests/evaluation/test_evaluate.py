@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from iwm.evaluate import PROTOCOLS, main
+from iwm.evaluate import main
+from iwm.evaluation.registry import EVALUATORS
+from shards.errors import UserError
 from tests.evaluation.conftest import diverge
 
 SCRIPT = Path(__file__).parents[2] / "iwm" / "evaluate.py"
-SMALL = ("--bank.images", "3", "--bank.size", "16")
+SMALL = ("--bank.num-images", "3", "--bank.num-views", "16")
 
 
 def _evaluate(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
@@ -26,11 +28,10 @@ def _evaluate(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 
 def _mistake(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
     """The message a mistake ends with."""
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(UserError) as stop:
         _evaluate(monkeypatch, *arguments)
-    assert isinstance(stop.value.code, str)
-    assert "\n" not in stop.value.code
-    return stop.value.code
+    assert "\n" not in str(stop.value)
+    return str(stop.value)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -77,7 +78,7 @@ def test_a_checkpoint_file_is_evaluated_into_its_run(run: Path, monkeypatch: pyt
 
 
 def test_retrieval_draws_the_picture_and_puts_it_into_the_report(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _evaluate(monkeypatch, "retrieval", "--checkpoint", str(run), "--bank.images", "2", "--bank.size", "16")
+    _evaluate(monkeypatch, "retrieval", "--checkpoint", str(run), "--bank.num-images", "2", "--bank.num-views", "16")
     picture = Image.open(run / "eval" / "retrieval.png")
     assert picture.width > 600
     result = _read(run / "eval" / "retrieval.json")
@@ -91,8 +92,8 @@ def test_retrieval_draws_the_picture_and_puts_it_into_the_report(run: Path, monk
     ("arguments", "says"),
     [
         (("--bank.scenario", "ijepa"), r"--bank.scenario.*'ijepa'.*strong_jitter"),
-        (("--bank.images", "13", "--bank.size", "16"), r"split 'val' has 12 images.*--bank.images"),
-        (("--bank.size", "1"), r"--bank.*at least 2"),
+        (("--bank.num-images", "13", "--bank.num-views", "16"), r"split 'val' has 12 images.*--bank.num-images"),
+        (("--bank.num-views", "1"), r"--bank.*at least 2"),
         (("--data.split", "test"), r"no split 'test'.*val"),
         (("--data.shards", "/nowhere"), r"/nowhere/manifest.json does not exist"),
     ],
@@ -113,20 +114,20 @@ def test_a_run_that_is_not_there_or_has_no_checkpoint_is_named(monkeypatch: pyte
 def test_world_model_runs_every_protocol_and_tells_which_do_not_go_with_the_data(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in set(PROTOCOLS) - {"mrr", "maps"}:
-        monkeypatch.delitem(PROTOCOLS, name)
+    for name in set(EVALUATORS) - {"mrr", "feature-maps"}:
+        monkeypatch.delitem(EVALUATORS, name)
     assert _mistake(monkeypatch, "world-model", "--checkpoint", str(run)).endswith(
-        "left out, for the reasons above: mrr"
+        "skipped, for the reasons above: mrr"
     )
-    assert re.search(r"mrr: .*split 'val' has 12 images.*--bank.images", capsys.readouterr().err)
-    assert _read(run / "eval" / "maps.json")["protocol"] == "maps"
+    assert re.search(r"mrr: .*split 'val' has 12 images.*--bank.num-images", capsys.readouterr().err)
+    assert _read(run / "eval" / "feature-maps.json")["protocol"] == "feature-maps"
     output = ("--output", str(run / "one.json"))
     assert "--output" in _mistake(monkeypatch, "world-model", "--checkpoint", str(run), *output)
 
 
 def test_too_many_actions_for_the_bank_are_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = ("retrieval", "--checkpoint", str(run), "--actions", "17", "--bank.size", "16")
-    assert "--actions 17" in _mistake(monkeypatch, *arguments)
+    arguments = ("retrieval", "--checkpoint", str(run), "--num-actions", "17", "--bank.num-views", "16")
+    assert "--num-actions 17" in _mistake(monkeypatch, *arguments)
 
 
 def test_a_model_that_diverged_is_an_error_and_writes_nothing(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,5 +150,5 @@ def test_help_names_every_setting(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     with pytest.raises(SystemExit):
         _evaluate(monkeypatch, "mrr", "--help")
     text = capsys.readouterr().out
-    for option in ("--checkpoint", "--output", "--data.split", "--bank.images", "--bank.scenario", "--seed"):
+    for option in ("--checkpoint", "--output", "--data.split", "--bank.num-images", "--bank.scenario", "--seed"):
         assert option in text

@@ -12,7 +12,7 @@ import torch
 
 from iwm.config import Config, ConfigError
 from iwm.evaluate import evaluate
-from iwm.evaluation.knn import Settings, table, vote
+from iwm.evaluation.knn import KNNSettings, knn_predict, tables
 from tests.evaluation.conftest import untrained
 
 
@@ -29,7 +29,7 @@ def test_the_vote_is_the_one_that_is_written_out(temperature: float) -> None:
     known, judged = rng.normal(size=(40, 5)).astype(np.float32), rng.normal(size=(9, 5)).astype(np.float32)
     labels = rng.integers(0, 3, 40)
     for k in (1, 7, 40):
-        given = vote(*map(torch.tensor, (judged, known, labels)), 3, [k], temperature, chunk=4)[0]
+        given = knn_predict(*map(torch.tensor, (judged, known, labels)), 3, [k], temperature, batch_size=4)[0]
         for row, found in zip(judged, given.tolist(), strict=True):
             cosine = known @ row / np.linalg.norm(known, axis=1) / np.linalg.norm(row)
             votes = [0.0, 0.0, 0.0]
@@ -41,22 +41,22 @@ def test_the_vote_is_the_one_that_is_written_out(temperature: float) -> None:
 def test_several_numbers_of_neighbours_are_each_what_they_are_alone() -> None:
     torch.manual_seed(0)
     known, judged, labels = torch.randn(30, 4), torch.randn(6, 4), torch.randint(0, 4, (30,))
-    together = vote(judged, known, labels, 4, [1, 5, 20], 0.07)
+    together = knn_predict(judged, known, labels, 4, [1, 5, 20], 0.07)
     for row, k in zip(together, (1, 5, 20), strict=True):
-        assert torch.equal(row, vote(judged, known, labels, 4, [k], 0.07)[0])
+        assert torch.equal(row, knn_predict(judged, known, labels, 4, [k], 0.07)[0])
 
 
 def test_a_models_autocast_leaves_the_vote_exact() -> None:
     """Two neighbours whose similarities bf16 cannot tell apart: the nearer one, the second, decides."""
     known = torch.tensor([[1.0, 0.003], [1.0, 0.001]])
     with torch.autocast("cpu", torch.bfloat16):
-        given = vote(torch.tensor([[1.0, 0.0]]), known, torch.tensor([0, 1]), 2, [1], 0.07)
+        given = knn_predict(torch.tensor([[1.0, 0.0]]), known, torch.tensor([0, 1]), 2, [1], 0.07)
     assert given.item() == 1
 
 
 def test_training_images_are_their_own_nearest_neighbours(labelled_run: Path) -> None:
-    settings = Settings(
-        checkpoint=labelled_run, neighbours=(1, 5), data=replace(Settings(labelled_run).data, split="train")
+    settings = KNNSettings(
+        checkpoint=labelled_run, k=(1, 5), data=replace(KNNSettings(labelled_run).data, split="train")
     )
     result = evaluate("knn", settings)
     assert result["accuracy"]["teacher"]["1"]["mean"] == 1.0
@@ -65,20 +65,21 @@ def test_training_images_are_their_own_nearest_neighbours(labelled_run: Path) ->
 
 
 def test_a_real_run_is_judged_and_shown(labelled_run: Path) -> None:
-    result = evaluate("knn", Settings(checkpoint=labelled_run, neighbours=(10, 20), train_images=60, val_images=20))
+    result = evaluate("knn", KNNSettings(checkpoint=labelled_run, k=(10, 20), train_images=60, val_images=20))
     assert (result["train_images"], result["val_images"]) == (60, 20)
     scores = result["accuracy"]["teacher"]
     assert list(scores) == ["10", "20"]
     assert all(0 <= score["mean"] <= 1 for score in scores.values())
-    assert table(result).row_count == 2
+    [table] = tables(result)
+    assert len(table.rows) == 2
     assert "Nearest neighbours" in (labelled_run / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"neighbours": (5, 5)}, "--neighbours 5 5"),
-        ({"neighbours": (101,)}, "--neighbours 101: there are 100 training images"),
+        ({"k": (5, 5)}, "--k 5 5"),
+        ({"k": (101,)}, "--k 101: there are 100 training images"),
         ({"temperature": 0.0}, "--temperature"),
         ({"label": "mood"}, "mood.*--label"),
         ({"train_images": 1}, "--train-images"),
@@ -86,4 +87,4 @@ def test_a_real_run_is_judged_and_shown(labelled_run: Path) -> None:
 )
 def test_what_cannot_be_is_named_by_its_option(labelled_run: Path, changes: dict[str, object], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
-        evaluate("knn", replace(Settings(checkpoint=labelled_run, neighbours=(10,)), **changes))
+        evaluate("knn", replace(KNNSettings(checkpoint=labelled_run, k=(10,)), **changes))

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
-from dali_pipelines.augmentation import IDENTITY, SCENARIOS
-from dali_pipelines.replay import draw_photometric
-from iwm.actions import action_spec
-from iwm.config import Action, Config
-from iwm.evaluation.bank import actions_to, embed_bank, predicted_distances
-from iwm.evaluation.mrr import (
+from dali_pipelines.augmentations import IDENTITY, SCENARIOS
+from dali_pipelines.replay import sample_photometric
+from iwm.config import Config
+from iwm.evaluation.bank import (
     BankSettings,
-    Ranks,
-    bank_jitter,
-    chance,
+    actions_from,
+    bank_augmentation,
+    chance_mrr,
     derangement,
-    measure,
-    rank,
-    summarise,
+    embed_bank,
+    predicted_distances,
+    rank_of_target,
 )
+from iwm.evaluation.mrr import Ranks, compute_ranks, summarise
 from iwm.models.world_model import WorldModel
 from tests.evaluation.oracles import VIEWS, Blind, Oracle
 
@@ -31,7 +29,7 @@ from tests.evaluation.oracles import VIEWS, Blind, Oracle
 class Collapsed(Oracle):
     """Every image has the same features, up to what float32 rounding leaves."""
 
-    def targets(self, images: Tensor) -> Tensor:
+    def target_features(self, images: Tensor) -> Tensor:
         noise = 1 + 1e-7 * torch.randn(len(images), 16, 1, generator=torch.Generator().manual_seed(1))
         return torch.linspace(-3, 3, 48).expand(len(images), 16, -1) * noise
 
@@ -47,7 +45,7 @@ def images(smooth_images: Tensor) -> Tensor:
 
 
 def test_a_perfect_world_model_scores_near_one_and_shuffled_actions_near_chance(images: Tensor) -> None:
-    result = summarise(measure(Oracle(), images, BankSettings(size=256)))
+    result = summarise(compute_ranks(Oracle(), images, BankSettings(num_views=256)))
     for distance in ("pooled", "per_token"):
         for context in ("teacher", "student"):
             assert result["mrr"][distance][context]["mean"] > 0.97
@@ -58,18 +56,18 @@ def test_a_perfect_world_model_scores_near_one_and_shuffled_actions_near_chance(
 
 
 def test_a_model_blind_to_the_action_scores_chance(images: Tensor) -> None:
-    result = summarise(measure(Blind(), images, BankSettings(size=64)))
+    result = summarise(compute_ranks(Blind(), images, BankSettings(num_views=64)))
     for distance in ("pooled", "per_token"):
-        assert result["mrr"][distance]["teacher"]["mean"] == pytest.approx(chance(64), rel=0.05)
+        assert result["mrr"][distance]["teacher"]["mean"] == pytest.approx(chance_mrr(64), rel=0.05)
 
 
 def test_a_collapsed_model_gets_the_mean_rank_and_not_luck(images: Tensor) -> None:
-    ranks = measure(Collapsed(), images, BankSettings(size=32)).actions
+    ranks = compute_ranks(Collapsed(), images, BankSettings(num_views=32)).actions
     assert torch.equal(ranks, torch.full_like(ranks, 16.5))
 
 
 def test_a_model_that_gives_nan_scores_nan(images: Tensor) -> None:
-    ranks = measure(Broken(), images, BankSettings(size=8))
+    ranks = compute_ranks(Broken(), images, BankSettings(num_views=8))
     assert ranks.actions.isnan().all()
     assert math.isnan(summarise(ranks)["mrr"]["pooled"]["teacher"]["mean"])
 
@@ -83,15 +81,15 @@ def test_rank_counts_nearer_entries_and_shares_ties() -> None:
             [0.5, 0.5, 0.5, 0.5],  # all tied: 2.5
         ]
     )
-    ranks = rank(distances.expand(2, 2, -1, -1), torch.ones(2, 4))
+    ranks = rank_of_target(distances.expand(2, 2, -1, -1), torch.ones(2, 4))
     assert ranks.shape == (2, 2, 4)
     assert ranks[1, 0].tolist() == [1, 2.5, 4, 2.5]
 
 
 def test_ties_are_judged_against_the_size_of_the_features() -> None:
     distances = torch.tensor([[0.5, 0.49999], [0.0, 0.5]]).expand(2, 2, -1, -1)
-    assert rank(distances, torch.full((2, 2), 1.0))[0, 0, 0] == 2
-    assert rank(distances, torch.full((2, 2), 100.0))[0, 0, 0] == 1.5
+    assert rank_of_target(distances, torch.full((2, 2), 1.0))[0, 0, 0] == 2
+    assert rank_of_target(distances, torch.full((2, 2), 100.0))[0, 0, 0] == 1.5
 
 
 def test_derangement_uses_every_action_once_and_leaves_none_in_place() -> None:
@@ -121,25 +119,27 @@ def test_recall_counts_copies_ranked_among_the_first() -> None:
 
 
 def test_chance_is_the_harmonic_number_over_the_bank() -> None:
-    assert chance(1) == 1
-    assert chance(4) == pytest.approx((1 + 1 / 2 + 1 / 3 + 1 / 4) / 4)
+    assert chance_mrr(1) == 1
+    assert chance_mrr(4) == pytest.approx((1 + 1 / 2 + 1 / 3 + 1 / 4) / 4)
 
 
 def test_distances_are_the_plain_euclidean_ones_and_chunks_change_nothing(images: Tensor) -> None:
     torch.manual_seed(0)
     config = Config(views=VIEWS)
     model = _small(config)
-    params = draw_photometric(bank_jitter(VIEWS), 24, torch.Generator().manual_seed(0))
-    bank, in_parts = (embed_bank(model, images[0], params, chunk=chunk) for chunk in (24, 7))
+    params = sample_photometric(bank_augmentation(VIEWS), 24, torch.Generator().manual_seed(0))
+    bank, in_parts = (embed_bank(model, images[0], params, batch_size=chunk) for chunk in (24, 7))
     assert torch.allclose(bank.targets, in_parts.targets, atol=1e-5)
-    actions = actions_to(params, model.action_spec)[None]
-    distances, in_chunks = (predicted_distances(model, bank, images[:1], actions, chunk=chunk) for chunk in (24, 7))
+    actions = actions_from(params, model.action_spec)[None]
+    distances, in_chunks = (
+        predicted_distances(model, bank, images[:1], actions, batch_size=chunk) for chunk in (24, 7)
+    )
     assert torch.allclose(distances, in_chunks, atol=1e-4)
 
     action = torch.cat([params[:, :4] - torch.tensor(IDENTITY[:4]), params[:, 4:]], 1)
     action[:, :4] /= torch.tensor(model.action_spec.scale)
     with torch.no_grad():
-        targets = model.targets(bank.copies)
+        targets = model.target_features(bank.views)
         for c, context in enumerate(("teacher", "student")):
             features = model.encode(images[:1], context)
             for i in (0, 11, 23):
@@ -153,8 +153,8 @@ def test_distances_are_the_plain_euclidean_ones_and_chunks_change_nothing(images
 def _small(config: Config) -> WorldModel:
     from dataclasses import replace
 
-    narrow = replace(config, encoder=replace(config.encoder, width=48, depth=2, heads=2, patch=4))
-    narrow = replace(narrow, predictor=replace(config.predictor, width=48, depth=1, heads=2))
+    narrow = replace(config, encoder=replace(config.encoder, embed_dim=48, depth=2, num_heads=2, patch_size=4))
+    narrow = replace(narrow, predictor=replace(config.predictor, embed_dim=48, depth=1, num_heads=2))
     model = WorldModel(narrow)
     model.update_target(0.5)
     for parameter in model.encoder.parameters():
@@ -163,40 +163,38 @@ def _small(config: Config) -> WorldModel:
 
 
 def test_every_copy_of_a_bank_is_jittered(images: Tensor) -> None:
-    jitter = bank_jitter(SCENARIOS["strong"])
-    params = draw_photometric(jitter, 256, torch.Generator().manual_seed(0))
+    jitter = bank_augmentation(SCENARIOS["strong"])
+    params = sample_photometric(jitter, 256, torch.Generator().manual_seed(0))
     identity = torch.tensor(IDENTITY)
     assert (params[:, :4] != identity[:4]).all()
     assert torch.equal(params[:, 4:], identity[4:].expand(256, -1))
 
 
 def test_the_bank_is_the_runs_own_target_jitter_or_the_common_one() -> None:
-    assert bank_jitter(SCENARIOS["strong"]).strengths == (0.5, 0.5, 0.4, 0.2)
-    assert bank_jitter(SCENARIOS["strong"], "default").strengths == (0.4, 0.4, 0.2, 0.1)
-    assert bank_jitter(SCENARIOS["ijepa"]).jitter_probability == 1
-    assert bank_jitter(SCENARIOS["ijepa"]).strengths == (0.4, 0.4, 0.2, 0.1)
+    assert bank_augmentation(SCENARIOS["strong"]).strengths == (0.5, 0.5, 0.4, 0.2)
+    assert bank_augmentation(SCENARIOS["strong"], "default").strengths == (0.4, 0.4, 0.2, 0.1)
+    assert bank_augmentation(SCENARIOS["ijepa"]).jitter_probability == 1
+    assert bank_augmentation(SCENARIOS["ijepa"]).strengths == (0.4, 0.4, 0.2, 0.1)
 
 
 @pytest.mark.parametrize("scenario", ["ijepa", "nonsense"])
 def test_a_scenario_without_jitter_is_refused_with_the_ones_there_are(scenario: str) -> None:
     with pytest.raises(ValueError, match=f"bank.scenario.*{scenario}.*strong_jitter"):
-        bank_jitter(VIEWS, scenario)
+        bank_augmentation(VIEWS, scenario)
 
 
 def test_two_models_are_asked_the_same_questions(images: Tensor) -> None:
     seen: list[Tensor] = []
-    model = SimpleNamespace(config=Config(views=VIEWS), action_spec=action_spec(Action(), VIEWS))
-    oracle = Oracle()
-    model.encode, model.targets = oracle.encode, oracle.targets
+    model = Oracle()
 
     def predict(context: Tensor, action: Tensor) -> Tensor:
         seen.append(action)
         return context
 
     model.predict = predict
-    measure(model, images[:2], BankSettings(size=8), seed=5)
+    compute_ranks(model, images[:2], BankSettings(num_views=8), seed=5)
     first = list(seen)
     seen.clear()
-    measure(model, images[:2], BankSettings(size=8), seed=5)
+    compute_ranks(model, images[:2], BankSettings(num_views=8), seed=5)
     assert all(torch.equal(a, b) for a, b in zip(first, seen, strict=True))
     assert not torch.equal(first[0], first[-1])

@@ -4,34 +4,38 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from iwm.evaluate import main
-from iwm.evaluation.mrr import BankSettings
-from iwm.evaluation.retrieval import Settings, retrieve
-from iwm.evaluation.subject import Subject
-from tests.evaluation.oracles import Blind, Oracle
+from iwm.evaluation.bank import BankSettings
+from iwm.evaluation.common import EvalContext
+from iwm.evaluation.retrieval import RetrievalSettings, retrieve
+from tests.evaluation.oracles import Blind, Oracle, context_of
 
-SETTINGS = Settings(checkpoint=Path("unused"), bank=BankSettings(images=3, size=32), actions=2)
+SETTINGS = RetrievalSettings(checkpoint=Path("unused"), bank=BankSettings(num_images=3, num_views=32), num_actions=2)
 
 
-def _subject(model: Oracle, images: Tensor) -> Any:
-    keys = [f"photo-{i}" for i in range(len(images))]
-    subject = SimpleNamespace(model=model, config=model.config, images=lambda most, at_least, option: (images, keys))
-    subject.random_images = partial(Subject.random_images, subject)
-    return subject
+@dataclass(frozen=True)
+class _Photos(EvalContext):
+    """Context whose held-out images are given."""
+
+    photos: Tensor
+
+    def first_images(self, most: int, at_least: int | None = None, option: str = "") -> tuple[Tensor, list[str]]:
+        return self.photos, [f"photo-{i}" for i in range(len(self.photos))]
+
+
+def _context(model: Oracle, images: Tensor) -> EvalContext:
+    return _Photos(**vars(context_of(model)), photos=images)
 
 
 def test_a_perfect_model_retrieves_the_truth(smooth_images: Tensor) -> None:
-    chosen, extremes = retrieve(_subject(Oracle(), smooth_images), SETTINGS)
+    chosen, extremes = retrieve(_context(Oracle(), smooth_images), SETTINGS)
     assert [len(row.retrievals) for row in chosen] == [2, 2, 2]
     for row in chosen:
         for shown in row.retrievals:
@@ -42,7 +46,7 @@ def test_a_perfect_model_retrieves_the_truth(smooth_images: Tensor) -> None:
 
 
 def test_best_and_worst_are_of_all_actions_and_say_so(smooth_images: Tensor) -> None:
-    _, extremes = retrieve(_subject(Blind(), smooth_images), SETTINGS)
+    _, extremes = retrieve(_context(Blind(), smooth_images), SETTINGS)
     for row in extremes:
         assert [(shown.label, shown.rank) for shown in row.retrievals] == [("best", 1), ("worst", 32)]
         best, worst = row.retrievals
@@ -51,9 +55,9 @@ def test_best_and_worst_are_of_all_actions_and_say_so(smooth_images: Tensor) -> 
 
 
 def test_another_seed_chooses_other_photographs_and_actions(smooth_images: Tensor) -> None:
-    subject = _subject(Oracle(), smooth_images)
+    context = _context(Oracle(), smooth_images)
     actions = [
-        [[shown.action for shown in row.retrievals] for row in retrieve(subject, replace(SETTINGS, seed=seed))[0]]
+        [[shown.action for shown in row.retrievals] for row in retrieve(context, replace(SETTINGS, seed=seed))[0]]
         for seed in (0, 0, 1)
     ]
     assert actions[0] == actions[1] != actions[2]
@@ -62,7 +66,7 @@ def test_another_seed_chooses_other_photographs_and_actions(smooth_images: Tenso
 def test_extremes_have_a_picture_and_a_place_of_their_own(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ("--bank.images", "2", "--bank.size", "16", "--seed", "3")
+    arguments = ("--bank.num-images", "2", "--bank.num-views", "16", "--seed", "3")
     monkeypatch.setattr(sys, "argv", ["iwm/evaluate.py", "retrieval", "--checkpoint", str(run), *arguments])
     main()
     result = json.loads((run / "eval" / "retrieval.json").read_bytes())
@@ -75,5 +79,5 @@ def test_extremes_have_a_picture_and_a_place_of_their_own(
     assert "worst of 16" in printed
     assert "random, seed 3" in printed
     page = (run / "report.html").read_text()
-    assert "Chosen at random, seed 3" in page
-    assert "Not chosen at random" in page
+    assert "Images and actions are random (seed 3)" in page
+    assert "Not random" in page

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from dali_pipelines.augmentation import SCENARIOS, Photometric, Views
-from dali_pipelines.replay import draw_photometric
+from dali_pipelines.augmentations import SCENARIOS, PhotometricConfig, Views
+from dali_pipelines.replay import sample_photometric
 from iwm.config import Config, ConfigError
 from iwm.evaluate import evaluate
-from iwm.evaluation.similarity import Settings, augmentation, embed_views, similarities, variance_ratio
+from iwm.evaluation.similarity import SimilaritySettings, embed_views, similarities, variance_ratio, view_augmentation
+from iwm.models.world_model import WorldModel
 from iwm.training.checkpoint import CheckpointError
 
 
@@ -55,10 +56,12 @@ def test_the_ratio_does_not_depend_on_where_features_lie_and_how_large_they_are(
     assert variance_ratio(7 * features + 30)[0] == pytest.approx(variance_ratio(features)[0], rel=1e-4)
 
 
-class Patterns:
+class Patterns(WorldModel):
     """Features that no jitter changes: which pixels are brighter than the image's middle."""
 
-    config = Config(views=Views(size=8))
+    def __init__(self) -> None:
+        nn.Module.__init__(self)  # without encoders: the features are computed from the pixels
+        self.config = Config(views=Views(size=8))
 
     def encode(self, images: Tensor, which: str) -> Tensor:
         grey = images.float().mean(3).flatten(1)
@@ -77,50 +80,52 @@ def test_invariant_features_have_ratio_zero_and_pixels_do_not() -> None:
     generator = torch.Generator().manual_seed(0)
     patterns = torch.rand(6, 8, 8, 1, generator=generator) > 0.5
     images = torch.where(patterns, 160, 80).expand(-1, -1, -1, 3).to(torch.uint8)
-    jitter = Photometric(1.0, 0.4, 0.3, 0.2, 0.1).without_destructive()
-    params = torch.stack([draw_photometric(jitter, 7, generator) for _ in images])
+    jitter = PhotometricConfig(1.0, 0.4, 0.3, 0.2, 0.1).without_destructive()
+    params = torch.stack([sample_photometric(jitter, 7, generator) for _ in images])
     invariant = embed_views(Patterns(), images, params, "teacher")
     within, between = similarities(invariant)
     assert within.tolist() == pytest.approx([1.0] * 6)
     assert (between < 0.99).all()
     assert variance_ratio(invariant)[0] == 0
-    kept = embed_views(Pixels(), images, params, "teacher", chunk=5)
+    kept = embed_views(Pixels(), images, params, "teacher", batch_size=5)
     assert variance_ratio(kept)[0] > 0.5
     whole = embed_views(Pixels(), images, params, "teacher")
     assert torch.equal(kept, whole)
 
 
 def test_views_are_augmented_as_the_source_is_with_jitter_always() -> None:
-    strong = augmentation(SCENARIOS["strong"])
+    strong = view_augmentation(SCENARIOS["strong"])
     assert strong == replace(SCENARIOS["strong"].source, jitter_probability=1.0)
-    assert augmentation(SCENARIOS["ijepa"]) == augmentation(SCENARIOS["strong"], "default") != strong
+    assert view_augmentation(SCENARIOS["ijepa"]) == view_augmentation(SCENARIOS["strong"], "default") != strong
     with pytest.raises(ConfigError, match=r"--scenario.*ijepa.*strong_jitter"):
-        augmentation(SCENARIOS["strong"], "ijepa")
+        view_augmentation(SCENARIOS["strong"], "ijepa")
 
 
 def test_the_protocol_writes_figures_and_picture_and_the_page_shows_them(run: Path) -> None:
-    result = evaluate("similarity", Settings(checkpoint=run, images=6, augmentations=4, shown=3, encoder="student"))
+    result = evaluate(
+        "similarity", SimilaritySettings(checkpoint=run, num_images=6, num_views=4, num_shown=3, encoder="student")
+    )
     assert result == json.loads((run / "eval" / "similarity.json").read_text()) | {"settings": result["settings"]}
     assert -1 <= result["between_images"]["mean"] < result["within_image"]["mean"] <= 1
     assert result["variance_ratio"]["mean"] > 0
     assert Image.open(run / "eval" / "similarity.png").width > 600
     page = (run / "report.html").read_text()
-    assert "How much of an augmentation is kept" in page
+    assert "Similarity of augmented views" in page
     assert f"{result['variance_ratio']['mean']:.3f}" in page
 
 
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"images": 13}, "split 'val' has 12 images, 13.*lower --images"),
-        ({"images": 1}, "--images.*at least 2"),
-        ({"images": 4, "shown": 5}, "--shown 5: from 1 to --images 4"),
-        ({"images": 4, "shown": 2, "scenario": "nonsense"}, "--scenario: 'nonsense'"),
+        ({"num_images": 13}, "split 'val' has 12 images, 13.*lower --num-images"),
+        ({"num_images": 1}, "--num-images.*at least 2"),
+        ({"num_images": 4, "num_shown": 5}, "--num-shown 5: must be from 1 to --num-images 4"),
+        ({"num_images": 4, "num_shown": 2, "scenario": "nonsense"}, "--scenario: 'nonsense'"),
     ],
 )
 def test_settings_that_cannot_be_are_named(run: Path, settings: dict[str, object], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
-        evaluate("similarity", Settings(checkpoint=run, **settings))
+        evaluate("similarity", SimilaritySettings(checkpoint=run, **settings))
 
 
 def test_a_collapsed_model_is_an_error_that_says_so(run: Path) -> None:
@@ -130,4 +135,4 @@ def test_a_collapsed_model_is_an_error_that_says_so(run: Path) -> None:
     content["model"]["target_encoder.norm.bias"].fill_(1.0)
     torch.save(content, file)
     with pytest.raises(CheckpointError, match="collapsed"):
-        evaluate("similarity", Settings(checkpoint=run, images=4, augmentations=2, shown=2))
+        evaluate("similarity", SimilaritySettings(checkpoint=run, num_images=4, num_views=2, num_shown=2))

@@ -1,4 +1,4 @@
-"""The MLP's fused backward pass, interpreted on a CPU, beside autograd in float64."""
+"""Fused backward pass of the MLP, interpreted on a CPU, against autograd in float64."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ _patch_lang = interpreter._patch_lang
 
 
 def _loops_over_loaded_bounds(kernel: object) -> object:
-    """Triton 3.6 makes integers of arrays of one element, which numpy refuses since 2.4."""
+    """Work around Triton 3.6, which converts one-element arrays to int, an error since numpy 2.4."""
     scope = _patch_lang(kernel)
-    tl.core.tensor.__index__ = lambda self: self.handle.data.item()  # the scope takes it back
+    tl.core.tensor.__index__ = lambda self: self.handle.data.item()  # undone with the fixture
     return scope
 
 
@@ -44,7 +44,7 @@ def _close(ours: Tensor, exact: Tensor, within: float) -> None:
 
 
 def _fuse(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take the GPU's branch here, with few programs: an interpreter is slow."""
+    """Use the GPU's code path here, with few programs because the interpreter is slow."""
     monkeypatch.setattr(Mlp, "fuses", lambda self, x: torch.is_grad_enabled())
     monkeypatch.setattr(mlp, "TILING", MlpTiling(16, 128, 4, 2, 8))
 
@@ -53,7 +53,7 @@ def _fuse(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("tokens", [0, 1, 7, 300])
 @pytest.mark.parametrize("config", [mlp.TILING._replace(programs=12), MlpTiling(16, 128, 4, 1, 6)])
 def test_kernel(tokens: int, dim: int, config: MlpTiling, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every element and every sum, with ways that have several steps, one or none, and blocks that are not whole."""
+    """Compare every element and sum, for ways with several steps, one or none, and for partial blocks."""
     monkeypatch.setattr(mlp, "TILING", config)
     torch.manual_seed(0)
     x, grad_out = (torch.randn(tokens, dim, device=DEVICE).mul(scale).bfloat16() for scale in (3, 1))
@@ -61,12 +61,12 @@ def test_kernel(tokens: int, dim: int, config: MlpTiling, monkeypatch: pytest.Mo
     (expected,) = torch.autograd.grad(F.gelu(exact), exact, grad_out.double())
     grad, sums = gelu_backward_bias(grad_out, x)
     assert (grad.dtype, sums.dtype, sums.shape[1]) == (torch.bfloat16, torch.float32, dim)
-    torch.testing.assert_close(grad.double(), expected, rtol=2**-7, atol=1e-6)  # the interpreter cuts bf16 off
+    torch.testing.assert_close(grad.double(), expected, rtol=2**-7, atol=1e-6)  # the interpreter truncates to bf16
     torch.testing.assert_close(sums.double().sum(0), expected.sum(0), rtol=1e-5, atol=1e-5)
 
 
 def test_slope_of_every_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is gelu.slope's: one token's sums are what the kernel has before rounding. NaN and infinities among them."""
+    """Compare the kernel's slope with gelu.slope, including NaN and infinities, by sums over a single token."""
     monkeypatch.setattr(mlp, "TILING", MlpTiling(1, 8192, 4, 1, 8))
     x = torch.arange(2**16, device=DEVICE).to(torch.uint16).view(torch.bfloat16)[None]
     grad, sums = gelu_backward_bias(torch.ones_like(x), x)
@@ -77,7 +77,7 @@ def test_slope_of_every_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("rows", [(50,), (1, 50), (2, 25)])
 def test_gradients(rows: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of input, weight and bias, in float32 as those are, of rows in any arrangement."""
+    """Compare the gradients of input, weight and bias, in float32 like them, for rows of any shape."""
     monkeypatch.setattr(mlp, "TILING", MlpTiling(16, 128, 4, 2, 8))
     torch.manual_seed(0)
     inputs = [torch.randn(*shape, device=DEVICE) for shape in ((*rows, 24), (200, 24), (200,))]
@@ -106,7 +106,7 @@ def test_operator_is_registered_soundly(monkeypatch: pytest.MonkeyPatch) -> None
 def test_blocks_compile_into_one_graph(
     rows: tuple[int, int], checkpointing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A timm block in autocast: its output and every gradient are those of timm's own Mlp, and the kernel ran."""
+    """Compare output and gradients of a timm block in autocast with timm's own Mlp; the kernel must have run."""
     torch.manual_seed(0)
     make = partial(Block, 32, 2, qkv_bias=True, act_layer=Gelu)
     plain, ours = make().to(DEVICE), make(mlp_layer=Mlp).to(DEVICE)
@@ -136,7 +136,7 @@ def test_blocks_compile_into_one_graph(
 
 
 def test_it_is_timms_elsewhere() -> None:
-    """Here and in float32 outputs are timm's to the bit, parameters have its names, and VisionTransformer takes it."""
+    """Without fusion outputs are bit-identical to timm's, parameters have its names, and timm's ViT accepts it."""
     torch.manual_seed(0)
     make = partial(VisionTransformer, img_size=32, patch_size=16, embed_dim=32, depth=1, num_heads=2, act_layer=Gelu)
     plain, ours = make(), make(mlp_layer=Mlp)

@@ -1,4 +1,4 @@
-"""The kernels of short attention, interpreted on a CPU, beside attention in fp32."""
+"""Kernels of short attention, interpreted on a CPU, against attention in fp32."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from iwm.kernels.short_attention import AttentionTiling, attend, attend_backward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WHOLE = 196 if torch.cuda.is_available() else 72
-"""Tokens of a long sequence: fewer where kernels are interpreted, which takes a second for 196."""
+"""Length of a long sequence, shorter where kernels are interpreted (196 tokens take a second)."""
 
 _patch_lang, _create_dot = interpreter._patch_lang, interpreter.InterpreterBuilder.create_dot
 
 
 def _loops_over_loaded_bounds(kernel: object) -> object:
-    """Triton 3.6 makes integers of arrays of one element, which numpy refuses since 2.4."""
+    """Work around Triton 3.6, which converts one-element arrays to int, an error since numpy 2.4."""
     scope = _patch_lang(kernel)
-    tl.core.tensor.__index__ = lambda self: self.handle.data.item()  # the scope takes it back
+    tl.core.tensor.__index__ = lambda self: self.handle.data.item()  # undone with the fixture
     return scope
 
 
 def _products_of_bf16(self: object, a: TensorHandle, b: TensorHandle, *rest: object) -> TensorHandle:
-    """Triton 3.6 keeps bf16 as uint16, and multiplies it as such."""
+    """Work around Triton 3.6, which stores bf16 as uint16 and multiplies it as such."""
 
     def widen(x: TensorHandle) -> TensorHandle:
         return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
@@ -49,7 +49,7 @@ interpreter.InterpreterBuilder.create_dot = _products_of_bf16
 
 
 def short_attention(qkv: Tensor, heads: int, offsets: Tensor | None, length: int) -> Tensor:
-    """Attention of what is projected already: the projection is the identity, which is exact."""
+    """Run attention on already projected qkv, through an identity projection, which is exact."""
     return projected_attention(qkv, torch.eye(qkv.shape[1], device=DEVICE).bfloat16(), None, heads, offsets, length)
 
 
@@ -77,7 +77,7 @@ def _check(qkv: Tensor, grad_out: Tensor, heads: int, lengths: list[int], offset
     assert out.dtype == grad.dtype == torch.bfloat16
     for ours, theirs in ((out.detach(), expected.detach()), (grad, expected_grad)):
         error = (ours.float() - theirs).norm() / theirs.norm()
-        assert error < 1.2e-2  # the interpreter cuts bf16 off where a GPU rounds, which doubles it
+        assert error < 1.2e-2  # the interpreter truncates to bf16 where a GPU rounds, which doubles the error
         torch.testing.assert_close(ours.float(), theirs, rtol=3e-2, atol=1e-2 * float(theirs.abs().max()))
 
 
@@ -97,7 +97,7 @@ def test_packed(dim: int, lengths: list[int]) -> None:
 
 
 def test_scores_far_below_zero_stay_finite() -> None:
-    """Weights of the keys that pad a tile would overflow where every true score is far below that of a zero key."""
+    """Weights of padding keys would overflow where all true scores are far below the score of a zero key."""
     qkv, grad_out = _inputs(40, 1, 32)
     with torch.no_grad():
         qkv[:, :32], qkv[:, 32:64] = 8, -8 + qkv[:, 32:64] / 8
@@ -157,7 +157,7 @@ def test_every_division_of_the_keys(
 def _check_sums(
     qkv: Tensor, grad_out: Tensor, heads: int, lengths: list[int], offsets: Tensor | None, length: int
 ) -> None:
-    """What is summed are the rows that are there, each once: to what the written gradient's rounding allows."""
+    """Each row of the sequence is summed exactly once, within the rounding of the written gradient."""
     out, lse = attend(qkv, heads, offsets, length)
     grad, sums = attend_backward(grad_out, qkv, out, lse, heads, offsets, length)
     ends = [0, *torch.tensor(lengths).cumsum(0).tolist()]
@@ -207,10 +207,10 @@ def test_projection_and_its_gradients(biased: bool, kind: torch.dtype, lengths: 
     assert [grad.dtype for grad in grads] == [value.dtype for value in inputs]
     for ours_, theirs in zip((out.detach(), *grads), (expected.detach(), *expected_grads), strict=True):
         assert (ours_.double() - theirs).norm() < 2e-2 * theirs.norm()
-    if biased:  # that of the keys' bias is 0: it adds one number to all scores of a query
+    if biased:  # the gradient of the keys' bias is 0: it adds the same number to all scores of a query
         size = expected_grads[2].norm()
         assert grads[2][64:128].norm() < 3e-2 * size
-        room = 3e-2 if DEVICE == "cuda" else 8e-2  # what the interpreter cuts off bf16 all errs to one side
+        room = 3e-2 if DEVICE == "cuda" else 8e-2  # the interpreter's truncation to bf16 is biased to one side
         assert (grads[2] - expected_grads[2])[:64].norm() < room * expected_grads[2][:64].norm()
 
 

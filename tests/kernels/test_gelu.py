@@ -18,20 +18,20 @@ def compiled() -> Callable[[Tensor], Tensor]:
 
 
 def exact(x: Tensor) -> tuple[Tensor, Tensor]:
-    """GELU and its derivative in float64; erfc keeps the negative tail."""
+    """Return GELU and its derivative in float64; erfc keeps the negative tail exact."""
     x = x.double()
     cumulative = torch.special.erfc(-x / 2**0.5) / 2
     return x * cumulative, cumulative + x * torch.exp(-x * x / 2) / (2 * torch.pi) ** 0.5
 
 
 def every_bfloat16() -> Tensor:
-    """The 65,280 finite values."""
+    """Return the 65,280 finite bfloat16 values."""
     x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     return x[x.isfinite()]
 
 
 def units(a: Tensor, b: Tensor) -> Tensor:
-    """Units in the last place between bfloat16 values: steps of their order, in which -0 is 0."""
+    """Return the distance of bfloat16 values in units in the last place, where -0 equals 0."""
     a, b = (v.view(torch.int16).int() for v in (a, b))
     return (torch.where(a < 0, -(2**15) - a, a) - torch.where(b < 0, -(2**15) - b, b)).abs()
 

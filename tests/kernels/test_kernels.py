@@ -1,4 +1,4 @@
-"""The project's Triton kernels: on a GPU as they are, elsewhere interpreted."""
+"""Triton kernels of the project: compiled on a GPU, interpreted elsewhere."""
 
 import sys
 
@@ -6,7 +6,7 @@ from tests.training.runs import finish
 
 
 def test_the_kernels_and_their_gradients_are_those_of_fp32() -> None:
-    """In a process of its own, for Triton decides whether to interpret a kernel where it is defined."""
+    """Run in a separate process, because Triton decides at a kernel's definition whether to interpret it."""
     options = ["-q", "-p", "no:cacheprovider", "-o", "addopts=-ra --strict-markers"]
     cases = ["tests/kernels/short_attention_cases.py", "tests/kernels/mlp_cases.py"]
     finish([sys.executable, "-m", "pytest", *options, *cases])

@@ -1,4 +1,4 @@
-"""One face of every encoder: its features at any size, its last layers, and the copy that is finetuned."""
+"""Backbone: features at any size, intermediate layers, and the copy for finetuning."""
 
 from collections.abc import Callable
 
@@ -10,12 +10,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from iwm.config import ConfigError
-from iwm.config import Encoder as EncoderConfig
-from iwm.models.backbone import Backbone, backbone_of
+from iwm.config import EncoderConfig as EncoderConfig
+from iwm.models.backbone import Backbone, frozen_backbone
 from iwm.models.encoder import IMAGENET_MEAN, IMAGENET_STD, Encoder, timm_arguments
-from iwm.models.foreign import ForeignEncoder, MaeDecoder
+from iwm.models.external.loading import ExternalEncoder, MaeDecoder
 
-SMALL = EncoderConfig(width=32, depth=3, heads=4, patch=8)
+SMALL = EncoderConfig(embed_dim=32, depth=3, num_heads=4, patch_size=8)
 DIMENSIONS = {"patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 4, "num_classes": 0}
 
 
@@ -26,20 +26,20 @@ def ours() -> tuple[Encoder, VisionTransformer]:
     return encoder, stock.eval()
 
 
-def foreign(**options: object) -> tuple[ForeignEncoder, VisionTransformer]:
-    """A ViT of timm's behind our face, and the same ViT."""
+def foreign(**options: object) -> tuple[ExternalEncoder, VisionTransformer]:
+    """Return a backbone on a timm ViT, and the same ViT."""
     vit, stock = (VisionTransformer(img_size=32, **DIMENSIONS, **options) for _ in range(2))
     stock.load_state_dict(vit.state_dict(), strict=True)
-    return ForeignEncoder("timm", vit, IMAGENET_MEAN, IMAGENET_STD).eval(), stock.eval()
+    return ExternalEncoder("timm", vit, IMAGENET_MEAN, IMAGENET_STD).eval(), stock.eval()
 
 
-def with_decoder() -> tuple[ForeignEncoder, VisionTransformer]:
+def with_decoder() -> tuple[ExternalEncoder, VisionTransformer]:
     encoder, stock = foreign()
     encoder.decoder = MaeDecoder(width=32, own_width=16, depth=1, heads=2, hidden=32, grid=4, pixels=192)
     return encoder, stock
 
 
-KINDS: dict[str, Callable[[], tuple[Encoder | ForeignEncoder, VisionTransformer]]] = {
+KINDS: dict[str, Callable[[], tuple[Encoder | ExternalEncoder, VisionTransformer]]] = {
     "ours": ours,
     "class token": with_decoder,
     "class token and registers": lambda: foreign(reg_tokens=2),
@@ -53,7 +53,7 @@ KINDS: dict[str, Callable[[], tuple[Encoder | ForeignEncoder, VisionTransformer]
 def made(kind: str) -> tuple[Backbone, VisionTransformer]:
     torch.manual_seed(0)
     encoder, stock = KINDS[kind]()
-    return backbone_of(encoder), stock
+    return frozen_backbone(encoder), stock
 
 
 def pictures(height: int = 32, width: int = 32) -> Tensor:
@@ -70,13 +70,19 @@ def test_features_are_those_of_the_vit(kind: str) -> None:
     expected = stock.forward_features(normalised(pictures()))
     torch.testing.assert_close(backbone.tokens(pictures()), expected, atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(backbone.patches(pictures()), expected[:, -16:], atol=2e-5, rtol=1e-4)
-    assert backbone.prefix == expected.shape[1] - 16
-    assert (backbone.width, backbone.size, backbone.patch, backbone.depth, backbone.heads) == (32, 32, 8, 3, 4)
+    assert backbone.num_prefix_tokens == expected.shape[1] - 16
+    assert (backbone.embed_dim, backbone.img_size, backbone.patch_size, backbone.depth, backbone.num_heads) == (
+        32,
+        32,
+        8,
+        3,
+        4,
+    )
 
 
 @pytest.mark.parametrize("kind", ["ours", "class token"])
 def test_grey_levels_may_be_fractions(kind: str) -> None:
-    """Mixed-up images are float: whole levels as float are the same images, and those between lie between."""
+    """Mixed images are float: integer values as float give the same features, values between lie between."""
     backbone, stock = made(kind)
     assert torch.equal(backbone.tokens(pictures().float()), backbone.tokens(pictures()))
     mixed = pictures() * 0.7 + pictures().flip(0) * 0.3
@@ -100,27 +106,27 @@ def test_positions_are_interpolated_for_other_heights_and_widths(kind: str, heig
 @pytest.mark.parametrize("kind", ["ours", "class token"])
 def test_a_size_that_cannot_be_cut_into_patches_is_refused_in_words(kind: str) -> None:
     with pytest.raises(ConfigError, match="images of 32×44 px cannot be cut into patches of 8 px"):
-        made(kind)[0].layers(pictures(32, 44))
+        made(kind)[0].get_intermediate_layers(pictures(32, 44))
 
 
 @pytest.mark.parametrize("kind", ["ours", "class token and registers"])
 def test_layers_are_the_last_blocks_outputs_normed(kind: str) -> None:
     backbone, stock = made(kind)
-    layers = backbone.layers(pictures(), 3)
+    layers = backbone.get_intermediate_layers(pictures(), 3)
     expected = stock.forward_intermediates(
         normalised(pictures()), indices=3, norm=True, intermediates_only=True, output_fmt="NLC"
     )
     for layer, other in zip(layers, expected, strict=True):
         torch.testing.assert_close(layer, other, atol=2e-5, rtol=1e-4)
     assert torch.equal(layers[-1], backbone.patches(pictures()))
-    with pytest.raises(ConfigError, match="the last 4 layers are asked for, but there are 3"):
-        backbone.layers(pictures())
+    with pytest.raises(ConfigError, match="count 4: the model has 3 blocks; use 1 to 3"):
+        backbone.get_intermediate_layers(pictures())
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_trained_copy_gives_every_parameter_a_gradient_and_leaves_the_original_alone(kind: str) -> None:
     backbone, _ = made(kind)
-    trained = backbone.trained()
+    trained = backbone.finetune_copy()
     assert torch.equal(trained.tokens(pictures()), backbone.tokens(pictures()))
     trained.patches(pictures()).square().sum().backward()
     for name, parameter in trained.named_parameters():
@@ -141,7 +147,7 @@ def test_the_trained_copy_gives_every_parameter_a_gradient_and_leaves_the_origin
 @pytest.mark.parametrize("kind", ["ours", "class token"])
 def test_drop_path_grows_linearly_with_depth_and_is_off_in_evaluation(kind: str) -> None:
     backbone, _ = made(kind)
-    trained = backbone.trained(drop_path=0.2)
+    trained = backbone.finetune_copy(drop_path=0.2)
     rates = [
         [part.drop_prob if isinstance(part, DropPath) else 0.0 for part in (block.drop_path1, block.drop_path2)]
         for block in trained.vit.blocks
@@ -156,22 +162,22 @@ def test_drop_path_grows_linearly_with_depth_and_is_off_in_evaluation(kind: str)
 def test_recomputed_activations_drop_the_same_paths() -> None:
     gradients = []
     for checkpointing in (False, True):
-        trained = made("ours")[0].trained(drop_path=0.5, checkpointing=checkpointing)
+        trained = made("ours")[0].finetune_copy(drop_path=0.5, checkpointing=checkpointing)
         torch.manual_seed(3)
-        sum(layer.square().sum() for layer in trained.layers(pictures(), 2)).backward()
+        sum(layer.square().sum() for layer in trained.get_intermediate_layers(pictures(), 2)).backward()
         gradients.append({name: p.grad for name, p in trained.named_parameters() if p.requires_grad})
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
 def test_a_compiled_backbone_has_the_same_features_and_its_trained_copy_is_its_own() -> None:
-    """What is compiled of the original must not be reached through the copy."""
+    """The copy must not call compiled functions of the original."""
     backbone, stock = made("ours")
     del backbone.vit.blocks[1:], stock.blocks[1:]
-    compiled = backbone.prepare(torch.device("cpu"), compiled=True)
+    compiled = backbone.setup(torch.device("cpu"), compiled=True)
     expected = stock.forward_features(normalised(pictures()))
     with torch.no_grad():
         torch.testing.assert_close(compiled.tokens(pictures()), expected, atol=2e-5, rtol=1e-4)
-    trained = compiled.trained(drop_path=0.1).prepare(torch.device("cpu"), compiled=True)
+    trained = compiled.finetune_copy(drop_path=0.1).setup(torch.device("cpu"), compiled=True)
     with torch.no_grad():
         for parameter in trained.parameters():
             parameter.zero_()

@@ -1,4 +1,4 @@
-"""Heads: the mean and the attention of one learned token, against torch's own multi-head attention."""
+"""Linear and attentive heads, against torch's multi-head attention."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from iwm.models.heads import FINETUNING_STD, AttentiveHead, LinearHead
+from iwm.models.heads import FINETUNE_INIT_STD, AttentiveHead, LinearHead
 
 
 def tokens(batch: int = 5, count: int = 9, width: int = 24) -> Tensor:
@@ -15,7 +15,7 @@ def tokens(batch: int = 5, count: int = 9, width: int = 24) -> Tensor:
 
 
 def drawn(width: int = 24, heads: int = 4, classes: int = 7) -> AttentiveHead:
-    """A head of which no parameter is at its beginning."""
+    """Return a head whose parameters are all away from their initial values."""
     torch.manual_seed(0)
     head = AttentiveHead(width, heads, classes)
     for parameter in head.parameters():
@@ -24,7 +24,7 @@ def drawn(width: int = 24, heads: int = 4, classes: int = 7) -> AttentiveHead:
 
 
 def as_torch_has_it(head: AttentiveHead, x: Tensor) -> Tensor:
-    """The context autoencoder's block by torch's multi_head_attention_forward: query, keys and values normed apart."""
+    """Compute the context autoencoder's block with torch's multi_head_attention_forward and separate norms."""
     query = head.norm_query(head.query).expand(1, len(x), -1)
     keys, values = (norm(x).transpose(0, 1) for norm in (head.norm_keys, head.norm_values))
     width = x.shape[-1]
@@ -33,15 +33,15 @@ def as_torch_has_it(head: AttentiveHead, x: Tensor) -> Tensor:
         keys,
         values,
         width,
-        head.heads,
+        head.num_heads,
         None,
         torch.cat((head.to_query.bias, torch.zeros(width), head.to_values.bias)),
         None,
         None,
         False,
         0.0,
-        head.project.weight,
-        head.project.bias,
+        head.proj.weight,
+        head.proj.bias,
         use_separate_proj_weight=True,
         q_proj_weight=head.to_query.weight,
         k_proj_weight=head.to_keys.weight,
@@ -62,7 +62,7 @@ def test_its_gradients_are_those_of_torchs_attention() -> None:
         x = tokens().requires_grad_()
         head.zero_grad()
         pool(x).square().sum().backward()
-        named = {name: p.grad for name, p in head.named_parameters() if not name.startswith("classify")}
+        named = {name: p.grad for name, p in head.named_parameters() if not name.startswith("fc")}
         gradients.append({**named, "tokens": x.grad})
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-4, rtol=1e-3)
 
@@ -71,18 +71,18 @@ def test_what_is_pooled_is_normed_over_the_batch_and_classified() -> None:
     head, x = drawn(), tokens()
     pooled = head.pool(x)
     normed = (pooled - pooled.mean(0)) / (pooled.var(0, unbiased=False) + 1e-5).sqrt()
-    torch.testing.assert_close(head(x), head.classify(normed), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(head(x), head.fc(normed), atol=1e-5, rtol=1e-4)
     for _ in range(200):
         head(x)
     running = (pooled - pooled.mean(0)) / (pooled.var(0, unbiased=True) + 1e-5).sqrt()
-    torch.testing.assert_close(head.eval()(x), head.classify(running), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(head.eval()(x), head.fc(running), atol=1e-5, rtol=1e-4)
 
 
 def test_an_attentive_head_begins_as_the_mean_and_every_parameter_learns() -> None:
     torch.manual_seed(0)
     head, x = AttentiveHead(24, 4, 7), tokens()
     mean = head.norm_values(x).mean(1)
-    torch.testing.assert_close(head.pool(x), head.project(head.to_values(mean)), atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(head.pool(x), head.proj(head.to_values(mean)), atol=1e-6, rtol=1e-4)
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-4)
     began = {name: p.detach().clone() for name, p in head.named_parameters()}
     for _ in range(3):
@@ -102,15 +102,15 @@ def test_pooling_costs_a_small_part_of_a_plain_cross_attention() -> None:
     assert flops[0] < flops[1] / 20
 
 
-@pytest.mark.parametrize("std", [None, FINETUNING_STD])
+@pytest.mark.parametrize("std", [None, FINETUNE_INIT_STD])
 def test_linear_heads_are_a_linear_layer_on_the_mean(std: float | None) -> None:
     torch.manual_seed(0)
     head = LinearHead(240, 50) if std is None else LinearHead(240, 50, std=std)
     x = tokens(width=240)
-    expected = x.mean(1) @ head.classify.weight.T + head.classify.bias
+    expected = x.mean(1) @ head.fc.weight.T + head.fc.bias
     torch.testing.assert_close(head(x), expected)
-    assert head.classify.weight.std().item() == pytest.approx(std or 0.01, rel=0.1)
-    assert head.classify.bias.abs().max() == 0
+    assert head.fc.weight.std().item() == pytest.approx(std or 0.01, rel=0.1)
+    assert head.fc.bias.abs().max() == 0
 
 
 def test_bfloat16_pooling_is_near() -> None:

@@ -6,13 +6,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iwm.config import ConfigError
-from iwm.models.upernet import UPerNet, enlarge, segmentation_loss
+from iwm.models.heads import UPerNet, segmentation_loss, upsample
 
 WIDTH, CLASSES, CHANNELS = 12, 5, 8
 
 
 def network(dropout: float = 0.0) -> UPerNet:
-    """With no parameter or statistic at its beginning."""
+    """Return a head whose parameters and statistics are all away from their initial values."""
     torch.manual_seed(0)
     net = UPerNet(WIDTH, CLASSES, channels=CHANNELS, auxiliary_channels=6, dropout=dropout)
     for name, tensor in net.state_dict().items():
@@ -49,22 +49,22 @@ def written_out(net: UPerNet, inputs: list[Tensor], grid: tuple[int, int]) -> tu
     def to(x: Tensor, like: Tensor) -> Tensor:
         return F.interpolate(x, like.shape[2:], mode="bilinear", align_corners=False)
 
-    finest = up(F.gelu(norm(up(maps[0], "pyramid.0.0"), "pyramid.0.1")), "pyramid.0.3")
-    levels = [finest, up(maps[1], "pyramid.1"), maps[2], F.max_pool2d(maps[3], 2, 2)]
+    finest = up(F.gelu(norm(up(maps[0], "fpn.0.0"), "fpn.0.1")), "fpn.0.3")
+    levels = [finest, up(maps[1], "fpn.1"), maps[2], F.max_pool2d(maps[3], 2, 2)]
     top = levels[3]
-    pooled = [to(conv(F.adaptive_avg_pool2d(top, s), f"pooled.{i}", 1), top) for i, s in enumerate((1, 2, 3, 6))]
-    p3 = conv(torch.cat([top, *pooled], 1), "fuse_pooled")
-    p2 = conv(levels[2], "lateral.2")
+    pooled = [to(conv(F.adaptive_avg_pool2d(top, s), f"ppm.{i}", 1), top) for i, s in enumerate((1, 2, 3, 6))]
+    p3 = conv(torch.cat([top, *pooled], 1), "psp_bottleneck")
+    p2 = conv(levels[2], "lateral_convs.2")
     p2 = p2 + to(p3, p2)
-    p1 = conv(levels[1], "lateral.1")
+    p1 = conv(levels[1], "lateral_convs.1")
     p1 = p1 + to(p2, p1)
-    p0 = conv(levels[0], "lateral.0")
+    p0 = conv(levels[0], "lateral_convs.0")
     p0 = p0 + to(p1, p0)
-    smooth = [conv(p, f"smooth.{i}") for i, p in enumerate((p0, p1, p2))]
-    fused = conv(torch.cat([smooth[0], *(to(p, smooth[0]) for p in (*smooth[1:], p3))], 1), "fuse")
-    logits = F.conv2d(fused, state["classify.1.weight"], state["classify.1.bias"])
-    small = conv(maps[2], "auxiliary.0")
-    return logits, F.conv2d(small, state["auxiliary.1.1.weight"], state["auxiliary.1.1.bias"])
+    smooth = [conv(p, f"fpn_convs.{i}") for i, p in enumerate((p0, p1, p2))]
+    fused = conv(torch.cat([smooth[0], *(to(p, smooth[0]) for p in (*smooth[1:], p3))], 1), "fpn_bottleneck")
+    logits = F.conv2d(fused, state["conv_seg.1.weight"], state["conv_seg.1.bias"])
+    small = conv(maps[2], "aux_head.0")
+    return logits, F.conv2d(small, state["aux_head.1.1.weight"], state["aux_head.1.1.bias"])
 
 
 @pytest.mark.parametrize("grid", [(4, 4), (5, 7), (2, 13)])
@@ -83,9 +83,9 @@ def test_it_is_the_network_that_is_written_out(grid: tuple[int, int], training: 
 
 def test_widths_are_the_recipes() -> None:
     net = UPerNet(768, 150)
-    assert sum(p.numel() for p in net.fuse.parameters()) == 4 * 512 * 512 * 9 + 2 * 512
-    assert net.auxiliary[1][1].weight.shape == (150, 256, 1, 1)
-    assert net.classify[0].p == 0.1
+    assert sum(p.numel() for p in net.fpn_bottleneck.parameters()) == 4 * 512 * 512 * 9 + 2 * 512
+    assert net.aux_head[1][1].weight.shape == (150, 256, 1, 1)
+    assert net.conv_seg[0].p == 0.1
     assert {p.kernel_size for p in net.modules() if isinstance(p, nn.ConvTranspose2d)} == {(2, 2)}
 
 
@@ -114,7 +114,7 @@ def test_every_parameter_learns_until_the_image_is_segmented() -> None:
     torch.manual_seed(0)
     net, grid = UPerNet(WIDTH, 2, channels=16, auxiliary_channels=16), (4, 4)
     inputs = layers(grid, 4)
-    masks = (enlarge(inputs[0].transpose(1, 2).unflatten(2, grid)[:, :1], (32, 32))[:, 0] > 0).to(torch.uint8)
+    masks = (upsample(inputs[0].transpose(1, 2).unflatten(2, grid)[:, :1], (32, 32))[:, 0] > 0).to(torch.uint8)
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
     for step in range(60):
         loss = segmentation_loss(*net(inputs, grid), masks)
@@ -122,11 +122,11 @@ def test_every_parameter_learns_until_the_image_is_segmented() -> None:
         if step == 0:
             for name, parameter in net.named_parameters():
                 assert parameter.grad is not None, name
-                # What is the same over the image is taken out by a norm that follows at once.
-                assert parameter.grad.abs().max() > 0 or name.startswith("pyramid"), name
+                # An offset that is constant over the image is removed by the norm that follows.
+                assert parameter.grad.abs().max() > 0 or name.startswith("fpn."), name
         optimizer.step()
         optimizer.zero_grad()
-    right = (enlarge(net(inputs, grid)[0], (32, 32)).argmax(1) == masks).float().mean()
+    right = (upsample(net(inputs, grid)[0], (32, 32)).argmax(1) == masks).float().mean()
     assert right > 0.9
 
 

@@ -1,4 +1,4 @@
-"""The world model: visible patches only, one predictor pass, stock timm weights, the EMA and the losses."""
+"""World model: visible patches only, one predictor pass, timm-compatible weights, EMA and losses."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,35 +9,35 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from dali_pipelines.augmentation import PARAMS, Views
-from iwm.config import Action, Config, Encoder, Loss, Masking, Predictor, Train
-from iwm.flops import embedding_flops, predictor_flops, training_flops, transformer_flops
+from dali_pipelines.augmentations import PARAMS, Views
+from iwm.config import ActionConfig, Config, EncoderConfig, LossConfig, MaskingConfig, PredictorConfig, TrainConfig
 from iwm.masking import Masks, PackedMasks, pack_masks, sample_masks, token_statistics
-from iwm.models.attention import use_attention
+from iwm.models.attention import set_attention_impl
 from iwm.models.encoder import IMAGENET_MEAN, IMAGENET_STD, patchify, timm_arguments
+from iwm.models.flops import embedding_flops, predictor_flops, training_flops, transformer_flops
 from iwm.models.layers import sincos_positions
 from iwm.models.world_model import WorldModel
-from iwm.packing import pack
+from iwm.packing import pack_tokens
 from iwm.recipes import RECIPES
 
 SMALL = Config(
     views=Views(size=32),
-    encoder=Encoder(width=64, depth=2, heads=2, patch=8, init="xavier"),
-    predictor=Predictor(width=32, depth=2, heads=2),
-    train=Train(compile=False),
+    encoder=EncoderConfig(embed_dim=64, depth=2, num_heads=2, patch_size=8, init="xavier"),
+    predictor=PredictorConfig(embed_dim=32, depth=2, num_heads=2),
+    train=TrainConfig(compile=False),
 )
 
 
 def small(**changes: object) -> WorldModel:
     torch.manual_seed(0)
-    return WorldModel(replace(SMALL, **changes)).prepare(torch.device("cpu"), compiled=False)
+    return WorldModel(replace(SMALL, **changes)).setup(torch.device("cpu"), compiled=False)
 
 
 def images(batch: int, size: int = 32) -> torch.Tensor:
     return torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
-def masks(batch: int, masking: Masking = SMALL.masking, grid: int = 4) -> Masks:
+def masks(batch: int, masking: MaskingConfig = SMALL.masking, grid: int = 4) -> Masks:
     return sample_masks(masking, grid, 0, 0, torch.arange(batch))
 
 
@@ -52,7 +52,7 @@ def params(batch: int) -> torch.Tensor:
 @pytest.mark.parametrize("patch", [8, 14, 16])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_an_encoder_is_a_stock_timm_vit(patch: int, channels_last: bool) -> None:
-    config = Encoder(width=64, depth=2, heads=2, patch=patch)
+    config = EncoderConfig(embed_dim=64, depth=2, num_heads=2, patch_size=patch)
     model = WorldModel(replace(SMALL, encoder=config, views=Views(size=patch * 4)))
     if channels_last:
         model = model.to(memory_format=torch.channels_last)
@@ -83,46 +83,46 @@ def test_masked_patches_of_the_source_are_never_seen() -> None:
     blanked = patchify(source, 8).clone()
     blanked[~seen] = 0
     blanked = blanked.reshape(6, 4, 4, 8, 8, 3).transpose(2, 3).reshape(6, 32, 32, 3)
-    features, without = (model.encoder(pixels, pack(seen, None)) for pixels in (source, blanked))
+    features, without = (model.encoder(pixels, pack_tokens(seen, None)) for pixels in (source, blanked))
     assert torch.equal(features, without)
 
 
 def test_one_grid_pass_is_the_concatenation_of_context_and_queries() -> None:
-    """Attention does not care for order: the single static pass must equal I-JEPA's way, context then queries."""
+    """Attention is permutation-equivariant: the single pass must equal I-JEPA's concatenation of both."""
     model = small()
     predictor, m = model.predictor, masks(1)
     action = torch.randn(1, model.action_spec.size)
     context = torch.randn(1, int(m.visible.sum()), 64)
-    grid = predictor.inpaint(context, packed(m), action)[:, 0]
-    seen = predictor.embed(context) + predictor.positions[m.visible[0]]
-    tokens = torch.cat((seen, predictor.queries(action)[:, m.queried[0, 0]]), dim=1)
+    grid = predictor.predict_masked(context, packed(m), action)[:, 0]
+    seen = predictor.predictor_embed(context) + predictor.pos_embed[m.visible[0]]
+    tokens = torch.cat((seen, predictor.mask_queries(action)[:, m.predicted[0, 0]]), dim=1)
     for block in predictor.blocks:
         tokens = block(tokens)
-    expected = predictor.project(predictor.norm(tokens))[:, seen.shape[1] :]
-    torch.testing.assert_close(grid[:, m.queried[0, 0]], expected, atol=1e-5, rtol=1e-4)
+    expected = predictor.predictor_proj(predictor.norm(tokens))[:, seen.shape[1] :]
+    torch.testing.assert_close(grid[:, m.predicted[0, 0]], expected, atol=1e-5, rtol=1e-4)
 
 
 def test_ijepa_predicts_each_block_without_seeing_the_others() -> None:
-    masking = Masking(kind="ijepa")
-    model = small(masking=masking, action=Action(conditioning="none"))
+    masking = MaskingConfig(type="ijepa")
+    model = small(masking=masking, action=ActionConfig(conditioning="none"))
     m = masks(2, masking)
-    context = model.encoder(images(2), pack(m.visible, None))
+    context = model.encoder(images(2), pack_tokens(m.visible, None))
     action = torch.zeros(2, model.action_spec.size)
-    first = model.predictor.inpaint(context, packed(m), action)[:, 0]
-    n_context, n_queried = int(m.visible[0].sum()), int(m.queried[0, 0].sum())
-    seen = model.predictor.embed(context[:1, :n_context]) + model.predictor.positions[m.visible[0]]
-    tokens = torch.cat((seen, model.predictor.queries(action)[:1, m.queried[0, 0]]), dim=1)
+    first = model.predictor.predict_masked(context, packed(m), action)[:, 0]
+    n_context, n_queried = int(m.visible[0].sum()), int(m.predicted[0, 0].sum())
+    seen = model.predictor.predictor_embed(context[:1, :n_context]) + model.predictor.pos_embed[m.visible[0]]
+    tokens = torch.cat((seen, model.predictor.mask_queries(action)[:1, m.predicted[0, 0]]), dim=1)
     assert tokens.shape[1] == n_context + n_queried
     for block in model.predictor.blocks:
         tokens = block(tokens)
-    expected = model.predictor.project(model.predictor.norm(tokens))[0, n_context:]
-    torch.testing.assert_close(first[0, m.queried[0, 0]], expected, atol=1e-5, rtol=1e-4)
+    expected = model.predictor.predictor_proj(model.predictor.norm(tokens))[0, n_context:]
+    torch.testing.assert_close(first[0, m.predicted[0, 0]], expected, atol=1e-5, rtol=1e-4)
     assert model(images(2), images(2), params(2), packed(m)).isfinite()
 
 
 @pytest.mark.parametrize("conditioning", ["none", "sequence", "feature"])
 def test_the_action_reaches_the_prediction_only_where_there_is_conditioning(conditioning: str) -> None:
-    model = small(action=Action(conditioning=conditioning))
+    model = small(action=ActionConfig(conditioning=conditioning))
     context = model.encode(images(2), "teacher")
     null = torch.zeros(2, model.action_spec.size)
     for entry in range(model.action_spec.size):
@@ -133,21 +133,23 @@ def test_the_action_reaches_the_prediction_only_where_there_is_conditioning(cond
 
 
 def test_the_action_weighs_as_much_in_the_whole_image_task_as_in_training() -> None:
-    """Where context and mask tokens are alike, the whole-image task is training's with every token twice, which
-    attention cannot tell: it must predict the same. With the action's tokens only once it would not."""
-    model = small(action=Action(conditioning="sequence"))
+    """If context and mask tokens are equal, the whole-image task is the training task with every token twice.
+
+    Attention then gives the same predictions. With the action tokens only once, it would not.
+    """
+    model = small(action=ActionConfig(conditioning="sequence"))
     predictor, m = model.predictor, masks(1)
     with torch.no_grad():
-        for parameter in (predictor.embed.weight, predictor.embed.bias, predictor.mask_token):
+        for parameter in (predictor.predictor_embed.weight, predictor.predictor_embed.bias, predictor.mask_token):
             parameter.zero_()
     context, action = torch.randn(1, 16, 64), torch.randn(1, model.action_spec.size)
-    whole = predictor.transform(context, action)
-    trained = predictor.inpaint(context[:, m.visible[0]], packed(m, predictor.extra), action)[:, 0]
-    torch.testing.assert_close(whole[:, m.queried[0, 0]], trained[:, m.queried[0, 0]], atol=1e-5, rtol=1e-4)
+    whole = predictor.predict_image(context, action)
+    trained = predictor.predict_masked(context[:, m.visible[0]], packed(m, predictor.num_action_tokens), action)[:, 0]
+    torch.testing.assert_close(whole[:, m.predicted[0, 0]], trained[:, m.predicted[0, 0]], atol=1e-5, rtol=1e-4)
 
 
 def test_feature_conditioning_is_three_layers_over_the_concatenation() -> None:
-    mix = small().predictor.mix
+    mix = small().predictor.action_mixer
     assert mix is not None
     tokens, action = torch.randn(5, 32), torch.randn(3, 7)
     both = torch.cat((tokens[None].expand(3, -1, -1), action[:, None].expand(-1, 5, -1)), dim=-1)
@@ -177,7 +179,7 @@ def test_the_target_encoder_moves_by_one_minus_the_momentum() -> None:
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("kind", ["l2", "smooth_l1"])
 def test_the_loss_counts_the_chosen_tokens_of_every_image_alike(kind: str, reduction: str) -> None:
-    model = small(loss=Loss(kind=kind, reduction=reduction))
+    model = small(loss=LossConfig(type=kind, reduction=reduction))
     predictions, targets = torch.randn(2, 16, 64), torch.randn(2, 16, 64)
     counted = torch.zeros(2, 16, dtype=torch.bool)
     counted[0, :3] = counted[1, :7] = True
@@ -188,22 +190,22 @@ def test_the_loss_counts_the_chosen_tokens_of_every_image_alike(kind: str, reduc
         for i in range(2)
     ]
     torch.testing.assert_close(
-        model.distance(predictions[:, None], targets, counted[:, None]), torch.stack(per_image).mean()
+        model.loss(predictions[:, None], targets, counted[:, None]), torch.stack(per_image).mean()
     )
 
 
 def test_predicting_all_patches_counts_the_visible_ones_too() -> None:
-    everywhere, masked = small(loss=Loss(predict="all")), small()
+    everywhere, masked = small(loss=LossConfig(predict="all")), small()
     batch = (images(4), images(4), params(4), packed(masks(4)))
     assert not torch.equal(everywhere(*batch), masked(*batch))
 
 
 def test_targets_are_layer_normed_unless_told_otherwise() -> None:
-    normed = small().targets(images(2))
+    normed = small().target_features(images(2))
     torch.testing.assert_close(normed.mean(-1), torch.zeros(2, 16), atol=1e-5, rtol=0)
     torch.testing.assert_close(normed.var(-1, unbiased=False), torch.ones(2, 16), atol=1e-3, rtol=0)
-    model = small(loss=Loss(target_norm=False))
-    assert torch.equal(model.targets(images(2)), model.encode(images(2), "teacher"))
+    model = small(loss=LossConfig(normalize_targets=False))
+    assert torch.equal(model.target_features(images(2)), model.encode(images(2), "teacher"))
 
 
 def test_fused_and_plain_attention_give_the_same_loss_and_gradients() -> None:
@@ -211,7 +213,7 @@ def test_fused_and_plain_attention_give_the_same_loss_and_gradients() -> None:
     batch = (images(4), images(4), params(4), packed(masks(4)))
     gradients = []
     for fused in (False, True):
-        use_attention(model, fused)
+        set_attention_impl(model, fused)
         model.zero_grad()
         model(*batch).backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
@@ -227,13 +229,13 @@ def _counted(function: Callable[..., object], *arguments: object) -> float:
 
 @pytest.mark.parametrize("conditioning", ["none", "sequence", "feature"])
 def test_analytic_flops_are_what_torch_counts(conditioning: str) -> None:
-    config = replace(SMALL, action=Action(conditioning=conditioning))
-    model, m = small(action=Action(conditioning=conditioning)), masks(1)
+    config = replace(SMALL, action=ActionConfig(conditioning=conditioning))
+    model, m = small(action=ActionConfig(conditioning=conditioning)), masks(1)
     seen = int(m.visible.sum())
-    encoder = _counted(model.encoder, images(1), pack(m.visible, None))
+    encoder = _counted(model.encoder, images(1), pack_tokens(m.visible, None))
     assert encoder == transformer_flops(seen, 64, 2, 4.0) + embedding_flops(config, seen)
     context, action = torch.randn(1, seen, 64), torch.randn(1, model.action_spec.size)
-    predictor = _counted(model.predictor.inpaint, context, packed(m), action)
+    predictor = _counted(model.predictor.predict_masked, context, packed(m), action)
     expected = predictor_flops(config, seen, 16)
     # The batch-independent half of the first conditioning layer is counted once per batch, not per image.
     assert predictor - (2 * 16 * 32 * 32 if conditioning == "feature" else 0) == expected
@@ -242,9 +244,9 @@ def test_analytic_flops_are_what_torch_counts(conditioning: str) -> None:
 
 
 def test_a_training_step_costs_what_is_claimed() -> None:
-    """Forward and backward, counted by torch. Only attention, which is padded on a CPU, costs more than is needed."""
+    """Compare with torch's count of forward and backward. Only attention, padded on a CPU, exceeds it."""
     model, m = small(), masks(16)
-    use_attention(model, fused=False)  # whose products every torch counts
+    set_attention_impl(model, fused=False)  # for which every torch release counts the products
     with FlopCounterMode(display=False) as counter:
         model(images(16), images(16), params(16), packed(m)).backward()
     needed = training_flops(SMALL, m.visible.sum().item() / 16).total
@@ -258,7 +260,7 @@ def test_every_recipe_is_consistent_and_builds(name: str) -> None:
     with torch.device("meta"):
         model = WorldModel(config)
     assert len(model.predictor.blocks) == config.predictor.depth
-    assert 0 < token_statistics(config.masking, config.grid, 256).visible < config.grid**2
+    assert 0 < token_statistics(config.masking, config.grid_size, 256).visible < config.grid_size**2
 
 
 def test_the_papers_model_costs_what_the_field_says() -> None:

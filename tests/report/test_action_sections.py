@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from iwm.report.actions import grid_curves, undone
-from iwm.report.chart import Line, line_chart
-from iwm.report.run_folder import Run
+from iwm.report.components import ChartLine, line_chart
+from iwm.report.runs import RunResults
+from iwm.report.world_model import corruption_section, sweep_section
+from tests.report.conftest import with_tables
 
 
-def _run(folder: Path, **evaluations: dict[str, Any]) -> Run:
-    return Run(name="run", folder=folder, config=None, metrics={}, evaluations=evaluations)
+def _run(folder: Path, **evaluations: dict[str, Any]) -> RunResults:
+    return RunResults(name="run", folder=folder, config=None, metrics={}, evaluations=evaluations)
 
 
 def _score(value: float) -> dict[str, float]:
@@ -31,11 +32,12 @@ def _grids() -> dict[str, Any]:
         "told": part,
         "control": {"kind": "shuffled actions", **part, "correlation": _score(0.013)},
     }
-    return {"protocol": "grids", "images": 5, "conditioning": "none", "pictures": [], "series": [series]}
+    how = {"images": 5, "distance": "pooled", "context": "teacher", "conditioning": "none"}
+    return with_tables({"protocol": "parameter-sweep", **how, "pictures": [], "series": [series]})
 
 
 def test_a_curve_shows_its_score_its_control_and_what_was_never_trained(tmp_path: Path) -> None:
-    html = grid_curves(_run(tmp_path, grids=_grids()))
+    html = sweep_section(_run(tmp_path, grids=_grids()))
     for words in ("<b>0.87</b>", "0.01", "shuffled actions", "never trained", "degrees", "by construction", "polygon"):
         assert words in html
     svg = html[html.index('<svg viewBox="0 0 360') : html.index("</svg></div>") + len("</svg>")]
@@ -44,7 +46,7 @@ def test_a_curve_shows_its_score_its_control_and_what_was_never_trained(tmp_path
 
 
 def test_a_band_stays_inside_the_chart() -> None:
-    svg = line_chart([Line("x", [(0.6, 1.0), (1.0, 2.0), (1.4, 2.5)], [1.0, 0.5, 3.0])])
+    svg = line_chart([ChartLine("x", [(0.6, 1.0), (1.0, 2.0), (1.4, 2.5)], [1.0, 0.5, 3.0])])
     root = ElementTree.fromstring(svg)
     width, height = (float(each) for each in root.attrib["viewBox"].split()[2:])
     for x, y in (pair.split(",") for pair in root.find("polygon").attrib["points"].split()):
@@ -58,21 +60,23 @@ def test_undoing_shows_each_op_with_its_controls_and_the_ceiling(tmp_path: Path)
 
     strengths = [{"strength": "σ 0.5 px", **scores(0.2)}, {"strength": "σ 2.0 px", **scores(0.345)}]
     result = {
-        "protocol": "undo",
+        "protocol": "corruptions",
         "chance": 0.0239,
         "images": 5,
         "bank": 256,
         "queries": 16,
+        "distance": "pooled",
+        "context": "teacher",
         "conditioning": "feature",
         "clean": scores(0.555),
         "ops": [{"op": "blur", "trained": True, **scores(0.2725), "strengths": strengths}],
         "picture": None,
     }
-    html = undone(_run(tmp_path, undo=result))
-    for words in ("the ceiling", "0.555", "0.273", "0.345", "0.111", "0.022", "σ 2.0 px", "chance 0.024"):
+    html = corruption_section(_run(tmp_path, undo=with_tables(result)))
+    for words in ("upper bound", "0.555", "0.273", "0.345", "0.111", "0.022", "σ 2.0 px", "chance 0.0239"):
         assert words in html
     assert "by construction" not in html
 
 
 def test_what_was_not_run_has_no_section(tmp_path: Path) -> None:
-    assert grid_curves(_run(tmp_path)) == undone(_run(tmp_path)) == ""
+    assert sweep_section(_run(tmp_path)) == corruption_section(_run(tmp_path)) == ""

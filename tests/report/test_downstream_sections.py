@@ -11,10 +11,10 @@ from xml.etree import ElementTree
 
 import pytest
 
-from iwm.report.chart import Mark, mark_chart
+from iwm.report.components import ChartMark, mark_chart
 from iwm.report.page import write_page, write_report
-from iwm.report.run_folder import ReportError
-from tests.downstream.written_results import arm, predictor, result, run
+from iwm.report.runs import ReportError
+from tests.downstream.written_results import predictor, result, run, trial
 
 
 def _metrics(folder: Path, name: str, **curves: list[float]) -> None:
@@ -36,7 +36,7 @@ def _charts(html: str) -> list[ElementTree.Element]:
 
 
 def test_every_arm_has_a_row_with_its_score_best_epoch_parameters_and_speed(tmp_path: Path) -> None:
-    probes = {"arms": {"teacher, lr 1": arm(0.525), "teacher, lr 2": {**arm(0.4), "skipped_steps": 7}}}
+    probes = {"trials": {"teacher, lr 1": trial(0.525), "teacher, lr 2": {**trial(0.4), "skipped_steps": 7}}}
     folder = run(tmp_path / "x", linear=result("linear") | probes)
     page = _section(write_report(folder).read_text())
     assert re.search(
@@ -44,16 +44,16 @@ def test_every_arm_has_a_row_with_its_score_best_epoch_parameters_and_speed(tmp_
         r"<td>1,234</td>",
         page,
     )
-    assert re.search(r"lr 2<small>7 steps were not finite</small></th>.*?<b>40.0</b>", page)
-    assert "always the commonest 10.0 %" in page
+    assert re.search(r"lr 2<small>7 non-finite steps skipped</small></th>.*?<b>40.0</b>", page)
+    assert "chance (majority class) 10.0 %" in page
     assert not _charts(page)
 
 
 def test_pretrained_and_random_predictors_are_compared_over_seeds(tmp_path: Path) -> None:
-    arms = [predictor("random", mean, seed) for seed, mean in enumerate((0.50, 0.52, 0.54))]
-    arms += [predictor("pretrained", mean, seed) for seed, mean in enumerate((0.55, 0.56, 0.57))]
-    encoder = {**arm(0.7), "parameters": 1_000_000}
-    folder = run(tmp_path / "x", p=result("finetune-predictor", *arms), e=result("finetune-encoder", encoder))
+    trials = [predictor("random", mean, seed) for seed, mean in enumerate((0.50, 0.52, 0.54))]
+    trials += [predictor("pretrained", mean, seed) for seed, mean in enumerate((0.55, 0.56, 0.57))]
+    encoder = {**trial(0.7), "parameters": 1_000_000}
+    folder = run(tmp_path / "x", p=result("finetune-predictor", *trials), e=result("finetune-encoder", encoder))
     page = _section(write_report(folder).read_text())
     assert "pretrained over random predictor: +4.0 ± 1.0 points, mean ± standard deviation over 3 seeds" in page
     assert re.search(r'"row">pretrained predictor</th><td>56.0 ± 1.0, 3 seeds</td><td>10.0</td><td>100</td>', page)
@@ -63,14 +63,14 @@ def test_pretrained_and_random_predictors_are_compared_over_seeds(tmp_path: Path
 
 
 def test_curves_are_those_of_the_training_with_seeds_as_one_band(tmp_path: Path) -> None:
-    arms = {
+    trials = {
         "pretrained, seed 0": predictor("pretrained", 0.6, 0),
         "pretrained, seed 1": predictor("pretrained", 0.7, 1),
         "random, seed 0": predictor("random", 0.5, 0),
         "random, seed 1": predictor("random", 0.5, 1),
     }
-    folder = run(tmp_path / "x", p=result("finetune-predictor", training="p") | {"arms": arms})
-    curves = {f"top1/{name}": [0.3, 0.5, 0.5 + place / 10] for place, name in enumerate(arms)}
+    folder = run(tmp_path / "x", p=result("finetune-predictor", training="p") | {"trials": trials})
+    curves = {f"top1/{name}": [0.3, 0.5, 0.5 + place / 10] for place, name in enumerate(trials)}
     _metrics(folder, "p", top1=[0.3, 0.5, 0.7], **curves)
     page = _section(write_report(folder).read_text())
     _, chart = _charts(page)
@@ -84,37 +84,39 @@ def test_curves_are_those_of_the_training_with_seeds_as_one_band(tmp_path: Path)
 def test_tasks_of_one_predictor_have_a_column_each(tmp_path: Path) -> None:
     task = {"shards": "/data/boxes", "classes": 3, "train_images": 50, "val_images": 20, "chance": 0.4}
     scores = {name: {"top1": {"mean": mean, "standard_error": 0.01}} for name, mean in (("hue", 0.6), ("side", 0.9))}
-    arms: dict[str, Any] = {"multitask": {"lr": 1.0, "seed": 0, "scores": scores}}
-    arms["single-side"] = {"lr": 1.0, "seed": 0, "scores": {"side": scores["side"]}}
+    trials: dict[str, Any] = {"multitask": {"lr": 1.0, "seed": 0, "scores": scores}}
+    trials["single-side"] = {"lr": 1.0, "seed": 0, "scores": {"side": scores["side"]}}
     tasks = {"hue": {**task, "label": "hue"}, "side": {**task, "label": "side"}}
-    page = _section(write_report(run(tmp_path / "x", m=result("multitask", tasks=tasks) | {"arms": arms})).read_text())
+    page = _section(
+        write_report(run(tmp_path / "x", m=result("multitask", tasks=tasks) | {"trials": trials})).read_text()
+    )
     assert "<th></th><th>hue</th><th>side</th>" in page
     assert re.search(r"multitask</th><td [^>]*><b>60.0</b> ± 1.0</td><td [^>]*><b>90.0</b>", page)
     assert re.search(r"single-side</th><td></td><td [^>]*><b>90.0</b>", page)
 
 
 def test_segmentation_has_miou_and_no_chance(tmp_path: Path) -> None:
-    arms = {"encoder": {"lr": 1e-5, "seed": 0, "part": "encoder", "miou": {"mean": 0.31}, "per_class": [0.3, None]}}
-    made = result("segmentation", label="masks", chance=None, training="s") | {"arms": arms}
+    trials = {"encoder": {"lr": 1e-5, "seed": 0, "part": "encoder", "miou": {"mean": 0.31}, "per_class": [0.3, None]}}
+    made = result("segmentation", label="masks", chance=None, training="s") | {"trials": trials}
     folder = run(tmp_path / "x", segmentation=made)
     _metrics(folder, "s", miou=[0.1, 0.31])
     page = _section(write_report(folder).read_text())
     assert "mIoU %" in page
     assert "<b>31.0</b></td>" in page
-    assert "commonest" not in page
+    assert "majority class" not in page
     assert "imagenet masks" not in page
     [chart] = _charts(page)
     assert len(chart.findall("polyline")) == 1
 
 
 def test_a_comparison_has_the_papers_tables_with_a_row_for_each_run(tmp_path: Path) -> None:
-    folders = [run(tmp_path / name, linear=result("linear", arm(mean))) for name, mean in (("a", 0.4), ("b", 0.6))]
+    folders = [run(tmp_path / name, linear=result("linear", trial(mean))) for name, mean in (("a", 0.4), ("b", 0.6))]
     page = write_page(folders, tmp_path / "page.html").read_text()
     table = page[page.index("Table 8: linear and attentive probing") :]
     table = table[: table.index("</table>")]
     assert "paper: MAE, 1,600 epochs" in table
-    assert re.search(r"ours: a, [^<]*</td><td>40.0 ± 1.0</td>", table)
-    assert re.search(r"ours: b, [^<]*</td><td>60.0 ± 1.0</td>", table)
+    assert re.search(r"ours: a, [^<]*</th><td>40.0 ± 1.0</td>", table)
+    assert re.search(r"ours: b, [^<]*</th><td>60.0 ± 1.0</td>", table)
     assert "10 classes (chance 10.0)" not in table  # what ours are of is folded away behind it
     assert "<p>linear on imagenet: ViT 12×768" in page
 
@@ -122,13 +124,13 @@ def test_a_comparison_has_the_papers_tables_with_a_row_for_each_run(tmp_path: Pa
 def test_without_such_results_nothing_is_said_and_a_broken_one_is_named(tmp_path: Path) -> None:
     folder = run(tmp_path / "x")
     assert "ownstream" not in write_report(folder).read_text()
-    (folder / "eval" / "linear.json").write_text(json.dumps({"protocol": "linear", "arms": {}}))
-    with pytest.raises(ReportError, match=r"linear\.json is no whole linear result"):
+    (folder / "eval" / "linear.json").write_text(json.dumps({"protocol": "linear", "trials": {}}))
+    with pytest.raises(ReportError, match=r"linear\.json is not a complete linear result"):
         write_report(folder)
 
 
 def test_points_lie_inside_with_names_that_do_not_cover_each_other() -> None:
-    marks = [Mark("a & b", 1.0, 60.0, 2.0), None, Mark("c", 1.0, 60.1), Mark("d", 3.0, 60.2, 5.0)]
+    marks = [ChartMark("a & b", 1.0, 60.0, 2.0), None, ChartMark("c", 1.0, 60.1), ChartMark("d", 3.0, 60.2, 5.0)]
     root = ElementTree.fromstring(mark_chart(marks))
     width, height = (float(each) for each in root.attrib["viewBox"].split()[2:])
     dots = root.findall("circle")

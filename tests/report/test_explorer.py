@@ -21,10 +21,10 @@ from playwright.sync_api import Browser, Locator, Page, Route
 
 from iwm.config import Config
 from iwm.evaluate import evaluate
-from iwm.evaluation import explore
-from iwm.evaluation.mrr import TIE
+from iwm.evaluation import explorer
+from iwm.evaluation.bank import TIE_TOLERANCE
 from iwm.report.page import write_report
-from iwm.report.run_folder import ReportError
+from iwm.report.runs import ReportError
 from tests.evaluation.conftest import untrained
 from tools.screenshot import NoBrowser, chromium
 
@@ -40,10 +40,10 @@ def run(tmp_path_factory: pytest.TempPathFactory, config: Config) -> Path:
     folder = untrained(tmp_path_factory.mktemp("explored") / "small", config)
     checkpoint = next((folder / "checkpoints").iterdir())
     content = torch.load(checkpoint, weights_only=True)
-    content["model"]["predictor.mix.fc1.weight"][:, config.predictor.width :] *= 100
+    content["model"]["predictor.action_mixer.fc1.weight"][:, config.predictor.embed_dim :] *= 100
     torch.save(content, checkpoint)
-    evaluate("explore", explore.Settings(checkpoint=folder, images=2, values=VALUES))
-    stored = folder / "eval" / "explore.npz"
+    evaluate("explorer", explorer.ExplorerSettings(checkpoint=folder, num_images=2, num_values=VALUES))
+    stored = folder / "eval" / "explorer.npz"
     arrays = dict(np.load(stored))
     arrays["points"][:, 0, 40] = arrays["points"][:, 0, 41]  # so that ties occur
     np.savez(stored, **arrays)
@@ -71,7 +71,7 @@ class Truth:
 
     def rank(self, photograph: int, source: int, view: int) -> float:
         distances = self.distances(photograph, source, view)
-        tolerance = TIE * self.norms[photograph, view]
+        tolerance = TIE_TOLERANCE * self.norms[photograph, view]
         nearer = (distances < distances[view] - tolerance).sum()
         return nearer + ((abs(distances - distances[view]) <= tolerance).sum() + 1) / 2
 
@@ -81,8 +81,8 @@ class Truth:
 
 @pytest.fixture(scope="module")
 def truth(run: Path) -> Truth:
-    arrays = np.load(run / "eval" / "explore.npz")
-    return Truth(json.loads((run / "eval" / "explore.json").read_bytes()), arrays["points"], arrays["norms"])
+    arrays = np.load(run / "eval" / "explorer.npz")
+    return Truth(json.loads((run / "eval" / "explorer.json").read_bytes()), arrays["points"], arrays["norms"])
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +190,7 @@ def test_buttons_go_to_the_action_that_they_name(opened: Opened, truth: Truth) -
     ranks = truth.ranks(0, 0)
     opened.page.get_by_role("button", name="No change").click()
     assert opened.at == [1, 1, 1, 1]
-    assert "Told nothing" in opened.answer
+    assert "Action: nothing." in opened.answer
     opened.page.get_by_role("button", name="Worst action").click()
     assert opened.rank == max(ranks) == ranks[truth.view(opened.at)]
     opened.page.get_by_role("button", name="Best action").click()
@@ -256,7 +256,7 @@ def test_words_and_numbers_hold_for_every_action(opened: Opened, truth: Truth) -
         at = [int(place) for place in np.unravel_index(view, (VALUES,) * len(AXES))]
         opened.page.evaluate(set_all, at)
         said = ", ".join(filter(None, (words[axis][place] for axis, place in zip(AXES, at, strict=True)))) or "nothing"
-        assert opened.answer.startswith(f"Told {said}, the predictor ranks")
+        assert opened.answer.startswith(f"Action: {said}. The prediction ranks")
         assert (opened.rank, opened.cell("retrieved")) == (truth.rank(0, 0, view), truth.retrieved(0, 0, view))
     assert truth.rank(0, 0, 40) % 1 == 0.5, "no ties were tested"
 
@@ -264,14 +264,14 @@ def test_words_and_numbers_hold_for_every_action(opened: Opened, truth: Truth) -
 def test_a_page_without_an_exploration_has_no_script_and_a_missing_file_is_named(run: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
-    (copy / "eval" / "explore-1.webp").unlink()
-    with pytest.raises(ReportError, match=r"explore-1.webp is missing.*explore again"):
+    (copy / "eval" / "explorer-1.webp").unlink()
+    with pytest.raises(ReportError, match=r"explorer-1\.webp: missing.*rerun iwm/evaluate\.py explorer"):
         write_report(copy)
-    shutil.copy(run / "eval" / "explore-1.webp", copy / "eval")
-    np.savez(copy / "eval" / "explore.npz", points=np.zeros((2, 5, 80, 3), np.int16), norms=np.ones((2, 80)))
-    with pytest.raises(ReportError, match=r"explore.npz is not of the same making.*explore again"):
+    shutil.copy(run / "eval" / "explorer-1.webp", copy / "eval")
+    np.savez(copy / "eval" / "explorer.npz", points=np.zeros((2, 5, 80, 3), np.int16), norms=np.ones((2, 80)))
+    with pytest.raises(ReportError, match=r"explorer\.npz: does not match.*rerun iwm/evaluate\.py explorer"):
         write_report(copy)
-    (copy / "eval" / "explore.json").unlink()
+    (copy / "eval" / "explorer.json").unlink()
     assert "<script" not in write_report(copy).read_text()
 
 

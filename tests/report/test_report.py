@@ -10,9 +10,10 @@ from xml.etree import ElementTree
 
 import pytest
 
-from iwm.report.chart import Line, line_chart, number
+from iwm.report.components import ChartLine, line_chart, number
 from iwm.report.page import write_report
-from iwm.report.run_folder import ReportError, read_run
+from iwm.report.runs import ReportError, read_run
+from tests.report.conftest import with_tables
 
 
 def _scores(value: float) -> dict[str, Any]:
@@ -40,7 +41,7 @@ def run(tmp_path: Path) -> Path:
         "recall": recall,
         "versions": {"torch": "2"},
     }
-    (folder / "eval" / "mrr.json").write_text(json.dumps(result))
+    (folder / "eval" / "mrr.json").write_text(json.dumps(with_tables(result)))
     return folder
 
 
@@ -72,7 +73,7 @@ def test_what_was_not_run_is_not_on_the_page(run: Path) -> None:
     page = write_report(run).read_text()
     assert "reciprocal" not in page
     assert "RankMe" not in page
-    assert "predictions look like" not in page
+    assert "Retrieval" not in page
     (run / "metrics.jsonl").unlink()
     assert "<svg" not in write_report(run).read_text()
 
@@ -114,7 +115,7 @@ def test_the_command_ends_with_one_line_where_there_is_no_run(tmp_path: Path) ->
 
 
 def test_a_chart_is_well_formed_and_its_curve_stays_inside() -> None:
-    svg = line_chart([Line("a & b", [(0, 1.0), (500, 3.0), (1000, 2.0)])], ("chance", 0.5))
+    svg = line_chart([ChartLine("a & b", [(0, 1.0), (500, 3.0), (1000, 2.0)])], ("chance", 0.5))
     root = ElementTree.fromstring(svg)
     width, height = (float(each) for each in root.attrib["viewBox"].split()[2:])
     for x, y in (pair.split(",") for pair in root.find("polyline").attrib["points"].split()):
@@ -124,11 +125,11 @@ def test_a_chart_is_well_formed_and_its_curve_stays_inside() -> None:
 
 @pytest.mark.parametrize("points", [[(5, 0.0)], [(1, 2.0), (2, 2.0)], [(1, -1.0), (2, -3.0)], [(1, 1e-9), (2, 2e-9)]])
 def test_a_chart_of_any_values_can_be_drawn(points: list[tuple[float, float]]) -> None:
-    assert "nan" not in line_chart([Line("x", points)])
+    assert "nan" not in line_chart([ChartLine("x", points)])
 
 
 def test_a_long_curve_is_thinned_to_means() -> None:
-    svg = line_chart([Line("x", [(i, float(i % 2)) for i in range(10_000)])])
+    svg = line_chart([ChartLine("x", [(i, float(i % 2)) for i in range(10_000)])])
     points = ElementTree.fromstring(svg).find("polyline").attrib["points"].split()
     assert len(points) <= 300
     assert len({y for _, y in (point.split(",") for point in points)}) == 1
@@ -149,7 +150,7 @@ def test_the_contents_lead_to_every_section(run: Path) -> None:
 
 def test_a_result_of_another_version_ends_with_one_line(run: Path) -> None:
     result = json.loads((run / "eval" / "mrr.json").read_bytes())
-    del result["recall"]
+    del result["tables"]
     (run / "eval" / "mrr.json").write_text(json.dumps(result))
-    with pytest.raises(ReportError, match=r"eval: a result lacks 'recall'.*evaluate again or delete it"):
+    with pytest.raises(ReportError, match=r"eval: a result lacks 'tables'.*evaluate again or delete it"):
         write_report(run)

@@ -1,4 +1,4 @@
-"""Small real sources for the shard tests: photographs, class folders, ImageNet's tars, the development kit."""
+"""Small sources for the shard tests: images, class folders, ImageNet's tars, the development kit."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ import scipy.io
 from PIL import Image
 from rich.console import Console
 
-from shards.images import ImageRules
-from shards.make import MakeShards, make_shards
-from shards.manifest import Manifest
-from shards.plan import Cut
-from shards.sources import Companions
+from shards.format import Manifest
+from shards.images import ImageOptions
+from shards.make import ShardingOptions, make_shards
+from shards.plan import ShardSize
+from shards.sources.detect import SourceOptions
 
 SYNSETS = ["n01440764", "n01443537", "n01484850"]
-"""Sorted. The development kit below numbers them in another order, as the real one does."""
+"""Synsets, sorted. The development kit below numbers them in another order, like the real one."""
 
 
 ROOT = Path(__file__).parents[2]
 
 
 def photo(seed: int = 0, size: tuple[int, int] = (80, 60)) -> Image.Image:
-    """A colour image with the smoothness of a photograph, so that JPEG keeps it nearly."""
+    """Return a smooth colour image, which JPEG compression changes little."""
     noise = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
 
@@ -60,7 +60,7 @@ def read_tar(path: Path) -> dict[str, bytes]:
 
 
 def class_folders(root: Path, classes: dict[str, int]) -> Path:
-    """`classes` images per class name."""
+    """Write class folders with `classes[name]` images each."""
     seed = 0
     for name, count in classes.items():
         (root / name).mkdir(parents=True)
@@ -80,13 +80,13 @@ def imagenet_train_tar(path: Path, per_class: int = 3) -> Path:
 
 
 def imagenet_val_tar(path: Path, count: int = 6) -> Path:
-    """In reverse order of the names: the labels go by name, not by place."""
+    """Write a validation tar in reverse order of the names: labels follow the names, not the order."""
     path.write_bytes(tar_of({f"ILSVRC2012_val_{n:08d}.JPEG": jpeg(n) for n in range(count, 0, -1)}))
     return path
 
 
 def development_kit(folder: Path, ids: list[int]) -> Path:
-    """The kit's two files that matter. Its ids: 1 is the last synset, 2 the first, 3 the second; 4 is no leaf."""
+    """Write the kit's two relevant files. Ids: 1 is the last synset, 2 the first, 3 the second; 4 is not a leaf."""
     data = folder / "ILSVRC2012_devkit_t12" / "data"
     data.mkdir(parents=True)
     fields = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("num_children", "O")]
@@ -101,26 +101,26 @@ def development_kit(folder: Path, ids: list[int]) -> Path:
 
 
 def make(src: Path | str, out: Path, split: str = "train", **options: object) -> Manifest:
-    """make_shards in this process, in shards of a few samples."""
+    """Run make_shards in this process, with shards of a few samples."""
 
     def taken(kind: type) -> dict[str, object]:
-        return {each.name: options.pop(each.name) for each in fields(kind) if each.name in options}
+        return {item.name: options.pop(item.name) for item in fields(kind) if item.name in options}
 
-    rules, beside = ImageRules(**taken(ImageRules)), Companions(**taken(Companions))
-    cut = Cut(min_shards=options.pop("min_shards", 2))
+    rules, extra = ImageOptions(**taken(ImageOptions)), SourceOptions(**taken(SourceOptions))
+    cut = ShardSize(min_shards=options.pop("min_shards", 2))
     options = {"workers": 1, **options}
     return make_shards(
-        MakeShards(str(src), out, split, rules=rules, cut=cut, beside=beside, **options), Console(quiet=True)
+        ShardingOptions(str(src), out, split, image=rules, shard=cut, extra=extra, **options), Console(quiet=True)
     )
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    """Every file of a shard folder, by name."""
+    """Return the content of every file in a shard folder, by name."""
     return {path.name: path.read_bytes() for path in sorted(out.iterdir())}
 
 
 def samples(out: Path, manifest: Manifest) -> dict[str, dict[str, bytes]]:
-    """Key → component → content over all shards of a split."""
+    """Return key → component → content over all shards of a split."""
     found: dict[str, dict[str, bytes]] = {}
     for shard in manifest.shards:
         for name, data in read_tar(out / shard.name).items():
@@ -130,7 +130,7 @@ def samples(out: Path, manifest: Manifest) -> dict[str, dict[str, bytes]]:
 
 
 def run_tool(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
-    """The command as a user runs it."""
+    """Run the command in a process, as a user does."""
     command = [sys.executable, str(ROOT / "tools" / "make_shards.py"), *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, **options)

@@ -1,4 +1,4 @@
-"""A split is whole, reproducible, readable by DALI, and refuses to mix with another's."""
+"""Making of splits: complete, reproducible, readable by DALI, never mixed with another run's shards."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ import wds2idx
 from nvidia.dali import fn, pipeline_def
 from shard_sources import class_folders, contents, encoded, imagenet_train_tar, jpeg, make, photo, run_tool, samples
 
-from shards.listing import Reference
-from shards.manifest import ShardError, load_manifest, save_manifest
-from shards.reading import Reader
-from shards.rejection import load_rejections
+from shards.errors import ShardError
+from shards.format import load_manifest, load_rejections, save_manifest
+from shards.listing import FileRef, TarReader
 from tests.disks import small_disk
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 images in four classes, of which one is damaged and one needs conversion."""
+    """Make 40 images in four classes, of which one is damaged and one needs conversion."""
     src = class_folders(tmp_path_factory.mktemp("source") / "src", {"ant": 10, "bee": 10, "cow": 10, "dog": 8})
     (src / "dog" / "png.png").write_bytes(encoded(photo(99), "PNG"))
     (src / "dog" / "cut.jpg").write_bytes(jpeg()[:-100])
@@ -83,7 +82,7 @@ def test_samples_are_shuffled_over_all_shards_by_the_seed(source, reference, tmp
 
 def test_shards_are_cut_by_size_and_small_sets_still_give_several(source, tmp_path):
     assert len(make(source, tmp_path / "few", min_shards=1).shards) == 1
-    assert len(make(source, tmp_path / "many", min_shards=64).shards) == 39  # one sample each, one was rejected
+    assert len(make(source, tmp_path / "many", min_shards=64).shards) == 39  # one sample each; one was rejected
     tool = run_tool(source, tmp_path / "small", "--split", "train", "--shard-mb", 0.02, "--min-shards", 1)
     sizes = [shard.bytes for shard in load_manifest(tmp_path / "small", "train").shards]
     assert tool.returncode == 0
@@ -205,16 +204,16 @@ def test_a_source_of_nothing_but_rejects_is_an_error(tmp_path):
 
 
 def test_a_file_that_cannot_be_read_stops_the_run_by_name(tmp_path):
-    with Reader() as reader:
+    with TarReader() as reader:
         for offset in (None, 0):
-            with pytest.raises(ShardError, match=r"cannot read .*gone\.jpg: No such file.*same command"):
-                reader.read(Reference(str(tmp_path / ("" if offset is None else "gone.jpg")), "gone.jpg", offset, 10))
+            with pytest.raises(ShardError, match=r"cannot read .*gone\.jpg: No such file.*rerun the same command"):
+                reader.read(FileRef(str(tmp_path / ("" if offset is None else "gone.jpg")), "gone.jpg", offset, 10))
 
 
 def test_a_source_that_shrinks_during_the_run_stops_it(tmp_path):
     tar = imagenet_train_tar(tmp_path / "train.tar")
-    with Reader() as reader, pytest.raises(ShardError, match="has changed since the run began"):
-        reader.read(Reference(str(tar), "n.tar/n.JPEG", tar.stat().st_size - 5, 10))
+    with TarReader() as reader, pytest.raises(ShardError, match="has changed since the run began"):
+        reader.read(FileRef(str(tar), "n.tar/n.JPEG", tar.stat().st_size - 5, 10))
 
 
 def test_a_file_that_may_not_be_written_further_leaves_whole_shards_only(source, reference, tmp_path):
@@ -223,18 +222,18 @@ def test_a_file_that_may_not_be_written_further_leaves_whole_shards_only(source,
 
     result = run_tool(source, tmp_path / "out", "--split", "train", "--min-shards", 5, preexec_fn=limit)
     assert result.returncode == 1
-    assert re.fullmatch(r"error: cannot write to .*: File too large; make room.*\n", result.stderr)
+    assert re.fullmatch(r"error: cannot write to .*: File too large; free disk space.*\n", result.stderr)
     assert not list((tmp_path / "out").glob("*.tar"))
     assert not list((tmp_path / "out" / ".train.unfinished").glob("*.partial"))
     assert run_tool(source, tmp_path / "out", "--split", "train", "--min-shards", 5).returncode == 0
     assert contents(tmp_path / "out") == contents(reference)
 
 
-def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(source, reference, tmp_path):
+def test_a_full_disk_stops_the_run_and_free_space_lets_it_resume(source, reference, tmp_path):
     with small_disk(tmp_path / "disk", "100k") as disk:
         result = run_tool(source, disk / "out", "--split", "train", "--min-shards", 5, "--workers", 1)
         assert result.returncode == 1
-        assert re.search(r"error: cannot write to .*: No space left on device; make room", result.stderr)
+        assert re.search(r"error: cannot write to .*: No space left on device; free disk space", result.stderr)
         assert "Traceback" not in result.stderr
         standing = {path.name: path.read_bytes() for path in (disk / "out").glob("*.tar")}
         assert 0 < len(standing) < 5
@@ -259,7 +258,7 @@ def test_options_out_of_range_end_in_one_line(source, tmp_path, arguments, messa
 
 
 def test_an_output_inside_the_source_is_refused(source):
-    with pytest.raises(ShardError, match="lies inside SRC"):
+    with pytest.raises(ShardError, match="is inside SRC"):
         make(source, source / "shards")
 
 

@@ -1,4 +1,4 @@
-"""The paper's data sets, tiny but in the form of their distributions, become shards; what does not fit is named."""
+"""Shards from tiny copies of the paper's data sets in their distributed form; errors name the cause."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from PIL import Image
 from shard_sources import ROOT, class_folders, encoded, imagenet_train_tar, jpeg, make, run_tool, samples, tar_of
 from tyro.conf import OmitArgPrefixes
 
-from shards.make import MakeShards
-from shards.manifest import ShardError, load_manifest
-from shards.rejection import load_rejections
+from shards.errors import ShardError
+from shards.format import load_manifest, load_rejections
+from shards.make import ShardingOptions
 
 
 def labels(out, manifest):
-    """Key → class name."""
+    """Return key → class name."""
     classes = manifest.columns[0].classes
     return {key: classes[int(parts["cls"])] for key, parts in samples(out, manifest).items()}
 
@@ -88,7 +88,7 @@ def test_another_subset_is_another_split(tmp_path):
 
 
 def inat(folder, split, classes=4, **changes):
-    """`split`2018.json and its images in train_val2018/SUPER CATEGORY/CATEGORY, as both archives unpack together."""
+    """Write `split`2018.json and its images in train_val2018/SUPER CATEGORY/CATEGORY, like the unpacked archives."""
     names = {n: f"train_val2018/Aves/{n % 2}/{split}{n}.jpg" for n in range(3)}
     write_images(folder, names.values())
     document = {
@@ -124,7 +124,7 @@ def test_inaturalists_annotations_give_category_ids_as_classes_also_those_withou
     ({"annotations": [{"image_id": n, "category_id": 9} for n in range(3)]}, "category 9"),
     ({"annotations": [{"image_id": 77, "category_id": 0}]}, "image 77"),
     ({"annotations": [{"image_id": 0, "category_id": 0}] * 2}, "several annotations"),
-    ({"categories": [{"id": "owl"}]}, "'owl' is no non-negative integer"),
+    ({"categories": [{"id": "owl"}]}, "'owl' is not a non-negative integer"),
     ({"images": [{"id": 0}]}, "file_name"),
 ])  # fmt: skip
 def test_annotations_that_do_not_fit_together_are_refused(tmp_path, changes, message):
@@ -213,7 +213,7 @@ def test_a_list_without_classes_is_refused_with_its_line(tmp_path, text, message
 
 
 def ade(root, split="training", count=3):
-    """ADEChallengeData2016: images/SPLIT and annotations/SPLIT, ids 0 to 150."""
+    """Write ADEChallengeData2016: images/SPLIT and annotations/SPLIT, ids 0 to 150."""
     for folder in ("images", "annotations"):
         (root / folder / split).mkdir(parents=True)
     for n in range(1, count + 1):
@@ -269,7 +269,7 @@ def test_options_that_a_source_has_no_use_for_are_refused(tmp_path):
         make(source, tmp_path / "out", masks=src)
     with pytest.raises(ShardError, match="nowhere: no such folder or tar"):
         make(source, tmp_path / "out", images=tmp_path / "nowhere")
-    with pytest.raises(ShardError, match="is no folder"):
+    with pytest.raises(ShardError, match="is not a folder"):
         make(src, tmp_path / "out", masks=tmp_path / "nowhere")
 
 
@@ -290,4 +290,4 @@ def test_every_command_of_the_documentation_is_understood():
     commands = re.findall(r"^python tools/make_shards\.py (.*)$", text, re.MULTILINE)
     assert len(commands) == 13
     for command in commands:
-        tyro.cli(OmitArgPrefixes[MakeShards], args=shlex.split(command))
+        tyro.cli(OmitArgPrefixes[ShardingOptions], args=shlex.split(command))

@@ -1,4 +1,4 @@
-"""Killed at any instant, a run goes on from its whole shards and ends with the bytes of an uninterrupted one."""
+"""Resuming after a kill at any time: finished shards are kept, and the result has the same bytes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from shard_sources import contents, encoded, make, photo
 
-from shards.manifest import ShardError
-from shards.workspace import Workspace
+from shards.errors import ShardError
+from shards.writer import SplitWorkdir
 
 ROOT = Path(__file__).parents[2]
 SHARDS = 12
@@ -23,7 +23,7 @@ SHARDS = 12
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """36 images that take some milliseconds each, so that a kill hits the middle of a shard."""
+    """Make 36 images that take some milliseconds each, so that a kill hits the middle of a shard."""
     folder = tmp_path_factory.mktemp("source") / "src" / "class"
     folder.mkdir(parents=True)
     for number in range(36):
@@ -48,7 +48,7 @@ def start(source: Path, out: Path, workers: int = 2) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        # A background job inherits that Ctrl-C is ignored; a terminal's does not.
+        # A background job inherits an ignored SIGINT; a job in a terminal does not.
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
 
@@ -72,7 +72,7 @@ def wait_for(condition, seconds: float = 600.0) -> None:
 
 
 def workers_of(process: subprocess.Popen[str]) -> list[int]:
-    """Process ids of the spawned workers (one more child tracks multiprocessing's resources)."""
+    """Return the process ids of the spawned workers, without multiprocessing's resource tracker."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     return [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
@@ -85,7 +85,7 @@ def is_gone(pid: int) -> bool:
 
 
 def kill_once(source: Path, out: Path, generator: random.Random, at_least: int) -> None:
-    """Start a run, kill it with -9 a little after `at_least` shards stand."""
+    """Start a run and kill it with SIGKILL shortly after `at_least` shards are finished."""
     process = start(source, out)
     wait_for(lambda: records(out) >= at_least or process.poll() is not None)
     time.sleep(generator.uniform(0, 0.03))
@@ -122,12 +122,12 @@ def test_killed_ten_times_the_result_is_the_same(source, uninterrupted, tmp_path
 def test_whole_shards_are_not_made_again(source, uninterrupted, tmp_path):
     out = tmp_path / "out"
     kill_once(source, out, random.Random(1), 4)
-    standing = {path: path.stat().st_ino for path in out.glob("train-*") if (out / ".train.unfinished").exists()}
+    finished = {path: path.stat().st_ino for path in out.glob("train-*") if (out / ".train.unfinished").exists()}
     whole = records(out)
     assert 4 <= whole < SHARDS
     output = finish(source, out)
-    assert f"going on: {whole} of {SHARDS} shards stand" in output
-    recorded = sum(path.stat().st_ino == inode for path, inode in standing.items())
+    assert f"resuming: {whole} of {SHARDS} shards are finished" in output
+    recorded = sum(path.stat().st_ino == inode for path, inode in finished.items())
     assert recorded >= 2 * whole
     assert contents(out) == uninterrupted
 
@@ -140,7 +140,7 @@ def test_a_stopped_run_says_how_to_go_on_and_leaves_nothing_half_written(
     process = start(source, out, workers)
     wait_for(lambda: records(out) >= 2)
     children = workers_of(process)
-    os.killpg(process.pid, number)  # as a terminal's Ctrl-C and a batch system's SIGTERM reach workers too
+    os.killpg(process.pid, number)  # workers receive a terminal's Ctrl-C and a batch system's SIGTERM too
     _, stderr = process.communicate(timeout=600)
     assert process.returncode == 128 + number
     assert stderr == "stopped; finished shards are kept, and the same command goes on from there\n"
@@ -158,14 +158,14 @@ def test_a_worker_that_is_killed_ends_the_run_with_its_shard_named(source, unint
     _, stderr = process.communicate(timeout=600)
     assert process.returncode == 1
     assert stderr.startswith("error: the worker process on shard train-0000")
-    assert "want of memory: use fewer --workers" in stderr
+    assert "memory ran out: use fewer --workers" in stderr
     finish(source, out)
     assert contents(out) == uninterrupted
 
 
 def test_two_runs_cannot_make_the_same_split_at_once(source, tmp_path):
     out = tmp_path / "out"
-    with Workspace(out, "train").lock(), pytest.raises(ShardError, match="another run is making 'train'"):
+    with SplitWorkdir(out, "train").lock(), pytest.raises(ShardError, match="another run is making 'train'"):
         make(source, out)
     assert not (out / ".train.unfinished").exists()
 

@@ -1,4 +1,4 @@
-"""Every kind of source is listed whole, in place, with its labels; what is not usable is named."""
+"""Listing of every kind of source: completeness, labels, and rejections with their reasons."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from shard_sources import (
     tar_of,
 )
 
+from shards.errors import ShardError
+from shards.format import load_rejections
 from shards.listing import fit_key, sample_key
-from shards.manifest import ShardError
-from shards.rejection import load_rejections
-from shards.sources import Companions, detect
+from shards.sources.detect import SourceOptions, detect
 
 
 def labels(out, manifest):
-    """Key → class name."""
+    """Return key → class name."""
     classes = manifest.columns[0].classes
     return {key: classes[int(parts["cls"])] for key, parts in samples(out, manifest).items()}
 
@@ -121,7 +121,7 @@ def test_very_long_and_foreign_names_reach_the_shards(tmp_path):
 
 def test_the_imagenet_training_tar_is_read_in_place(tmp_path):
     tar = imagenet_train_tar(tmp_path / "ILSVRC2012_img_train.tar")
-    assert detect(str(tar), Companions()) == "imagenet-train"
+    assert detect(str(tar), SourceOptions()) == "imagenet-train"
     manifest = make(tar, tmp_path / "out")
     assert manifest.columns[0].classes == SYNSETS
     assert labels(tmp_path / "out", manifest) == {f"{s}_{n}": s for s in SYNSETS for n in range(3)}
@@ -243,7 +243,7 @@ def test_foreign_webdataset_tars_with_cls_or_json(tmp_path):
             members |= {f"{key}.JPG": jpeg(n), f"{key}.json": json.dumps({"label": f"c{n}", "url": "x"}).encode()}
         members |= {"alone.cls": b"1", f"{number}-two.jpg": jpeg(), f"{number}-two.png": encoded(photo(), "PNG")}
         (tars / f"part-{number}.tar").write_bytes(tar_of(members))
-    assert detect(str(tars), Companions()) == "webdataset"
+    assert detect(str(tars), SourceOptions()) == "webdataset"
     manifest = make(f"{tars}/part-{{0..1}}.tar", tmp_path / "out")
     assert manifest.columns[0].classes == ["c0", "c1", "c2"]
     assert labels(tmp_path / "out", manifest) == {f"sub%2F{t}-{n}": f"c{n}" for t in range(2) for n in range(3)}

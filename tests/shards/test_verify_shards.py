@@ -1,4 +1,4 @@
-"""Whatever is wrong with a shard folder is found and named."""
+"""Verification of shard folders: every kind of damage is found and named."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from PIL import Image
 from rich.console import Console
 from shard_sources import encoded, jpeg, make, photo, read_tar, run_tool
 
-from shards.index import Entry, format_index
-from shards.manifest import Manifest, Shard, ShardError, load_manifest, save_manifest
-from shards.rejection import save_rejections
+from shards.errors import ShardError
+from shards.format import Entry, Manifest, Shard, format_index, load_manifest, save_manifest, save_rejections
 from shards.verify import check_quick, verify_shards
 from shards.writer import TarWriter
 
@@ -46,7 +45,7 @@ def problems(out: Path, decode: bool = True) -> str:
 
 
 def rewrite(out: Path, number: int, change) -> None:
-    """Write a shard anew with `change`d members, its hashes right in the manifest: what only a look inside finds."""
+    """Rewrite a shard with changed members and correct hashes in the manifest, so that only its content is wrong."""
     manifest = load_manifest(out, "train")
     old = manifest.shards[number]
     members = change(list(read_tar(out / old.name).items()))
@@ -83,7 +82,7 @@ def save(out: Path, manifest: Manifest, shards: list[Shard], **changes: int) -> 
 
 
 def replaced(component: str, data: bytes):
-    """Change the content of one component of the first sample."""
+    """Return a function that replaces the content of one component of the first sample."""
 
     def change(members):
         place = next(i for i, (name, _) in enumerate(members) if name.partition(".")[2] == component)
@@ -159,7 +158,7 @@ def test_tars_that_changed_places_are_found_even_at_the_same_size(out):
     ("jpg", jpeg()[:-200], "damaged JPEG"),
     ("jpg", encoded(photo(), progressive=True), "not a baseline"),
     ("jpg", b"no image", "its jpg"),
-    ("cls", b"2", r"label '2' \(cls\) is no index into 2 classes"),
+    ("cls", b"2", r"label '2' \(cls\) is not an index into 2 classes"),
     ("scene.cls", b"x", r"label 'x' \(scene\.cls\)"),
     ("mask.png", b"no mask", r"its mask\.png cannot be decoded"),
     ("mask.png", encoded(Image.new("L", (10, 10)), "PNG"), r"its mask\.png is PNG L \(10, 10\)"),
@@ -197,8 +196,8 @@ def test_sums_that_do_not_add_up_and_stray_files_are_found(out):
     save_rejections(out, "train", [])
     shutil.copy(out / "train-000000.tar", out / "train-000077.tar")
     found = problems(out, decode=False)
-    assert "read is 99, added up it is 13" in found
-    assert "rejected is 1, added up it is 0" in found
+    assert "read is 99, but the sum is 13" in found
+    assert "rejected is 1, but the sum is 0" in found
     assert "train-000077.tar is not in the manifest" in found
 
 
@@ -218,6 +217,6 @@ def test_splits_with_other_classes_are_found(out):
 
 
 def test_the_quick_check_is_light(whole):
-    """It runs at every training start in every process: it must not bring torch along."""
+    """Check that it imports neither torch nor scipy: it runs at every training start in every process."""
     code = "import sys, shards.verify; sys.exit('torch' in sys.modules or 'scipy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0

@@ -1,4 +1,4 @@
-"""The webdataset library itself: its tars are a source, and it reads the shards that are made of them."""
+"""The webdataset library: its tars are a source, and it reads the shards made from them."""
 
 import io
 from pathlib import Path
@@ -9,8 +9,8 @@ import webdataset
 from PIL import Image
 from rich.console import Console
 
-from shards.make import MakeShards, make_shards
-from shards.plan import Cut
+from shards.make import ShardingOptions, make_shards
+from shards.plan import ShardSize
 
 
 def jpeg(number: int) -> bytes:
@@ -27,7 +27,9 @@ def test_tars_of_the_library_become_shards_that_the_library_reads(tmp_path: Path
         for number in range(10):
             label = {"cls": number % 3} if labels == "cls" else {"json": {"label": number % 3}}
             tar.write({"__key__": f"sample{number}", "jpg": jpeg(number), **label})
-    options = MakeShards(str(tmp_path / "src"), tmp_path / "out", "train", workers=1, cut=Cut(min_shards=2))
+    options = ShardingOptions(
+        str(tmp_path / "src"), tmp_path / "out", "train", workers=1, shard=ShardSize(min_shards=2)
+    )
     manifest = make_shards(options, Console(quiet=True))
     urls = [str(tmp_path / "out" / shard.name) for shard in manifest.shards]
     dataset = (

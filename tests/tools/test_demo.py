@@ -1,4 +1,4 @@
-"""The demo runs from nothing to a report, keeps what is finished, and says plainly where it failed."""
+"""The demo: stages from data to report, skipping of finished stages, and its summary."""
 
 import io
 import json
@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from iwm.evaluate import PROTOCOLS
-from tools.demo import Options, stages, summary
+from iwm.evaluation.registry import EVALUATORS
+from tools.demo import DemoOptions, stages, summary
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "demo.py"
 TINY = ("--steps", "12", "--control-steps", "6", "--tiles", "256", "128")
 
 
-def test_an_evaluation_older_than_the_checkpoint_is_made_again(tmp_path: Path) -> None:
-    options = Options(out=tmp_path / "run", data=tmp_path / "data")
+def test_an_evaluation_older_than_the_checkpoint_is_rerun(tmp_path: Path) -> None:
+    options = DemoOptions(out=tmp_path / "run", data=tmp_path / "data")
     judge = next(stage for stage in stages(options) if "world-model" in stage.command)
-    results = [tmp_path / "run" / "eval" / f"{name}.json" for name in PROTOCOLS]
+    results = [tmp_path / "run" / "eval" / f"{name}.json" for name in EVALUATORS]
     assert judge.finished is not None
     assert not judge.finished()
     for path in (tmp_path / "run" / "checkpoints" / "step-000000005.pt", *results):
@@ -61,5 +61,5 @@ def test_the_whole_demo_small_and_again(tmp_path: Path) -> None:
     assert json.loads((run / "eval" / "mrr-no-jitter.json").read_text())["checkpoint"].startswith(str(control))
     before = {path: path.stat().st_mtime for path in tmp_path.rglob("*") if path.suffix in (".pt", ".json", ".tar")}
     again = subprocess.run(command, check=True, capture_output=True, text=True)
-    assert again.stdout.count("done before, kept") == 5
+    assert again.stdout.count("finished before, skipped") == 5
     assert before == {path: path.stat().st_mtime for path in before}

@@ -1,4 +1,4 @@
-"""The downstream demo: every stage is a command that there is, and the summary says what fell short."""
+"""The downstream demo: every stage is a valid command, and the summary marks results below expectation."""
 
 import io
 import json
@@ -10,24 +10,25 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from iwm.evaluate import TRAINED, parse
-from tools.demo_downstream import TRIALS, Options, stages, summary
+from iwm.downstream.registry import PROTOCOLS
+from iwm.evaluate import parse
+from tools.demo_downstream import DOWNSTREAM_STAGES, DownstreamOptions, stages, summary
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_every_protocol_that_trains_is_tried_by_a_command_that_there_is() -> None:
-    assert {trial.protocol for trial in TRIALS} == set(TRAINED)
-    for stage in stages(Options(steps=3)):
+def test_every_protocol_that_trains_is_run_by_a_valid_command() -> None:
+    assert {trial.protocol for trial in DOWNSTREAM_STAGES} == set(PROTOCOLS)
+    for stage in stages(DownstreamOptions(steps=3)):
         name, settings = parse(stage.command[1:])
         assert name == stage.command[1]
-        if name in TRAINED:
+        if name in PROTOCOLS:
             assert settings.steps == 3
 
 
 def test_the_summary_says_where_a_figure_is_below_what_is_expected(tmp_path: Path) -> None:
     (tmp_path / "eval").mkdir()
-    for trial in TRIALS:
+    for trial in DOWNSTREAM_STAGES:
         reached = 0.1 if trial.protocol == "attentive" else 0.9
         (tmp_path / "eval" / f"{trial.protocol}.json").write_text(json.dumps(_result(trial.protocol, reached)))
     console = Console(record=True, width=110, file=io.StringIO())
@@ -39,15 +40,23 @@ def test_the_summary_says_where_a_figure_is_below_what_is_expected(tmp_path: Pat
 
 def _result(protocol: str, reached: float) -> dict[str, Any]:
     top1 = {"mean": reached}
-    arm: dict[str, Any] = {"top1": top1, "miou": top1, "scores": {task: {"top1": top1} for task in ("colour", "place")}}
-    arms = {
-        kind: {**arm, "predictor": kind, "part": part}
+    trial: dict[str, Any] = {
+        "top1": top1,
+        "miou": top1,
+        "scores": {task: {"top1": top1} for task in ("colour", "place")},
+    }
+    trials = {
+        kind: {**trial, "predictor": kind, "part": part}
         for kind, part in (("pretrained", "predictor"), ("random", "encoder"))
     }
     tasks = {task: {"chance": 0.2} for task in ("colour", "place")}
-    return {"protocol": protocol, "arms": {**arms, "multitask": arm}, "tasks": tasks, "chance": 0.2, "classes": 7} | (
-        {} if protocol == "multitask" else {"arms": arms}
-    )
+    return {
+        "protocol": protocol,
+        "trials": {**trials, "multitask": trial},
+        "tasks": tasks,
+        "chance": 0.2,
+        "classes": 7,
+    } | ({} if protocol == "multitask" else {"trials": trials})
 
 
 @pytest.mark.long
@@ -58,4 +67,4 @@ def test_the_whole_downstream_demo_small_and_again(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "tools" / "demo_downstream.py"), "--run", str(run), "--steps", "3"]
     subprocess.run(command, check=True)
     again = subprocess.run(command, check=True, capture_output=True, text=True)
-    assert again.stdout.count("done before, kept") == len(TRIALS) + 1
+    assert again.stdout.count("finished before, skipped") == len(DOWNSTREAM_STAGES) + 1

@@ -1,4 +1,4 @@
-"""The demo's data: same seed same bytes, honest labels and masks, and no photograph on both sides."""
+"""The demo's data: same bytes for the same seed, correct labels and masks, no photograph in both splits."""
 
 import csv
 import subprocess
@@ -69,7 +69,7 @@ def test_the_object_has_the_colour_its_label_says() -> None:
 
 
 def _turned(hue: np.ndarray, about: float) -> np.ndarray:
-    """Hue difference in turns, in [-0.5, 0.5)."""
+    """Return the difference of a hue (0 to 255) from `about` (turns), in turns in [-0.5, 0.5)."""
     return (hue / 256 - about + 0.5) % 1 - 0.5
 
 

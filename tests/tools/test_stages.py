@@ -1,4 +1,4 @@
-"""Commands one after another: what is finished is kept, what fails is named, what is stopped may save first."""
+"""Stages: finished ones are skipped, failures are named, interrupted commands save first."""
 
 import signal
 import subprocess
@@ -55,12 +55,12 @@ signal.signal(signal.SIGTERM, save)
 pathlib.Path({str(started)!r}).touch()
 time.sleep(60)
 """
-    demo = f"from stages import run_command; import sys; run_command([sys.executable, '-c', {stage!r}])"
+    demo = f"from stages import run_child; import sys; run_child([sys.executable, '-c', {stage!r}])"
     process = subprocess.Popen(
         [sys.executable, "-c", demo],
         cwd=TOOLS,
         stderr=subprocess.DEVNULL,
-        # A background job inherits that Ctrl-C is ignored; a terminal's does not.
+        # A background job inherits an ignored SIGINT; a job in a terminal does not.
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     while not started.exists():

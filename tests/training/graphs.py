@@ -1,6 +1,6 @@
-"""Train in this process, then print how many graphs had been compiled by the end of each step, as JSON.
+"""Number of compiled graphs after each step of a training run, printed as JSON.
 
-A script, because the run-time shape checks of the test suite break graphs:
+This is a script, because the test suite's run-time shape checks cause graph breaks:
 python tests/training/graphs.py RUN ARGUMENTS_OF_TRAIN_PY
 """
 
@@ -13,12 +13,12 @@ from pathlib import Path
 from torch._dynamo.utils import counters
 
 from iwm.train import parse
-from iwm.training.signals import StopWish
+from iwm.training.runtime import StopFlag
 from tests.training.runs import train_here
 
 
-class CountGraphs(StopWish):
-    """Asked after every step; notes how many graphs have been compiled by then, and never wants to stop."""
+class CountGraphs(StopFlag):
+    """Stop flag that is read after every step: it records the number of compiled graphs and stays False."""
 
     def __init__(self) -> None:
         self.graphs: list[int] = []

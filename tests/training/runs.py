@@ -1,4 +1,4 @@
-"""What the training tests share: a very small run, as a command and in this process."""
+"""Helpers of the training tests: a very small run, as a command and in this process."""
 
 from __future__ import annotations
 
@@ -13,48 +13,49 @@ from typing import Any
 import torch
 
 from iwm.config import Config
+from iwm.evaluation.health import health_check
 from iwm.train import parse
-from iwm.training.distributed import World
+from iwm.training.distributed import DistEnv
 from iwm.training.loop import pretrain
-from iwm.training.session import open_session
-from iwm.training.signals import StopWish
+from iwm.training.runtime import StopFlag
+from iwm.training.train_state import build_train_state
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
-"""The caller's variables, with the project first in PYTHONPATH."""
+"""Environment variables of commands, with the project first in PYTHONPATH."""
 
 TINY = {
-    # On any machine: what a GPU does otherwise has tests of its own, and several processes would need several.
+    # Always the CPU: GPU behaviour has separate tests, and several processes would need several GPUs.
     "train.device": "cpu",
-    "data.batch": 8,
-    "data.threads": 1,
-    "encoder.width": 32,
+    "data.global_batch_size": 8,
+    "data.num_threads": 1,
+    "encoder.embed_dim": 32,
     "encoder.depth": 1,
-    "predictor.width": 32,
+    "predictor.embed_dim": 32,
     "predictor.depth": 1,
-    "predictor.heads": 2,
-    "log.every": 5,
-    "log.checkpoint-every": 10,
-    "log.health-every": 25,
-    "log.health-images": 2,
-    "log.health-bank": 8,
+    "predictor.num_heads": 2,
+    "log.interval": 5,
+    "log.checkpoint_interval": 10,
+    "log.eval_interval": 25,
+    "log.eval_images": 2,
+    "log.eval_bank_size": 8,
 }
 
 
 def arguments(shards: Path, run: Path, steps: int, *more: str) -> list[str]:
-    """Arguments of iwm/train.py for a tiny run."""
+    """Return the arguments of iwm/train.py for a tiny run."""
     tiny = [word for key, value in TINY.items() for word in (f"--{key}", str(value))]
     fixed = ["demo", "--run-dir", str(run), "--data.shards", str(shards), "--schedule.steps", str(steps)]
     return [*fixed, *tiny, "--log.no-tensorboard", *more]
 
 
 def tiny_config(shards: Path, steps: int, **sections: Any) -> Config:
-    """The configuration of that run; `sections` replace whole sections of it."""
+    """Return the configuration of that run; `sections` replace whole sections."""
     return replace(parse(arguments(shards, Path("unused"), steps)).config, **sections)
 
 
 def command(shards: Path, run: Path, steps: int, *more: str, processes: int = 0) -> list[str]:
-    """The command line of a tiny run; with `processes`, under torchrun."""
+    """Return the command line of a tiny run; with `processes`, under torchrun."""
     head = [sys.executable]
     if processes:
         head += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
@@ -79,18 +80,19 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def alone() -> World:
-    return World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
+def alone() -> DistEnv:
+    return DistEnv(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
 
 
-def train_here(config: Config, run: Path, wish: StopWish | None = None) -> None:
+def train_here(config: Config, run: Path, stop: StopFlag | None = None) -> None:
     """Train in this process."""
     run.mkdir(parents=True, exist_ok=True)
-    pretrain(open_session(config, run, alone()), StopWish() if wish is None else wish)
+    state = build_train_state(config, run, alone())
+    pretrain(state, StopFlag() if stop is None else stop, health_check(config, alone()))
 
 
 def assert_same(one: Any, other: Any, where: str = "") -> None:
-    """Nested containers of tensors are bit for bit the same."""
+    """Assert that nested containers of tensors are bit-identical."""
     if isinstance(one, torch.Tensor):
         assert torch.equal(one, other), where
     elif isinstance(one, dict):

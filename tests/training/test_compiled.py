@@ -1,4 +1,4 @@
-"""The compiled step: the eager step's losses, and no recompilation once it is warm."""
+"""The compiled step has the losses of the eager step and does not recompile after the warm-up."""
 
 import json
 import sys
@@ -7,16 +7,17 @@ from pathlib import Path
 import pytest
 
 from iwm.train import parse
-from iwm.training.signals import StopWish
+from iwm.training.runtime import StopFlag
 from tests.training.runs import arguments, finish, metrics, train_here
 
 STEPS, COMPARED, WARM = 500, 24, 3
 GRAPHS = 11
-"""Embedding, block and norm of both encoders, placing, block and finishing of the predictor, norm of targets, loss."""
+"""Compiled graphs: embedding, block and norm of both encoders; build_sequence, block and unpack_predictions of the
+predictor; target norm; loss."""
 
 
-class StopAfter(StopWish):
-    """Asked after every step; wants to stop after some."""
+class StopAfter(StopFlag):
+    """Stop flag that is read after every step and becomes True after `steps` steps."""
 
     def __init__(self, steps: int) -> None:
         self.left = steps
@@ -28,7 +29,7 @@ class StopAfter(StopWish):
 
 def test_nothing_is_recompiled_in_500_steps_and_losses_are_the_eager_ones(tiny_shards: Path, tmp_path: Path) -> None:
     eager, compiled = tmp_path / "eager", tmp_path / "compiled"
-    settings = ("--train.precision", "fp32", "--log.every", "4", "--log.health-every", "250")
+    settings = ("--train.precision", "fp32", "--log.interval", "4", "--log.eval-interval", "250")
     words = arguments(tiny_shards, compiled, STEPS, *settings)
     train_here(parse([*words, "--train.no-compile"]).config, eager, StopAfter(COMPARED))
     output = finish([sys.executable, "tests/training/graphs.py", str(compiled), *words, "--train.compile"])

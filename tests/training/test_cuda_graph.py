@@ -1,4 +1,4 @@
-"""The forward and backward passes as one CUDA graph: the same training as kernel by kernel."""
+"""Training with the CUDA graph gives the same results as kernel by kernel."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from dali_pipelines.loader import Batch
-from iwm.config import Masking, Optim, Train
+from dali_pipelines.loader import ViewBatch
+from iwm.config import MaskingConfig, OptimConfig, TrainConfig
 from iwm.masking import pack_masks
 from iwm.models.world_model import WorldModel
-from iwm.training.checkpoint import newest
-from iwm.training.cuda_graph import WARM_UP, GraphedGradient, gradient_for
-from iwm.training.distributed import world
-from iwm.training.step import drawn_masks, masks_for
+from iwm.training.checkpoint import load_newest
+from iwm.training.cuda_graph import WARMUP_STEPS, GraphedGradient, gradient_for
+from iwm.training.distributed import init_distributed
+from iwm.training.step import prepare_masks, sample_step_masks
 from tests.training.runs import alone, assert_same, command, finish, tiny_config
 from tests.training.trajectory import BATCH, batch_of
 
@@ -23,12 +23,12 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no usable 
 @needs_gpu
 @pytest.mark.parametrize("recipe", ["feature", "ijepa"])
 def test_a_replayed_training_is_the_same_to_the_bit(recipe: str, tiny_shards: Path, tmp_path: Path) -> None:
-    words = ("--masking.kind", "ijepa", "--action.conditioning", "none") if recipe == "ijepa" else ()
+    words = ("--masking.type", "ijepa", "--action.conditioning", "none") if recipe == "ijepa" else ()
     for name in ("cuda-graph", "no-cuda-graph"):
         options = ("--train.device", "cuda", "--train.compile", "--train.deterministic", f"--train.{name}", *words)
         output = finish(command(tiny_shards, tmp_path / name, 20, *options))
         assert ("as one CUDA graph" in output) == (name == "cuda-graph")
-    one, other = newest(tmp_path / "cuda-graph"), newest(tmp_path / "no-cuda-graph")
+    one, other = load_newest(tmp_path / "cuda-graph"), load_newest(tmp_path / "no-cuda-graph")
     assert one is not None
     assert other is not None
     assert_same(one.model, other.model)
@@ -37,23 +37,28 @@ def test_a_replayed_training_is_the_same_to_the_bit(recipe: str, tiny_shards: Pa
 
 @needs_gpu
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_batch_of_another_shape_is_taken_and_the_next_is_captured_anew(accumulation: int) -> None:
-    train = Train(device="cuda", compile=True, precision="fp32")
-    config = replace(tiny_config(Path("unused"), 4), train=train, masking=Masking(kind="ijepa"), optim=Optim(clip=0.5))
-    with world(train) as here:
+def test_a_batch_of_another_shape_runs_and_the_next_is_captured_again(accumulation: int) -> None:
+    train = TrainConfig(device="cuda", compile=True, precision="fp32")
+    config = replace(
+        tiny_config(Path("unused"), 4),
+        train=train,
+        masking=MaskingConfig(type="ijepa"),
+        optim=OptimConfig(grad_clip=0.5),
+    )
+    with init_distributed(train) as dist:
         torch.manual_seed(0)
-        model = WorldModel(config).prepare(here.device, compiled=True)
-        graphed, _ = gradient_for(model, model, here)
+        model = WorldModel(config).setup(dist.device, compiled=True)
+        graphed, _ = gradient_for(model, model, dist)
         assert isinstance(graphed, GraphedGradient)
-        eager, _ = gradient_for(model, model, replace(here, size=2))
+        eager, _ = gradient_for(model, model, replace(dist, size=2))
         size = BATCH // accumulation
-        for step in range(2 * WARM_UP + 3):
+        for step in range(2 * WARMUP_STEPS + 3):
             cpu = [batch_of(part * size, size, step) for part in range(accumulation)]
-            batches = [Batch(*(t.to(here.device) for t in batch[:3]), None, batch.keys) for batch in cpu]
-            masks = [masks_for(config, here, step, part, size) for part in range(accumulation)]
-            if step == WARM_UP + 2:
-                drawn = drawn_masks(config, here, step, 0, size)
-                masks[0] = pack_masks(drawn, None, 0).to(here.device)
+            batches = [ViewBatch(*(t.to(dist.device) for t in batch[:3]), None, batch.keys) for batch in cpu]
+            masks = [prepare_masks(config, dist, step, part, size) for part in range(accumulation)]
+            if step == WARMUP_STEPS + 2:
+                drawn = sample_step_masks(config, dist, step, 0, size)
+                masks[0] = pack_masks(drawn, None, 0).to(dist.device)
             expected = eager(batches, masks)
             gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
             result = graphed(batches, masks)
@@ -65,7 +70,7 @@ def test_a_batch_of_another_shape_is_taken_and_the_next_is_captured_anew(accumul
                 assert torch.allclose(one, other, rtol=1e-3, atol=1e-6)
 
 
-def test_without_a_gpu_the_step_is_taken_kernel_by_kernel_and_says_so() -> None:
+def test_without_a_gpu_steps_run_kernel_by_kernel_and_this_is_reported() -> None:
     config = tiny_config(Path("unused"), 4)
     model = WorldModel(config)
     assert gradient_for(model, model, alone())[1] == "kernel by kernel (no GPU)"

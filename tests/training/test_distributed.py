@@ -1,4 +1,4 @@
-"""Several processes, and several passes, train what one process trains in one pass."""
+"""Training on several processes or in several passes equals training on one process in one pass."""
 
 import sys
 from dataclasses import replace
@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from iwm.config import ConfigError, Train
+from iwm.config import ConfigError, TrainConfig
 from iwm.train import parse
-from iwm.training.checkpoint import newest, path_of
-from iwm.training.distributed import world
-from iwm.training.session import split_batch
+from iwm.training.checkpoint import checkpoint_path, load_newest
+from iwm.training.distributed import init_distributed
+from iwm.training.train_state import split_batch
 from tests.training.runs import alone, arguments, command, finish, metrics, train_here
 from tests.training.trajectory import FP32, trajectory
 
@@ -22,7 +22,7 @@ def assert_same_trajectory(state: dict[str, torch.Tensor], losses: list[float]) 
     for name, value in expected.items():
         one, other = state[name], value
         if name.endswith("qkv.bias"):
-            # A key's bias has no gradient but rounding, which Adam blows up: softmax does not see it.
+            # Softmax is invariant to the keys' bias: its gradient is rounding noise, which Adam amplifies.
             one, other = (torch.cat((bias.chunk(3)[0], bias.chunk(3)[2])) for bias in (one, other))
         torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
@@ -47,33 +47,37 @@ def test_recomputed_activations_give_the_same_steps() -> None:
     assert_same_trajectory(*trajectory(alone(), train=replace(FP32, activation_checkpointing=True)))
 
 
-def test_a_divided_run_watches_its_health_saves_and_goes_on_as_any_other_run_would(
-    tiny_shards: Path, tmp_path: Path
-) -> None:
-    """Its checkpoint is like any other: a run on one process resumes from it, and one that is divided from theirs."""
-    words, divided = ("--log.health-every", "10"), ("--train.parallel", "fsdp")
-    finish(command(tiny_shards, tmp_path / "divided", 20, *words, *divided, processes=2))
-    assert sum("mrr_pooled" in line for line in metrics(tmp_path / "divided")) == 2
-    whole = {name: parse(arguments(tiny_shards, tmp_path / name, 20, *words)).config for name in ("divided", "whole")}
+def test_a_sharded_run_validates_saves_and_resumes_like_any_other(tiny_shards: Path, tmp_path: Path) -> None:
+    """Checkpoints are interchangeable: one process resumes from a sharded run's, and a sharded run from its own."""
+    words, sharded = ("--log.eval-interval", "10"), ("--train.parallel", "fsdp")
+    finish(command(tiny_shards, tmp_path / "sharded", 20, *words, *sharded, processes=2))
+    assert sum("mrr_pooled" in line for line in metrics(tmp_path / "sharded")) == 2
+    whole = {name: parse(arguments(tiny_shards, tmp_path / name, 20, *words)).config for name in ("sharded", "whole")}
     train_here(whole["whole"], tmp_path / "whole")
     for name in whole:
-        path_of(tmp_path / name, 20).unlink()
-    train_here(whole["divided"], tmp_path / "divided")
-    output = finish(command(tiny_shards, tmp_path / "whole", 20, *words, *divided, processes=2))
-    assert "going on from step 10" in output
-    assert all(newest(tmp_path / name).step == 20 for name in whole)
+        checkpoint_path(tmp_path / name, 20).unlink()
+    train_here(whole["sharded"], tmp_path / "sharded")
+    output = finish(command(tiny_shards, tmp_path / "whole", 20, *words, *sharded, processes=2))
+    assert "resuming from step 10" in output
+    assert all(load_newest(tmp_path / name).step == 20 for name in whole)
+
+
+NAMES = ("data.global_batch_size", "data.micro_batch_size")
 
 
 def test_a_batch_is_split_evenly_or_refused() -> None:
-    assert split_batch(96, 16, 2, "data.") == (16, 3)
-    assert split_batch(96, None, 4, "data.") == (24, 1)
-    with pytest.raises(ConfigError, match=r"data\.batch 96 cannot be split over 5 processes"):
-        split_batch(96, 16, 5, "data.")
-    with pytest.raises(ConfigError, match=r"data\.micro_batch 16 does not divide the 24 images"):
-        split_batch(96, 16, 4, "data.")
+    assert split_batch(96, 16, 2, NAMES) == (16, 3)
+    assert split_batch(96, None, 4, NAMES) == (24, 1)
+    with pytest.raises(ConfigError, match=r"data\.global_batch_size 96 cannot be split over 5 processes"):
+        split_batch(96, 16, 5, NAMES)
+    with pytest.raises(ConfigError, match=r"data\.micro_batch_size 16 does not divide the 24 images"):
+        split_batch(96, 16, 4, NAMES)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_asking_for_a_gpu_where_there_is_none_is_a_clear_error() -> None:
-    with pytest.raises(ConfigError, match=r"train\.device cuda: torch sees no GPU"), world(Train(device="cuda")):
+def test_requesting_a_missing_gpu_is_a_clear_error() -> None:
+    with (
+        pytest.raises(ConfigError, match=r"train\.device cuda: torch sees no GPU"),
+        init_distributed(TrainConfig(device="cuda")),
+    ):
         pass

@@ -1,4 +1,4 @@
-"""Nothing in a training step makes the host wait for the device."""
+"""A training step contains no host-device synchronisation."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,21 +8,20 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dali_pipelines.loader import Batch
-from iwm.config import Action, Masking, Optim, Train
+from dali_pipelines.loader import ViewBatch
+from iwm.config import ActionConfig, MaskingConfig, OptimConfig, TrainConfig
 from iwm.masking import PackedMasks
 from iwm.models.world_model import WorldModel
-from iwm.training.cuda_graph import WARM_UP, gradient_for
-from iwm.training.optim import build_optimizer
-from iwm.training.parallel import wrap
-from iwm.training.schedules import Values
-from iwm.training.step import masks_for, train_step
+from iwm.training.cuda_graph import WARMUP_STEPS, gradient_for
+from iwm.training.optim import ScheduleValues, build_optimizer
+from iwm.training.parallel import parallelize
+from iwm.training.step import prepare_masks, train_step
 from tests.training.runs import alone, tiny_config
 from tests.training.trajectory import BATCH, batch_of
 
 aten = torch.ops.aten
 READS = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.is_nonzero, aten._unique2, aten.equal}
-"""Operators whose result, or the shape of it, the host must read from the device."""
+"""Operators whose result or result shape the host reads from the device."""
 
 
 class NoReads(TorchDispatchMode):
@@ -42,25 +41,25 @@ VARIANTS = [("iwm", "feature"), ("iwm", "sequence"), ("ijepa", "none")]
 def prepared(kind: str, conditioning: str, device: torch.device) -> tuple[Any, ...]:
     config = replace(
         tiny_config(Path("unused"), 4),
-        masking=Masking(kind=kind),
-        action=Action(conditioning=conditioning),
-        train=Train(compile=device.type == "cuda"),
-        optim=Optim(clip=0.5, kernels="torch"),
+        masking=MaskingConfig(type=kind),
+        action=ActionConfig(conditioning=conditioning),
+        train=TrainConfig(compile=device.type == "cuda"),
+        optim=OptimConfig(grad_clip=0.5, implementation="torch"),
     )
-    here = replace(alone(), device=device)
-    model = WorldModel(config).prepare(device, compiled=config.train.compile)
-    gradient, _ = gradient_for(model, wrap(model, here, 1), here)
+    dist = replace(alone(), device=device)
+    model = WorldModel(config).setup(device, compiled=config.train.compile)
+    gradient, _ = gradient_for(model, parallelize(model, dist, 1), dist)
     optimizer, _ = build_optimizer(model, config.optim, device)
     batch = batch_of(0, BATCH, 0)
-    batch = Batch(*(part.to(device) for part in batch[:3]), batch.label, batch.keys)
-    return config, here, model, gradient, optimizer, batch
+    batch = ViewBatch(*(part.to(device) for part in batch[:3]), batch.label, batch.keys)
+    return config, dist, model, gradient, optimizer, batch
 
 
 @pytest.mark.parametrize(("kind", "conditioning"), VARIANTS)
 def test_no_operator_of_a_step_reads_a_value_back(kind: str, conditioning: str) -> None:
-    config, here, model, gradient, optimizer, batch = prepared(kind, conditioning, torch.device("cpu"))
-    values = Values(lr=1e-3, weight_decay=0.1, ema=0.9)
-    masks: PackedMasks = masks_for(config, here, 0, 0, BATCH)
+    config, dist, model, gradient, optimizer, batch = prepared(kind, conditioning, torch.device("cpu"))
+    values = ScheduleValues(lr=1e-3, weight_decay=0.1, ema=0.9)
+    masks: PackedMasks = prepare_masks(config, dist, 0, 0, BATCH)
     with NoReads():
         train_step(model, gradient, optimizer, [batch], [masks], values)
 
@@ -75,13 +74,13 @@ def test_the_check_finds_what_it_looks_for() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: torch's sync debug mode watches GPUs")
 @pytest.mark.parametrize(("kind", "conditioning"), VARIANTS)
 def test_torch_sees_no_synchronisation_in_a_step_on_a_gpu(kind: str, conditioning: str) -> None:
-    values = Values(lr=1e-3, weight_decay=0.1, ema=0.9)
+    values = ScheduleValues(lr=1e-3, weight_decay=0.1, ema=0.9)
     with torch.cuda.stream(torch.cuda.Stream()):
-        config, here, model, gradient, optimizer, batch = prepared(kind, conditioning, torch.device("cuda", 0))
-        for step in range(WARM_UP + 4):
-            torch.cuda.set_sync_debug_mode("error" if step > WARM_UP else "default")
+        config, dist, model, gradient, optimizer, batch = prepared(kind, conditioning, torch.device("cuda", 0))
+        for step in range(WARMUP_STEPS + 4):
+            torch.cuda.set_sync_debug_mode("error" if step > WARMUP_STEPS else "default")
             try:
-                masks = masks_for(config, here, step, 0, BATCH)
+                masks = prepare_masks(config, dist, step, 0, BATCH)
                 train_step(model, gradient, optimizer, [batch], [masks], values)
             finally:
                 torch.cuda.set_sync_debug_mode("default")

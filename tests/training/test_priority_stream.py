@@ -1,11 +1,11 @@
-"""The step on a CUDA stream of higher priority than the pipeline's: the same training."""
+"""Training on a high-priority CUDA stream gives the same results."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
-from iwm.training.checkpoint import newest
+from iwm.training.checkpoint import load_newest
 from tests.training.runs import assert_same, command, finish
 
 
@@ -14,7 +14,7 @@ def test_a_priority_stream_changes_no_bit(tiny_shards: Path, tmp_path: Path) -> 
     for name in ("priority", "no-priority"):
         options = ("--train.device", "cuda", "--train.deterministic", f"--train.{name}-stream")
         finish(command(tiny_shards, tmp_path / name, 20, *options))
-    one, other = newest(tmp_path / "priority"), newest(tmp_path / "no-priority")
+    one, other = load_newest(tmp_path / "priority"), load_newest(tmp_path / "no-priority")
     assert one is not None
     assert other is not None
     assert_same(one.model, other.model)

@@ -1,4 +1,4 @@
-"""A run that is stopped in any way goes on by the same command, exactly where it was."""
+"""A run that was stopped in any way resumes exactly when the same command is rerun."""
 
 import os
 import random
@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from iwm.config import ConfigError, Log, Optim
+from iwm.config import ConfigError, LogConfig, OptimConfig
 from iwm.training import checkpoint as checkpoints
-from iwm.training.checkpoint import CheckpointError, load_run
-from iwm.training.resume import locked, resume_point
-from iwm.training.signals import StopWish
+from iwm.training.checkpoint import CheckpointError, load_world_model
+from iwm.training.runtime import StopFlag
+from iwm.training.train_state import find_resume_checkpoint, run_lock
 from tests.disks import small_disk
 from tests.training.runs import assert_same, command, finish, metrics, start, tiny_config, train_here
 
@@ -44,7 +44,7 @@ def test_kill_9_and_sigterm_leave_a_run_that_ends_bit_for_bit_the_same(tiny_shar
     wait_for_step(cut, random.Random(0).randrange(15, 40), killed)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
-    assert checkpoints.all_checkpoints(cut), "nothing was saved before the kill"
+    assert checkpoints.list_checkpoints(cut), "nothing was saved before the kill"
 
     stopped = start(command(tiny_shards, cut, steps))
     wait_for_step(cut, 60, stopped)
@@ -52,28 +52,28 @@ def test_kill_9_and_sigterm_leave_a_run_that_ends_bit_for_bit_the_same(tiny_shar
     output = stopped.communicate(timeout=600)[0]
     assert stopped.returncode == 0, output
     assert "stopped by a signal" in output
-    assert "going on from step" in output
+    assert "resuming from step" in output
 
     finish(command(tiny_shards, cut, steps))
-    one, other = checkpoints.newest(whole), checkpoints.newest(cut)
+    one, other = checkpoints.load_newest(whole), checkpoints.load_newest(cut)
     assert one is not None
     assert other is not None
     assert one.step == other.step == steps
     for part in ("model", "optimizer", "rng", "samples"):
         assert_same(getattr(one, part), getattr(other, part), part)
-    # A stop shortens the window that its line is the mean of; later lines are the same.
+    # A stop shortens the window over which its line is averaged; later lines are the same.
     curves = [[line for line in metrics(run) if line["step"] > 100] for run in (whole, cut)]
     assert [(line["step"], line.get("loss")) for line in curves[0]] == [
         (line["step"], line.get("loss")) for line in curves[1]
     ]
 
 
-def test_training_on_two_processes_goes_on_from_one_and_says_what_changes(tiny_shards: Path, tmp_path: Path) -> None:
+def test_two_processes_resume_a_run_of_one_and_report_the_change(tiny_shards: Path, tmp_path: Path) -> None:
     train_here(tiny_config(tiny_shards, 30), tmp_path / "run", stop_after(tmp_path / "run", 10))
     output = finish(command(tiny_shards, tmp_path / "run", 30, processes=2))
     assert "world_size was 1, is 2" in output
     assert "a new epoch begins" in output
-    after = checkpoints.newest(tmp_path / "run")
+    after = checkpoints.load_newest(tmp_path / "run")
     assert after is not None
     assert (after.step, after.samples) == (30, 240)
     assert len(after.loader["ranks"]) == 2
@@ -86,16 +86,16 @@ def test_sigterm_to_torchrun_lets_all_processes_save_after_the_same_step(tiny_sh
     output = launcher.communicate(timeout=600)[0]
     stopped = re.search(r"stopped by a signal after step ([\d,]+)", output)
     assert stopped, output
-    saved = checkpoints.newest(tmp_path)
+    saved = checkpoints.load_newest(tmp_path)
     assert saved is not None
     assert saved.step == int(stopped[1].replace(",", ""))
     assert len(saved.loader["ranks"]) == 2
 
 
-def stop_after(run: Path, step: int) -> StopWish:
-    """A wish that comes true once `step` is in the metrics."""
+def stop_after(run: Path, step: int) -> StopFlag:
+    """Return a stop flag that becomes True once `step` is in the metrics."""
 
-    class After(StopWish):
+    class After(StopFlag):
         def __bool__(self) -> bool:
             return (run / "metrics.jsonl").exists() and any(line["step"] >= step for line in metrics(run))
 
@@ -106,10 +106,10 @@ def test_other_settings_are_refused_by_name_and_harmless_ones_are_not(tiny_shard
     config = tiny_config(tiny_shards, 5)
     train_here(config, tmp_path)
     with pytest.raises(ConfigError, match=r"--optim\.lr 0\.5 \(the run has 0\.0005\).*--run-dir"):
-        resume_point(tmp_path, replace(config, optim=replace(config.optim, lr=0.5)))
-    found, changes = resume_point(tmp_path, replace(config, log=replace(config.log, every=7)))
+        find_resume_checkpoint(tmp_path, replace(config, optim=replace(config.optim, lr=0.5)))
+    found, changes = find_resume_checkpoint(tmp_path, replace(config, log=replace(config.log, interval=7)))
     assert found is not None
-    assert changes == ["log.every: 5 → 7"]
+    assert changes == ["log.interval: 5 → 7"]
 
 
 def test_a_finished_run_is_left_as_it_is(tiny_shards: Path, tmp_path: Path) -> None:
@@ -121,35 +121,37 @@ def test_a_finished_run_is_left_as_it_is(tiny_shards: Path, tmp_path: Path) -> N
 
 
 def test_two_trainings_cannot_share_a_folder(tmp_path: Path) -> None:
-    with locked(tmp_path), pytest.raises(ConfigError, match="in use by another training process"), locked(tmp_path):
+    with run_lock(tmp_path), pytest.raises(ConfigError, match="in use by another training process"), run_lock(tmp_path):
         pass
 
 
-def test_old_checkpoints_go_and_milestones_stay(tiny_shards: Path, tmp_path: Path) -> None:
-    log = Log(every=5, checkpoint_every=5, keep=2, milestone_every=10, health_every=100, tensorboard=False)
+def test_old_checkpoints_are_deleted_except_those_of_keep_every(tiny_shards: Path, tmp_path: Path) -> None:
+    log = LogConfig(
+        interval=5, checkpoint_interval=5, keep_last_k=2, keep_every=10, eval_interval=100, tensorboard=False
+    )
     config = tiny_config(tiny_shards, 25, log=log)
     train_here(replace(config, data=replace(config.data, val=None)), tmp_path)
-    assert [path.name for path in checkpoints.all_checkpoints(tmp_path)] == [
+    assert [path.name for path in checkpoints.list_checkpoints(tmp_path)] == [
         f"step-{step:09d}.pt" for step in (25, 20, 10)
     ]
 
 
 def test_a_full_disk_costs_no_old_checkpoint(tiny_shards: Path, tmp_path: Path, full_disk: Path) -> None:
     train_here(tiny_config(tiny_shards, 5), full_disk)
-    saved = checkpoints.newest(full_disk)
+    saved = checkpoints.load_newest(full_disk)
     assert saved is not None
     filler = full_disk / "filler"
     filler.write_bytes(b"\0" * (shutil.disk_usage(full_disk).free - 4096))
     with pytest.raises(OSError, match="older checkpoints are untouched"):
-        checkpoints.save(full_disk, replace(saved, step=6))
+        checkpoints.save_checkpoint(full_disk, replace(saved, step=6))
     filler.unlink()
     assert [path.name for path in (full_disk / "checkpoints").iterdir()] == ["step-000000005.pt"]
-    assert_same(checkpoints.load(checkpoints.path_of(full_disk, 5)).model, saved.model)
+    assert_same(checkpoints.load_checkpoint(checkpoints.checkpoint_path(full_disk, 5)).model, saved.model)
 
 
 @pytest.fixture
 def full_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of 3 MB."""
+    """Mount a real file system of 3 MB."""
     with small_disk(tmp_path / "disk", "3m") as folder:
         yield folder
 
@@ -157,7 +159,7 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "foreign"])
 def test_a_damaged_checkpoint_is_an_error_that_names_it(tiny_shards: Path, tmp_path: Path, damage: str) -> None:
     train_here(tiny_config(tiny_shards, 5), tmp_path)
-    path = checkpoints.path_of(tmp_path, 5)
+    path = checkpoints.checkpoint_path(tmp_path, 5)
     content = path.read_bytes()
     if damage == "foreign":
         torch.save({"weights": torch.zeros(2)}, path)
@@ -168,7 +170,7 @@ def test_a_damaged_checkpoint_is_an_error_that_names_it(tiny_shards: Path, tmp_p
         )
         path.write_bytes({"cut": content[:middle], "flipped": flipped, "empty": b""}[damage])
     with pytest.raises(CheckpointError, match=path.name):
-        load_run(tmp_path)
+        load_world_model(tmp_path)
 
 
 def test_a_metric_line_that_was_cut_short_is_dropped(tiny_shards: Path, tmp_path: Path) -> None:
@@ -181,18 +183,18 @@ def test_a_metric_line_that_was_cut_short_is_dropped(tiny_shards: Path, tmp_path
 
 
 def test_a_run_whose_gradient_stays_broken_stops_and_names_the_samples(tiny_shards: Path, tmp_path: Path) -> None:
-    broken = ("--optim.lr", "1e38", "--optim.start-lr", "1e38", "--train.nonfinite-limit", "3")
+    broken = ("--optim.lr", "1e38", "--optim.start-lr", "1e38", "--train.max-nonfinite-steps", "3")
     output = finish(command(tiny_shards, tmp_path, 100, *broken), expect=1)
     last = output.strip().splitlines()[-1]
     assert last.startswith("iwm/train.py: the gradient was not finite in 3 steps in a row")
-    named = last.partition("Samples of the last of them: ")[2].split(", ")
+    named = last.partition("check the samples of the last step: ")[2].split(", ")
     assert len(named) == 8
     assert all("across" in key or "down" in key for key in named)
     assert "Traceback" not in output
 
 
 def test_optim_values_of_the_run_stand_after_a_resume(tiny_shards: Path, tmp_path: Path) -> None:
-    config = tiny_config(tiny_shards, 20, optim=Optim(lr=1e-4, start_lr=1e-5, clip=1.0))
+    config = tiny_config(tiny_shards, 20, optim=OptimConfig(lr=1e-4, start_lr=1e-5, grad_clip=1.0))
     train_here(config, tmp_path, stop_after(tmp_path, 10))
     train_here(config, tmp_path)
     rates = {line["step"]: line["lr"] for line in metrics(tmp_path) if "lr" in line}

@@ -1,4 +1,4 @@
-"""The command line of iwm/train.py: recipe, then scenario, then single fields; mistakes end in one clear line."""
+"""Command line of iwm/train.py: recipe, scenario and single fields; one-line errors."""
 
 import sys
 from pathlib import Path
@@ -6,14 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from dali_pipelines.augmentation import SCENARIOS
+from dali_pipelines.augmentations import SCENARIOS
 from iwm import train
 from iwm.recipes import RECIPES
+from shards.errors import run_command
 
 
 def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     monkeypatch.setattr(sys, "argv", ["iwm/train.py", *arguments])
-    return train.main()
+    return run_command(train.main, "iwm/train.py")
 
 
 def test_fields_override_the_scenario_and_the_scenario_the_recipe() -> None:
@@ -33,12 +34,10 @@ def test_fields_override_the_scenario_and_the_scenario_the_recipe() -> None:
         (["no_such_recipe"], "no_such_recipe"),
         (["demo", "--optim.momentum", "0.9"], "--optim.momentum"),
         (["demo", "--scenario", "sepia"], "sepia"),
-        (["demo", "--data.batch", "many"], "many"),
+        (["demo", "--data.global-batch-size", "many"], "many"),
     ],
 )
-def test_what_is_not_known_is_refused_by_name(
-    arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unknown_names_are_refused(arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         train.parse(arguments)
     assert stop.value.code == 2
@@ -49,13 +48,13 @@ def test_what_is_not_known_is_refused_by_name(
     ("arguments", "message"),
     [
         (["--data.shards", "nowhere"], "nowhere/manifest.json does not exist"),
-        (["--views.size", "30"], "views.size 30 is not a multiple of encoder.patch 8"),
+        (["--views.size", "30"], "views.size 30 is not a multiple of encoder.patch_size 8"),
         pytest.param(
             ["--train.device", "cuda"],
             "train.device cuda: torch sees no GPU",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="no mistake where there is a GPU"),
         ),
-        (["--optim.kernels", "apex", "--train.device", "cpu"], "optim.kernels apex"),
+        (["--optim.implementation", "apex", "--train.device", "cpu"], "optim.implementation apex"),
         (["--data.val", "test"], "no split 'test'"),
     ],
 )
@@ -67,7 +66,7 @@ def test_a_mistake_is_one_line_and_exit_1(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    shards = ["--data.shards", str(tiny_shards), "--data.batch", "8"]
+    shards = ["--data.shards", str(tiny_shards), "--data.global-batch-size", "8"]
     assert run_main(monkeypatch, "demo", "--run-dir", str(tmp_path / "run"), *shards, *arguments) == 1
     error = capsys.readouterr().err
     assert message in error

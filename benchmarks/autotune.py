@@ -1,0 +1,231 @@
+"""Mode `tune`: short sequential sweep over the pipeline's settings, which prints the options for training.
+
+The settings affect speed only. Each setting's candidates are measured in turns; one is chosen, and the next setting is
+swept with it. A candidate's pipeline is built for each turn and freed after it, so that two pipelines never share the
+cores and the GPU's memory. A turn is measured after the pipeline has settled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from environment import BenchmarkError, lookup
+from loader_rates import LoaderSettings, LoaderSetup, model_rate, rate, usual_sides
+from rich.console import Console
+from rich.table import Table
+from synthetic_data import generated_shards
+
+from iwm.ranges import Range, check_ranges
+from iwm.recipes import RECIPES, with_scenario
+from iwm.training.distributed import loader_threads
+from iwm.training.runtime import select_device
+from shards.format import load_manifest
+
+PAPER = "iwm_b16_equi_18x384"
+"""Default recipe."""
+
+SHARE = "hw_decoder_load"
+
+
+@dataclass(frozen=True)
+class TuneOptions:
+    """Find the pipeline's settings for this machine and print them as options of iwm/train.py.
+
+    The machine should be idle otherwise.
+    """
+
+    recipe: str | None = None
+    """Recipe whose views and batch size are used (iwm/recipes.py). None: the paper's, A.1."""
+    scenario: str | None = None
+    """Row of table S2 that replaces the recipe's colour augmentations."""
+    shards: Path | None = None
+    """Folder of shards. None: the recipe's; without a recipe, generated shards as in mode `data`."""
+    split: str = "train"
+    """Split of the shards."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device of the pipeline."""
+    batch_size: Annotated[int | None, Range(min=1)] = None
+    """Batch size per process (images). None: the recipe's, divided by the processes, at most 256 (64 on a CPU)."""
+    processes: Annotated[int, Range(min=1)] = 1
+    """Number of training processes that will share this machine's cores (one per GPU)."""
+    model_rate: Annotated[float | None, Range(above=0)] = None
+    """On a GPU: training rate of one process (images/s), for which the decoder's share is chosen. None: measured."""
+    seconds: Annotated[float, Range(above=0)] = 1.0
+    """Duration of one measurement (seconds)."""
+    repeats: Annotated[int, Range(min=1)] = 5
+    """Number of measurements of each candidate."""
+    json: Path | None = None
+    """File for all results (JSON)."""
+
+
+class SettingSweep(NamedTuple):
+    """One setting and its candidates, in order of preference."""
+
+    setting: str
+    candidates: Sequence[int | float]
+    paced: bool = False
+    """True where the consumer pauses between batches for as long as a batch takes to make, as training does."""
+
+
+def run(options: TuneOptions, console: Console) -> dict[str, Any]:
+    """Measure, print a table per setting and the options, and return the results.
+
+    Raises BenchmarkError, ConfigError and ShardError.
+    """
+    check_ranges(options)
+    work = loader_setup(options, console)
+    chosen: dict[str, int | float] = {}
+    model = None
+    if work.device.type == "cuda":
+        width, height = usual_sides(work.folder, work.split)
+        chosen |= {"decoder_width_hint": width, "decoder_height_hint": height}
+        model = options.model_rate or model_rate(options.recipe or PAPER, work, console)
+    sweeps: list[dict[str, Any]] = []
+    for sweep in sweeps_for(work.device, work.cores):
+        if sweep.setting == SHARE and model is not None:
+            rates, value, why = decoder_share(work, sweep, chosen, model, options, console)
+        else:
+            rates = measured(work, sweep, chosen, options, console)
+            value, why = choose(rates)
+        chosen[sweep.setting] = value
+        sweeps.append({"setting": sweep.setting, "images_per_second": by_name(rates), "chosen": value, "why": why})
+        show(sweep, rates, value, why, console)
+    words = " ".join(f"--data.{name.replace('_', '-')} {value}" for name, value in chosen.items())
+    console.print(f"iwm/train.py {options.recipe or PAPER} {words}", soft_wrap=True, highlight=False)
+    return {
+        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()},
+        "shards": str(work.folder),
+        "batch_size": work.batch_size,
+        "model_rate": model,
+        "sweeps": sweeps,
+        "data": chosen,
+    }
+
+
+def loader_setup(options: TuneOptions, console: Console) -> LoaderSetup:
+    """Return the loader setup. Raises BenchmarkError or ConfigError for options that the machine cannot run."""
+    device = select_device(options.device, "--device")
+    config = lookup("--recipe", options.recipe, RECIPES)() if options.recipe else RECIPES[PAPER]()
+    if options.scenario:
+        config = with_scenario(config, options.scenario)
+    own = config.data.shards if options.recipe else None
+    folder = options.shards or own or generated_shards(console)
+    share = min(
+        config.data.micro_batch_size or config.data.global_batch_size,
+        config.data.global_batch_size // options.processes,
+    )
+    batch = options.batch_size or max(1, min(share, 256 if device.type == "cuda" else 64))
+    samples = load_manifest(folder, options.split).samples
+    if samples < batch:
+        raise BenchmarkError(f"--batch-size {batch}: {folder} has only {samples} images in '{options.split}'")
+    return LoaderSetup(folder, options.split, config.views, batch, device, loader_threads(device, options.processes))
+
+
+def sweeps_for(device: torch.device, cores: int) -> list[SettingSweep]:
+    """Return the sweeps in order. On a GPU the decoder's share is first, because it affects the CPU threads' work."""
+    threads = sorted({2**power for power in range(cores.bit_length()) if 2**power <= cores} | {cores})
+    decoder = [SettingSweep(SHARE, (1.0, 0.8, 0.65, 0.5, 0.0))] if device.type == "cuda" else []
+    return [
+        *decoder,
+        SettingSweep("num_threads", threads),
+        SettingSweep("prefetch_queue_depth", (1, 2, 3, 4), paced=True),
+    ]
+
+
+def measured(
+    work: LoaderSetup, sweep: SettingSweep, chosen: LoaderSettings, options: TuneOptions, console: Console
+) -> dict[int | float, list[float]]:
+    """Measure the images/s of each candidate, a value per turn, with the settings `chosen` so far."""
+    rates: dict[int | float, list[float]] = {value: [] for value in sweep.candidates}
+    pause = 0.0
+    if sweep.paced:
+        pause = work.batch_size / rate(work, {**chosen, sweep.setting: sweep.candidates[0]}, options.seconds, 0.0)
+    for turn in range(options.repeats):
+        for value, turns in rates.items():
+            with console.status(f"turn {turn + 1} of {options.repeats}: {sweep.setting} {value}"):
+                turns.append(rate(work, {**chosen, sweep.setting: value}, options.seconds, pause))
+    return rates
+
+
+def decoder_share(
+    work: LoaderSetup, sweep: SettingSweep, chosen: LoaderSettings, model: float, options: TuneOptions, console: Console
+) -> tuple[Rates, int | float, str]:
+    """Return the rates, the chosen share and the reason.
+
+    The other candidates are measured only if the first one is too slow.
+    """
+    rates = measured(work, sweep._replace(candidates=sweep.candidates[:1]), chosen, options, console)
+    if not enough(rates, model):
+        rates = measured(work, sweep, chosen, options, console)
+    return rates, *choose_share(rates, model)
+
+
+def by_name(rates: Rates) -> dict[str, list[float]]:
+    return {str(value): [round(rate, 1) for rate in turns] for value, turns in rates.items()}
+
+
+def show(sweep: SettingSweep, rates: Rates, value: int | float, why: str, console: Console) -> None:
+    paced = " with a consumer as slow as the pipeline" if sweep.paced else ""
+    table = Table(title=f"data.{sweep.setting}: images/s{paced}")
+    table.add_column("")
+    for column in ("median", "lowest", "highest"):
+        table.add_column(column, justify="right")
+    for candidate, turns in rates.items():
+        chosen = "← " if candidate == value else "  "
+        table.add_row(f"{chosen}{candidate}", *(f"{f(turns):.0f}" for f in (np.median, min, max)))
+    console.print(table)
+    console.print(why)
+
+
+Rates = Mapping[int | float, Sequence[float]]
+"""Images/s of each candidate, in order of preference, a value per turn."""
+
+NOISE_MARGIN = 0.02
+"""Relative difference below which two candidates count as equally fast."""
+
+HEADROOM = 1.3
+"""Ratio of the pipeline's rate alone to the model's from which training should not wait for data."""
+
+
+def choose(rates: Rates) -> tuple[int | float, str]:
+    """Return the first candidate that is about as fast as the fastest, and the reason.
+
+    This is the case if it is as fast in a quarter of the turns. A disturbance of a turn slows both, so a candidate that
+    is really slower is slower in nearly all turns.
+    """
+    fastest = max(rates, key=lambda value: float(np.median(rates[value])))
+
+    def share(value: int | float, percentile: float) -> float:
+        return float(np.percentile(np.divide(rates[value], rates[fastest]), percentile))
+
+    value = next(value for value in rates if share(value, 75) >= 1 - NOISE_MARGIN)
+    if value == fastest:
+        return value, f"{value} is the fastest, and none before it keeps up"
+    return value, f"{fastest} is the fastest; {value} keeps up, at {share(value, 50):.2f} of its speed in the median"
+
+
+def enough(rates: Rates, model: float) -> list[int | float]:
+    """Return the candidates whose median rate is at least HEADROOM times the model's."""
+    return [value for value, turns in rates.items() if float(np.median(turns)) >= HEADROOM * model]
+
+
+def choose_share(rates: Rates, model: float) -> tuple[int | float, str]:
+    """Return the largest share of the hardware decoder that is fast enough for the model, and the reason.
+
+    It is not always the fastest: images decoded in hardware do not use the cores and multiprocessors that training
+    uses. Where no share is fast enough, the choice is that of `choose`.
+    """
+    if fast := enough(rates, model):
+        value = max(fast)
+        times = float(np.median(rates[value])) / model
+        return (
+            value,
+            f"{value} is the largest share with {HEADROOM} times the model's {model:.0f} images/s ({times:.2f})",
+        )
+    value, why = choose(rates)
+    return value, f"none reaches {HEADROOM} times the model's {model:.0f} images/s; {why}"

@@ -1,0 +1,299 @@
+"""DALI pipelines of pretraining, downstream training and evaluation.
+
+- two_views: one crop and flip, then the photometric ops of target and source (paper, section 3 and A.1).
+- labelled_crops: crop and flip, then the ops of a downstream protocol (paper, A.2).
+- centre_crops: resized centre crops in order, for evaluation (paper, A.2).
+- segmentation_crops, full_images: images with masks, as random crops for training and whole for evaluation (A.2).
+
+With the same box, an image is resized linearly with antialiasing and its mask by nearest neighbour, so that their
+pixels correspond.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dali_pipelines import photometric, rand_augment
+from dali_pipelines.augmentations import (
+    MEAN_COLOUR,
+    NO_PHOTOMETRIC,
+    PHOTOMETRIC_FIELDS,
+    AugmentationError,
+    JitterImpl,
+    PhotometricConfig,
+    Views,
+    check_crop,
+)
+from dali_pipelines.dali import Pipeline, dali_math, fn, pipeline_def, types
+from dali_pipelines.decoder import GpuDecoder
+from dali_pipelines.geometry import Crop, Interpolation, decode_crop, decode_full, draw_crop, resize_box
+from dali_pipelines.photometric import Backend, DataNode, PhotometricParams
+from dali_pipelines.rand_augment import RandAugment
+from dali_pipelines.reader import DataSource, read
+
+
+@pipeline_def(enable_conditionals=True, exec_dynamic=True, enable_checkpointing=True)
+def two_views(
+    source: DataSource,
+    views: Views,
+    *,
+    backend: Backend,
+    shuffle_buffer: int,
+    shuffle_seed: int,
+    reader_prefetch: int,
+    decoder: GpuDecoder,
+) -> tuple[DataNode, ...]:
+    """Make the pipeline with outputs source and target (uint8 HWC), params (float32 [len(PARAMS)]), origin, and label.
+
+    The label exists only where the source has a label column. Origin and label are in CPU memory, the others in the
+    memory of `backend`.
+    """
+    encoded = read(source, shuffle_buffer=shuffle_buffer, seed=shuffle_seed, prefetch=reader_prefetch)
+    crop = draw_crop(encoded.jpeg, views.crop_scale, views.crop_ratio, views.flip_probability)
+    drawn_target = photometric.sample(views.target)
+    drawn_source = photometric.sample(views.source)
+    box = decode_crop(encoded.jpeg, crop, backend, decoder)
+    shared = photometric.prepare(resize_box(box, crop, views.size, backend), backend)
+    target_view = photometric.apply(shared, drawn_target, views.target, views.jitter_impl, backend)
+    source_view = photometric.apply(shared, drawn_source, views.source, views.jitter_impl, backend)
+    params = _params(crop, drawn_target, drawn_source)
+    if backend == "gpu":
+        params = params.gpu()
+    source_view, target_view = (photometric.contiguous(view, backend) for view in (source_view, target_view))
+    outputs = (source_view, target_view, params, encoded.sample_info)
+    return outputs if encoded.label is None else (*outputs, encoded.label)
+
+
+def _params(crop: Crop, target: PhotometricParams, source: PhotometricParams) -> DataNode:
+    """Stack all sampled parameters in the order of PARAMS."""
+    geometry = (crop.start[1], crop.start[0], crop.shape[1], crop.shape[0], crop.image_shape[1], crop.image_shape[0])
+    photometrics = (drawn.values[name] for drawn in (target, source) for name in PHOTOMETRIC_FIELDS)
+    return fn.stack(*(fn.cast(number, dtype=types.FLOAT) for number in (*geometry, crop.flip)), *photometrics)
+
+
+@dataclass(frozen=True)
+class CropSettings:
+    """Augmentations of labelled images in training. Defaults are those of the linear probe (paper, A.2)."""
+
+    size: int = 224
+    """Side of a crop (pixels)."""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Range of the crop area, as a share of the image (0 to 1)."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Range of the crop's aspect (width / height), sampled log-uniformly as in torchvision."""
+    flip_probability: float = 0.5
+    """Probability of a horizontal flip (0 to 1)."""
+    interpolation: Interpolation = "linear"
+    """Interpolation of the resize. timm, and MAE with it, uses `cubic` for finetuning."""
+    photometric: PhotometricConfig = NO_PHOTOMETRIC
+    """Photometric ops after the flip; the attentive probe uses those of pretraining's source view."""
+    jitter_impl: JitterImpl = "linear"
+    """Implementation of the jitter. A pretraining run has its own in views.jitter_impl."""
+    rand_augment: str | None = None
+    """timm's RandAugment string, for example `rand-m9-mstd0.5-inc1`, applied last. None disables it."""
+
+    def check(self) -> None:
+        """Raise AugmentationError, which names the field, where a value is out of range."""
+        check_crop(self.crop_scale, self.crop_ratio, self.flip_probability)
+        self.photometric.check()
+        if self.rand_augment is not None:
+            rand_augment.parse(self.rand_augment)
+
+
+def labelled_crops(source: DataSource, crops: CropSettings, **settings: Any) -> Pipeline:
+    """Make the pipeline with outputs images (uint8 HWC, in the memory of `backend`), origin and label (CPU memory).
+
+    `settings`: keywords of `_labelled_crops` and of every DALI pipeline. Raise AugmentationError for invalid settings,
+    and ValueError for a source without labels.
+    """
+    crops.check()
+    if source.component is None:
+        raise ValueError("labelled crops need the name of a label column")
+    layers = None if crops.rand_augment is None else rand_augment.parse(crops.rand_augment)
+    return _labelled_crops(source, crops, layers, **settings)
+
+
+@pipeline_def(enable_conditionals=True, exec_dynamic=True, enable_checkpointing=True)
+def _labelled_crops(
+    source: DataSource,
+    crops: CropSettings,
+    layers: RandAugment | None,
+    *,
+    backend: Backend,
+    shuffle_buffer: int,
+    shuffle_seed: int,
+    reader_prefetch: int,
+    decoder: GpuDecoder,
+) -> tuple[DataNode, ...]:
+    encoded = read(source, shuffle_buffer=shuffle_buffer, seed=shuffle_seed, prefetch=reader_prefetch)
+    crop = draw_crop(encoded.jpeg, crops.crop_scale, crops.crop_ratio, crops.flip_probability)
+    drawn = photometric.sample(crops.photometric)
+    box = decode_crop(encoded.jpeg, crop, backend, decoder)
+    shared = photometric.prepare(resize_box(box, crop, crops.size, backend, crops.interpolation), backend)
+    image = photometric.apply(shared, drawn, crops.photometric, crops.jitter_impl, backend)
+    if layers is not None:
+        drawn_layers = rand_augment.sample(layers)
+        image = rand_augment.apply(image, drawn_layers, layers.increasing, crops.size, crops.interpolation, backend)
+    return photometric.contiguous(image, backend), encoded.sample_info, encoded.label
+
+
+@pipeline_def(exec_dynamic=True)
+def centre_crops(
+    source: DataSource, size: int, *, backend: Backend, reader_prefetch: int, decoder: GpuDecoder
+) -> tuple[DataNode, ...]:
+    """Make the pipeline with outputs images (uint8 HWC, size×size), origin, and label where the source has one.
+
+    Resize the shorter side to ceil(size · 256 / 224), with antialiasing, and crop the centre. The boxes equal those of
+    torchvision's Resize and CenterCrop: sides are rounded down, margins are rounded to even.
+    """
+    encoded = read(source, shuffle_buffer=0, seed=0, prefetch=reader_prefetch)
+    sides = fn.peek_image_shape(encoded.jpeg, dtype=types.INT32)[:2]
+    resized = sides * math.ceil(size * 256 / 224) // dali_math.min(sides[0], sides[1])
+    image = decode_full(encoded.jpeg, backend, decoder)
+    image = fn.resize(image, size=fn.cast(resized, dtype=types.FLOAT))
+    surplus = resized - size
+    margin = (surplus + surplus // 2 % 2) // 2
+    image = fn.slice(image, start=margin, shape=[size, size], axes=[0, 1])
+    outputs = (image, encoded.sample_info)
+    return outputs if encoded.label is None else (*outputs, encoded.label)
+
+
+DISTORTION = PhotometricConfig(0.5, 32 / 255, 0.5, 0.5, 18 / 360, 0.0, 0.0, (0.1, 2.0), 0.0)
+"""Strengths of MMSegmentation's PhotoMetricDistortion, with this project's order and maths. There, each of the four ops
+is applied to half of the images independently; here, all four are applied to the same half."""
+
+LONGEST = 4
+"""Maximum of the resized longer side, as a multiple of the sampled shorter side."""
+
+
+@dataclass(frozen=True)
+class SegmentationCrops:
+    """Augmentations of images with masks in training. Defaults are MMSegmentation's for ViTs with UPerNet.
+
+    The image is resized so that its shorter side is `size` times a factor sampled from `scale`, and a square is cropped
+    at a random position. MMSegmentation's cat_max_ratio (sample another square where one class covers 75%) is not
+    implemented.
+    """
+
+    size: int = 224
+    """Side of a crop (pixels)."""
+    scale: tuple[float, float] = (0.5, 2.0)
+    """Range of the resized shorter side, as a multiple of `size`, sampled uniformly."""
+    flip_probability: float = 0.5
+    """Probability of a horizontal flip (0 to 1)."""
+    photometric: PhotometricConfig = DISTORTION
+    """Photometric ops of the image."""
+    jitter_impl: JitterImpl = "linear"
+    """Implementation of the jitter. A pretraining run has its own in views.jitter_impl."""
+    ignore_index: int = 255
+    """Class id (0 to 255, as in the shards) of pixels that are ignored; also used outside the image."""
+
+    def check(self) -> None:
+        """Raise AugmentationError, which names the field, where a value is out of range."""
+        if not 0 < self.scale[0] <= self.scale[1]:
+            raise AugmentationError("scale must be two increasing numbers above 0")
+        if not 0 <= self.flip_probability <= 1:
+            raise AugmentationError(f"flip_probability {self.flip_probability} must be from 0 to 1")
+        self.photometric.check()
+        if not 0 <= self.ignore_index <= 255:
+            raise AugmentationError(f"ignore_index {self.ignore_index} must be from 0 to 255")
+
+
+def segmentation_crops(source: DataSource, crops: SegmentationCrops, **settings: Any) -> Pipeline:
+    """Make the pipeline with outputs images (uint8 HWC), masks (uint8 HWC, one channel) and origin (CPU memory).
+
+    `settings`: keywords of `_segmentation_crops` and of every DALI pipeline. Images and masks are in the memory of its
+    `backend`. Raise AugmentationError for invalid settings.
+    """
+    crops.check()
+    return _segmentation_crops(source, crops, **settings)
+
+
+@pipeline_def(enable_conditionals=True, exec_dynamic=True, enable_checkpointing=True)
+def _segmentation_crops(
+    source: DataSource,
+    crops: SegmentationCrops,
+    *,
+    backend: Backend,
+    shuffle_buffer: int,
+    shuffle_seed: int,
+    reader_prefetch: int,
+    decoder: GpuDecoder,
+) -> tuple[DataNode, ...]:
+    encoded = read(source, shuffle_buffer=shuffle_buffer, seed=shuffle_seed, prefetch=reader_prefetch)
+    box = _draw_box(fn.peek_image_shape(encoded.jpeg, dtype=types.FLOAT)[:2], crops)
+    drawn = photometric.sample(crops.photometric)
+    image = _cut(decode_full(encoded.jpeg, backend, decoder), box, types.INTERP_LINEAR)
+    shared = photometric.prepare(image, backend)
+    image = photometric.apply(shared, drawn, crops.photometric, crops.jitter_impl, backend)
+    mask = _cut(_decode_mask(encoded.mask, backend), box, types.INTERP_NN)
+    return (
+        _padded(image, crops.size, MEAN_COLOUR),
+        _padded(mask, crops.size, (float(crops.ignore_index),)),
+        encoded.sample_info,
+    )
+
+
+@pipeline_def(exec_dynamic=True)
+def full_images(
+    source: DataSource, *, backend: Backend, reader_prefetch: int, decoder: GpuDecoder
+) -> tuple[DataNode, ...]:
+    """Make the pipeline with outputs images, masks and origin as in segmentation_crops, but at their full size."""
+    encoded = read(source, shuffle_buffer=0, seed=0, prefetch=reader_prefetch)
+    return decode_full(encoded.jpeg, backend, decoder), _decode_mask(encoded.mask, backend), encoded.sample_info
+
+
+def _decode_mask(png: DataNode, backend: Backend) -> DataNode:
+    """Decode the class ids, uint8 HWC of one channel. Always decode on the CPU: GPUs have no PNG decoder."""
+    mask = fn.decoders.image(png, output_type=types.GRAY)
+    return mask.gpu() if backend == "gpu" else mask
+
+
+class _Box(NamedTuple):
+    """Box of a crop in its image; each field is (y, x), FLOAT."""
+
+    start: DataNode
+    """First corner (pixels of the image); its x is above that of `end` where the crop is flipped."""
+    end: DataNode
+    """Opposite corner (pixels of the image)."""
+    shape: DataNode
+    """Size of the crop (pixels): at most size×size, and less where the resized image is smaller."""
+
+
+def _draw_box(sides: DataNode, crops: SegmentationCrops) -> _Box:
+    """Sample MMSegmentation's RandomResize, RandomCrop and RandomFlip for an image of size `sides` (height, width)."""
+    low, high = crops.scale
+    shorter = crops.size * (fn.random.uniform(range=[low, high]) if low < high else low)
+    shortest, longest = fn.reductions.min(sides), fn.reductions.max(sides)
+    resized = dali_math.max(1.0, _rounded(sides * dali_math.min(shorter / shortest, LONGEST * shorter / longest)))
+    shape = dali_math.min(resized, float(crops.size))
+    margin = resized - shape
+    place = dali_math.min(margin, dali_math.floor(fn.random.uniform(range=[0.0, 1.0], shape=[2]) * (margin + 1.0)))
+    start, end = place * sides / resized, (place + shape) * sides / resized
+    flip = fn.cast(fn.random.coin_flip(probability=crops.flip_probability), dtype=types.FLOAT)
+    across = types.Constant(np.array([0, 1], np.float32), device="cpu") * flip
+    return _Box(start + across * (end - start), end + across * (start - end), shape)
+
+
+def _rounded(number: DataNode) -> DataNode:
+    return dali_math.floor(number + 0.5)
+
+
+def _cut(image: DataNode, box: _Box, interp_type: types.DALIInterpType) -> DataNode:
+    return fn.resize(image, size=box.shape, roi_start=box.start, roi_end=box.end, interp_type=interp_type)
+
+
+def _padded(image: DataNode, size: int, fill: tuple[float, ...]) -> DataNode:
+    """Pad an image to size×size with `fill` below and to the right."""
+    return fn.slice(
+        image,
+        start=[0, 0],
+        shape=[size, size],
+        axes=[0, 1],
+        out_of_bounds_policy="pad",
+        fill_values=list(fill),
+    )

@@ -1,0 +1,56 @@
+"""Table of results as text, for the terminal, the page and Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class ResultTable:
+    """Title, column headings, cells and caption of one table."""
+
+    title: str
+    columns: list[str]
+    """Column headings, including that of the row names."""
+    rows: list[list[str]]
+    """Cells by row; the first cell is the row name."""
+    caption: str = ""
+    """First line: description of the values. Further lines: details, which the page folds."""
+
+    def rich(self) -> Table:
+        """Return the table for the terminal. Text is not parsed as markup: names may have colons or brackets."""
+        from rich.box import SIMPLE_HEAD
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(
+            title=Text(self.title, "table.title"),
+            caption=Text(self.caption, "table.caption") if self.caption else None,
+            caption_justify="left",
+            box=SIMPLE_HEAD,
+            pad_edge=False,
+        )
+        for i, column in enumerate(self.columns):
+            table.add_column(Text(column), justify="right" if i else "left", overflow="fold")
+        for row in self.rows:
+            table.add_row(*map(Text, row))
+        return table
+
+    def markdown(self) -> str:
+        lines = [self.columns, ["---"] * len(self.columns), *self.rows]
+        text = "\n".join(f"| {' | '.join(_without_bars(line))} |" for line in lines)
+        return f"**{self.title}.** {self.caption}\n\n{text}\n"
+
+
+def _without_bars(cells: Sequence[str]) -> list[str]:
+    return [cell.replace("|", "\\|") for cell in cells]
+
+
+def format_mean_stderr(score: Mapping[str, float], digits: int = 3, times: float = 1) -> str:
+    """Format a mean over images with its standard error; `times` is 100 for percent."""
+    return f"{times * score['mean']:.{digits}f}±{times * score['standard_error']:.{digits}f}"

@@ -1,0 +1,285 @@
+"""Pretrained model for inference: features of images, predictions under actions, classification, segmentation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Real, UInt8
+from torch import Tensor, nn
+
+from iwm.actions import ActionSpec, action_spec, make_action
+from iwm.config import Config, ConfigError
+from iwm.downstream.progress import TrainedHead
+from iwm.downstream.registry import lookup
+from iwm.downstream.restore import BACKBONE
+from iwm.downstream.study import PIXELS, SharedInputs, Trial
+from iwm.downstream.trials import pad_to_patches
+from iwm.export.folder import ExportedModel, Provenance, is_export_dir, read_export
+from iwm.models.attention import to_device
+from iwm.models.backbone import Backbone
+from iwm.models.encoder import Encoder
+from iwm.models.heads import upsample
+from iwm.models.predictor import Predictor
+from iwm.models.world_model import EncoderName, normalize_targets
+from iwm.training.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, resolve, run_dir_of
+from iwm.training.runtime import select_device
+
+
+class PretrainedModel(nn.Module):
+    """Encoder, predictor and an optional trained head, frozen and in evaluation mode.
+
+    `encoder` and `predictor` are ordinary modules: `model.requires_grad_()` makes them trainable. `predictor` is None
+    where the encoder was finetuned, and `head` is None where no head was exported. Images are uint8 [b, size, size, 3],
+    or float32 [b, 3, size, size] from 0 to 1, which are rounded to the 256 levels of training; `size` is the run's.
+    Images and actions are moved to the device of the parameters.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        predictor: Predictor | None,
+        config: Config,
+        which: EncoderName,
+        origin: Provenance,
+        head: TrainedHead | None = None,
+    ) -> None:
+        """Set the parts. head: description of a head; its trial is built with new parameters."""
+        super().__init__()
+        self.encoder, self.predictor = encoder, predictor
+        self.head = head
+        self.trial = lookup(head.protocol).build_trial(head, config, Backbone(encoder)) if head else None
+        self.config = config
+        self.action_spec: ActionSpec = action_spec(config.action, config.views)
+        self.encoder_name: EncoderName = which
+        self.origin = origin
+        self.requires_grad_(False).eval()
+
+    @property
+    def action_names(self) -> tuple[str, ...]:
+        """Names of the entries of an action; empty where the predictor takes no action (action.conditioning none)."""
+        return () if self.config.action.conditioning == "none" else self.action_spec.names
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters."""
+        return self.encoder.pos_embed.device
+
+    def features(self, images: Tensor) -> Float[Tensor, "b n d"]:
+        """Return the features of all patches in row-major order.
+
+        Raises ConfigError for images of another size, shape or range.
+        """
+        encoded: Tensor = self.encoder(self._images(images))
+        return encoded
+
+    def pooled(self, images: Tensor) -> Float[Tensor, "b d"]:
+        """Return the mean of each image's patch features. Raises ConfigError as `features` does."""
+        return self.features(images).mean(dim=1)
+
+    def targets(self, images: Tensor) -> Float[Tensor, "b n d"]:
+        """Return the features in the space of predictions: layer-normalised if the run's loss did so.
+
+        Predictions approximate the teacher's targets. The student's features are only similar to them.
+        """
+        return normalize_targets(self.features(images), self.config.loss)
+
+    def action(self, *, undo: Sequence[str] = (), apply: Sequence[str] = (), **changes: float) -> Float[Tensor, "k"]:
+        """Return the action from a source without jitter: `action(brightness=+0.2, hue=0.05, undo=("grayscale",))`.
+
+        changes: differences of the jitter factors (+0.2 changes a brightness of 1 to 1.2), hue in turns. undo: ops that
+        the source has and the target has not. apply: ops that the target has (runs with a destructive target). Without
+        arguments: the null action. Raises ConfigError for names and values that did not occur in the run's training.
+        """
+        return make_action(self.config, self.action_spec, changes, undo, apply).to(self.device)
+
+    def predict(self, images: Tensor, action: Tensor | None = None) -> Float[Tensor, "b n d"]:
+        """Return the predicted target features (see `targets`) of the images after an action.
+
+        action: [k] for all images, or [b, k]; one image with several actions is predicted under each of them. None: the
+        null action, the only one where action.conditioning is none. Raises ConfigError for an action or images that do
+        not fit.
+        """
+        if self.predictor is None:
+            raise ConfigError(
+                "predict: this model's encoder was finetuned, so the predictor does not fit it; export the run "
+                "without --head to predict"
+            )
+        context = self.features(images)
+        actions = self._actions(action)
+        b = max(len(context), len(actions))
+        if len(context) not in (1, b) or len(actions) not in (1, b):
+            raise ConfigError(
+                f"predict: {len(actions)} actions for {len(context)} images; give one action, or one per image"
+            )
+        predicted: Tensor = self.predictor.predict_image(context.expand(b, -1, -1), actions.expand(b, -1))
+        return predicted
+
+    @property
+    def tasks(self) -> dict[str, tuple[str, ...]]:
+        """Class names by number of each task. Empty without a head."""
+        return {name: task.classes for name, task in self.head.tasks.items()} if self.head else {}
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names by number; for masks their ids. Raises ConfigError unless there is exactly one task."""
+        if len(self.tasks) > 1:
+            raise ConfigError(f"classes: this model has several tasks; use model.tasks[{next(iter(self.tasks))!r}]")
+        self._require_trial("classes")
+        return next(iter(self.tasks.values()))
+
+    def classify(self, images: Tensor, task: str | None = None) -> Float[Tensor, "b c"]:
+        """Return the logits of all classes (`classes`, or `tasks[task]` where the model has several tasks).
+
+        Raises ConfigError without a classification head, for an unknown task, and for images as `features` does.
+        """
+        trial = self._require_trial("classify", segments=False)
+        names = list(self.tasks)
+        if task is None and len(names) == 1:
+            task = names[0]
+        if task not in names:
+            raise ConfigError(
+                f"classify: give the task, for example task={names[0]!r}; this model has {', '.join(names)}"
+            )
+        shared = self._shared(self._images(images))
+        return trial.logits(shared, names.index(task)).float()
+
+    def segment(self, images: Tensor) -> Float[Tensor, "b c h w"]:
+        """Return the logits of all classes for every pixel; `.argmax(1)` gives class numbers (`classes`).
+
+        Images may have any size. Raises ConfigError without a segmentation head, and for images of another shape or
+        range.
+        """
+        trial = self._require_trial("segment", segments=True)
+        images = self._images(images, any_size=True)
+        height, width = images.shape[1:3]
+        padded = pad_to_patches(images, self.config.encoder.patch_size)
+        logits = trial.logits(self._shared(padded), 0).float()
+        return upsample(logits, padded.shape[1:3])[:, :, :height, :width]
+
+    def _require_trial(self, method: str, segments: bool | None = None) -> Trial:
+        """Return the trained trial. Raises ConfigError without a head, or for a head of the other kind."""
+        if self.trial is None or self.head is None:
+            raise ConfigError(
+                f"{method}: this model has no head; train one and export it with python tools/export.py RUN OUT "
+                "--head RUN/eval/linear"
+            )
+        if segments is not None and self.head.segments != segments:
+            available = "segment" if self.head.segments else "classify"
+            raise ConfigError(f"{method}: this model's head is for {self.head.protocol}; call {available}")
+        return self.trial
+
+    def _shared(self, images: Real[Tensor, "b h w 3"]) -> SharedInputs:
+        """Return the trial's inputs: the images, and features where the encoder is not part of the trial."""
+        assert self.head is not None  # checked by _require_trial
+        return (
+            {PIXELS: images} if self.predictor is None else {PIXELS: images, self.head.features: self.encoder(images)}
+        )
+
+    def _actions(self, action: Tensor | None) -> Float[Tensor, "b k"]:
+        size = self.action_spec.size
+        if action is None:
+            return torch.zeros(1, size, device=self.device)
+        if not self.action_names:
+            raise ConfigError("predict: this model was trained with action.conditioning none; omit the action")
+        if action.ndim not in (1, 2) or action.shape[-1] != size or not action.is_floating_point():
+            raise ConfigError(
+                f"predict: {action.dtype} {list(action.shape)}; an action is float [{size}] or [b, {size}] "
+                f"({', '.join(self.action_names)}); make it with model.action(...)"
+            )
+        return action.reshape(-1, size).to(self.device, torch.float32)
+
+    def _images(self, images: Tensor, any_size: bool = False) -> UInt8[Tensor, "b h w 3"]:
+        size = self.config.views.size
+        channel_axis, first_axis = {torch.uint8: (3, 1), torch.float32: (1, 2)}.get(images.dtype, (0, 0))
+        sides = tuple(images.shape[first_axis : first_axis + 2])
+        valid_size = min(sides, default=0) > 0 if any_size else sides == (size, size)
+        if channel_axis == 0 or images.ndim != 4 or images.shape[channel_axis] != 3 or not valid_size:
+            sides_text = "h, w" if any_size else f"{size}, {size}"
+            raise ConfigError(
+                f"images: {images.dtype} {list(images.shape)}; this model takes torch.uint8 [b, {sides_text}, 3] or "
+                f"torch.float32 [b, 3, {sides_text}] from 0 to 1"
+            )
+        if images.dtype == torch.float32:
+            if not bool(((images >= 0) & (images <= 1)).all()):
+                raise ConfigError(
+                    "images: values are outside 0 to 1 or NaN; give float images from 0 to 1 that are not normalised"
+                )
+            images = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+        return images.to(self.device).contiguous()
+
+
+def load_model(
+    path: Path | str, device: torch.device | str = "cpu", encoder: EncoderName | None = None
+) -> PretrainedModel:
+    """Load a run's newest checkpoint, one checkpoint file, or a folder that tools/export.py wrote.
+
+    encoder: `teacher` (EMA target encoder) or `student` (context encoder). Default: the teacher; for an exported folder
+    the encoder that it contains. Raises CheckpointError for a missing, damaged or other file, and ConfigError for an
+    unavailable device.
+    """
+    path, device = Path(path), torch.device(device)
+    select_device(device.type, "device")
+    if path.suffix == ".safetensors":
+        raise CheckpointError(f"{path} is one file of an exported model; give its folder, {path.parent}")
+    if is_export_dir(path):
+        exported = read_export(path)
+        if encoder not in (None, exported.encoder_name):
+            raise CheckpointError(
+                f"{path} contains only the {exported.encoder_name} encoder; export the {encoder} encoder too"
+            )
+    elif path.is_dir() and not list_checkpoints(path):
+        raise CheckpointError(
+            f"{path} is neither a run's folder (it has no checkpoints/step-*.pt) nor an exported model"
+        )
+    else:
+        exported = read_checkpoint(path, encoder or "teacher")
+    return build_model(exported, path, device)
+
+
+def read_checkpoint(path: Path, which: EncoderName) -> ExportedModel:
+    """Return the exported content of a checkpoint, or of a run's newest one, without a head.
+
+    Raises CheckpointError as `load_checkpoint` does.
+    """
+    file = resolve(path)
+    content = load_checkpoint(file)
+    name = f"{run_dir_of(file.resolve()).name}/{file.name}"
+    encoder = "target_encoder." if which == "teacher" else "encoder."
+    return ExportedModel(
+        config=content.config,
+        encoder_name=which,
+        origin=Provenance(name, content.step, content.samples),
+        encoder=_with_prefix(encoder, content.model),
+        predictor=_with_prefix("predictor.", content.model),
+    )
+
+
+def _with_prefix(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def build_model(exported: ExportedModel, path: Path, device: torch.device) -> PretrainedModel:
+    """Build the model and load its tensors. Raises CheckpointError, naming `path`, where they do not fit."""
+    config, head = exported.config, exported.head
+    encoder = Encoder(config.encoder, config.views.size)
+    predictor = Predictor(config, action_spec(config.action, config.views).size) if exported.predictor else None
+    model = PretrainedModel(encoder, predictor, config, exported.encoder_name, exported.origin, head)
+    _load_strict(encoder, exported.encoder, "encoder", path)
+    if predictor is not None and exported.predictor is not None:
+        _load_strict(predictor, exported.predictor, "predictor", path)
+    if model.trial is not None:
+        finetuned = exported.encoder if head is not None and lookup(head.protocol).finetunes_encoder(head) else {}
+        backbone = {f"{BACKBONE}{name}": tensor for name, tensor in finetuned.items()}
+        _load_strict(model.trial, exported.trained | backbone, "head", path)
+    to_device(model, device, config.train.attention_impl)
+    return model
+
+
+def _load_strict(part: nn.Module, tensors: Mapping[str, Tensor], name: str, path: Path) -> None:
+    try:
+        part.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
+        details = " ".join(str(error).split())
+        raise CheckpointError(f"{path}: the {name} does not fit the configuration ({details})") from error

@@ -1,0 +1,211 @@
+"""External encoders, loaded strictly from their published files (paper, tables 4, 5, 8, S1, S5)."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from iwm.models.encoder import IMAGENET_MEAN, IMAGENET_STD
+from iwm.models.external.formats import FORMATS, ExternalCheckpointError, NoDecoderError, State, find_encoder, read_file
+from iwm.models.external.vit import ExternalEncoder, MaeDecoder
+from iwm.models.layers import resample_positions
+
+__all__ = ["FORMATS", "ExternalCheckpointError", "ExternalEncoder", "MaeDecoder", "NoDecoderError", "load_external"]
+
+HEADS: dict[str, dict[int, int]] = {
+    "mae": {768: 12, 1024: 16, 1280: 16},
+    "ijepa": {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16},
+    "moco_v3": {384: 12, 768: 12, 1024: 16, 1280: 16},
+    "dino": {192: 3, 384: 6, 768: 12},
+    "ibot": {192: 3, 384: 6, 768: 12, 1024: 16},
+}
+"""Published number of attention heads by width, which a ViT's tensors alone do not determine."""
+DECODER_HEADS = {512: 16}
+"""Published number of heads of MAE's decoder by width."""
+
+
+def load_external(
+    kind: str,
+    path: Path | str | None,
+    *,
+    name: str | None = None,
+    image_size: int | None = None,
+    heads: int | None = None,
+    decoder: bool = False,
+    decoder_heads: int | None = None,
+) -> ExternalEncoder:
+    """Load a published encoder, frozen and in evaluation mode, on the CPU.
+
+    kind: mae, ijepa, moco_v3, dino or ibot, from the published file (formats.py); or `timm`: the timm ViT `name`, from
+    a file of its parameters or, with path None, from timm's pretrained weights (downloaded).
+    image_size: side (pixels); for sizes other than the published one, positions are interpolated (bicubic).
+    heads, decoder_heads: number of heads, for widths that were never published. decoder: also load MAE's decoder.
+
+    Raises ExternalCheckpointError for a file of another kind (which the message names), for missing, superfluous or
+    misshapen tensors (which it lists), and for options that the kind does not support; its subclass NoDecoderError for
+    `decoder` with a file that has none.
+    """
+    if decoder and kind != "mae":
+        raise ExternalCheckpointError(f"only mae has a decoder, {kind} has none")
+    if kind == "timm":
+        return _frozen(_load_timm(name, path, image_size))
+    if kind not in FORMATS:
+        raise ExternalCheckpointError(f"kind '{kind}' does not exist; use one of {', '.join(FORMATS)}, timm")
+    if path is None or name is not None:
+        raise ExternalCheckpointError(f"{kind} is loaded from its own file (path); a name is for kind timm")
+    path = Path(path)
+    state = find_encoder(kind, read_file(path), path)
+    decoder_keys = (
+        {key for key in state if key == "mask_token" or key.startswith("decoder_")} if kind == "mae" else set()
+    )
+    encoder_state = {key: value for key, value in state.items() if key not in decoder_keys}
+    vit = _published_vit(kind, encoder_state, path, image_size, heads)
+    if not decoder:
+        return _frozen(ExternalEncoder(kind, vit, IMAGENET_MEAN, IMAGENET_STD))
+    if not decoder_keys:
+        raise NoDecoderError(f"{path} holds MAE's encoder alone; files with the decoder are mae_visualize_vit_*.pth")
+    mae_decoder = _decoder({key: state[key] for key in decoder_keys}, vit, path, decoder_heads)
+    return _frozen(ExternalEncoder(kind, vit, IMAGENET_MEAN, IMAGENET_STD, mae_decoder))
+
+
+def _frozen(encoder: ExternalEncoder) -> ExternalEncoder:
+    return encoder.requires_grad_(False).eval()
+
+
+def _published_vit(kind: str, state: State, path: Path, image_size: int | None, heads: int | None) -> VisionTransformer:
+    """Return a ViT with the width, depth, patch size and tensors of the file."""
+    class_token = kind != "ijepa"
+    width, _, patch, _ = _shape(state, "patch_embed.proj.weight", 4, path)
+    hidden, _ = _shape(state, "blocks.0.mlp.fc1.weight", 2, path)
+    grid = _grid(state, "pos_embed", int(class_token), path)
+    vit = VisionTransformer(
+        img_size=_size(image_size or grid * patch, patch),
+        patch_size=patch,
+        embed_dim=width,
+        depth=_depth(state, "blocks"),
+        num_heads=_heads(heads, HEADS[kind], width, "heads", path),
+        mlp_ratio=(hidden + 0.5) / width,  # timm rounds ratio · width down; the added half keeps the exact width
+        class_token=class_token,
+        global_pool="token" if class_token else "avg",
+        fc_norm=False,
+        num_classes=0,
+        weight_init="skip",
+    )
+    state = {**state, "pos_embed": _resampled(state["pos_embed"], grid, vit.patch_embed.grid_size[0], int(class_token))}
+    _load_strictly(vit, state, path)
+    return vit
+
+
+def _decoder(state: State, vit: VisionTransformer, path: Path, heads: int | None) -> MaeDecoder:
+    width, _ = _shape(state, "decoder_embed.weight", 2, path)
+    hidden, _ = _shape(state, "decoder_blocks.0.mlp.fc1.weight", 2, path)
+    grid, new_grid = _grid(state, "decoder_pos_embed", 1, path), vit.patch_embed.grid_size[0]
+    decoder = MaeDecoder(
+        width=vit.embed_dim,
+        own_width=width,
+        depth=_depth(state, "decoder_blocks"),
+        heads=_heads(heads, DECODER_HEADS, width, "decoder_heads", path),
+        hidden=hidden,
+        grid=new_grid,
+        pixels=3 * vit.patch_embed.patch_size[0] ** 2,
+    )
+    positions = _resampled(state["decoder_pos_embed"], grid, new_grid, 1)
+    _load_strictly(decoder, {**state, "decoder_pos_embed": positions}, path)
+    return decoder
+
+
+def _load_timm(name: str | None, path: Path | str | None, image_size: int | None) -> ExternalEncoder:
+    if name is None or not timm.is_model(name):
+        raise ExternalCheckpointError(
+            f"kind timm needs the name of a timm ViT, such as vit_base_patch16_224; '{name}' is not one"
+        )
+    if path is None and not timm.get_pretrained_cfg(name).has_weights:
+        raise ExternalCheckpointError(f"timm has no pretrained weights for {name}; give a file (path)")
+    options: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
+    try:
+        vit = timm.create_model(name, pretrained=path is None, num_classes=0, **options)
+    except (OSError, RuntimeError, TypeError) as error:
+        detail = " ".join(str(error).split())[:300]
+        raise ExternalCheckpointError(
+            f"timm could not create {name} ({detail}); give a file, or another image_size"
+        ) from error
+    if not isinstance(vit, VisionTransformer):
+        raise ExternalCheckpointError(f"{name} is a timm {type(vit).__name__}, not a VisionTransformer")
+    if path is not None:
+        path = Path(path)
+        content = read_file(path)
+        # A classifier's head is not part of the encoder.
+        state = {key: value for key, value in content.items() if not str(key).startswith("head.")}
+        if vit.pos_embed is not None:
+            prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
+            grid = _grid(state, "pos_embed", prefix, path)
+            state["pos_embed"] = _resampled(state["pos_embed"], grid, vit.patch_embed.grid_size[0], prefix)
+        _load_strictly(vit, state, path)
+    return ExternalEncoder("timm", vit, vit.pretrained_cfg["mean"], vit.pretrained_cfg["std"])
+
+
+def _resampled(positions: Tensor, grid: int, new_grid: int, prefix: int) -> Tensor:
+    return resample_positions(positions.float(), (grid, grid), (new_grid, new_grid), prefix)
+
+
+def _load_strictly(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    found = {key: tuple(value.shape) if isinstance(value, Tensor) else () for key, value in state.items()}
+    problems = [f"{key} is missing" for key in expected if key not in found]
+    problems += [f"{key} is superfluous" for key in found if key not in expected]
+    problems += [
+        f"{key} is {list(found[key])}, not {list(shape)}"
+        for key, shape in expected.items()
+        if key in found and found[key] != shape
+    ]
+    if problems:
+        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ExternalCheckpointError(f"{path} does not fit: {'; '.join(problems[:3])}{more}")
+    module.load_state_dict(state, strict=True)
+
+
+def _shape(state: Mapping[str, Any], key: str, dimensions: int, path: Path) -> tuple[int, ...]:
+    if key not in state:
+        raise ExternalCheckpointError(f"{path} does not fit: {key} is missing")
+    if not isinstance(state[key], Tensor) or state[key].ndim != dimensions:
+        raise ExternalCheckpointError(f"{path} does not fit: {key} is not a tensor of {dimensions} dimensions")
+    return tuple(state[key].shape)
+
+
+def _grid(state: Mapping[str, Any], key: str, prefix: int, path: Path) -> int:
+    """Return the number of patches along a side of the image that the positions were made for."""
+    count = _shape(state, key, 3, path)[1] - prefix
+    grid = math.isqrt(max(count, 0))
+    if grid == 0 or grid**2 != count:
+        raise ExternalCheckpointError(f"{path} does not fit: {key} has {count} positions, which is not a square number")
+    return grid
+
+
+def _depth(state: Mapping[str, Any], blocks: str) -> int:
+    numbers = (re.match(rf"{blocks}\.(\d+)\.", key) for key in state)
+    return 1 + max(int(number[1]) for number in numbers if number)
+
+
+def _heads(given: int | None, published: Mapping[int, int], width: int, option: str, path: Path) -> int:
+    heads = given or published.get(width)
+    if heads is None:
+        widths = ", ".join(map(str, published))
+        raise ExternalCheckpointError(
+            f"{path}: a width of {width} was never published (known: {widths}); set {option}=..."
+        )
+    if width % heads:
+        raise ExternalCheckpointError(f"{option}={heads} does not divide the width {width} of {path}")
+    return heads
+
+
+def _size(image_size: int, patch: int) -> int:
+    if image_size % patch:
+        raise ExternalCheckpointError(f"image_size {image_size} is not a multiple of the patch size, {patch} px")
+    return image_size

@@ -1,0 +1,110 @@
+"""Model FLOPs utilisation (MFU): analytic FLOPs of training, and measured FLOP/s of a matrix product."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from iwm.actions import action_spec
+from iwm.compat import synchronize
+from iwm.config import Config
+from iwm.masking import mask_buffer_sizes, token_statistics
+from iwm.models.predictor import CONDITIONING
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations per image of one training step, attention included; a multiply-add counts as two.
+
+    Padding is not counted. The backward pass counts twice the forward pass; the target encoder has none.
+    """
+
+    context_encoder: float
+    target_encoder: float
+    predictor: float
+
+    @property
+    def total(self) -> float:
+        return self.context_encoder + self.target_encoder + self.predictor
+
+
+def training_flops(config: Config, visible: float | None = None) -> Flops:
+    """Compute the training FLOPs per image. visible: mean number of visible patches; None: that of `config`'s masks."""
+    n = config.grid_size**2
+    e = config.encoder
+    visible = token_statistics(config.masking, config.grid_size).visible if visible is None else visible
+    context = 3 * transformer_flops(visible, e.embed_dim, e.depth, e.mlp_ratio) + 2 * embedding_flops(config, visible)
+    teacher = transformer_flops(n, e.embed_dim, e.depth, e.mlp_ratio) + embedding_flops(config, n)
+    if config.masking.type == "ijepa":
+        low, high = config.masking.block_scale
+        passes, tokens = config.masking.num_blocks, visible + n * (low + high) / 2
+    else:
+        passes, tokens = 1, n
+    predictor = 3 * passes * predictor_flops(config, visible, tokens)
+    return Flops(context, teacher, predictor)
+
+
+def transformer_flops(tokens: float, width: int, depth: int, mlp_ratio: float) -> float:
+    """Compute the FLOPs of one sequence's forward pass: projections and MLP, then the two products of attention."""
+    per_token = 2 * width * width * (4 + 2 * mlp_ratio)
+    return depth * (tokens * per_token + 4 * tokens * tokens * width)
+
+
+def embedding_flops(config: Config, tokens: float) -> float:
+    """Compute the FLOPs of the patch embedding's forward pass.
+
+    Its input needs no gradient, so training costs twice this number, not three times.
+    """
+    return 2 * tokens * 3 * config.encoder.patch_size**2 * config.encoder.embed_dim
+
+
+def predictor_flops(config: Config, visible: float, tokens: float) -> float:
+    """Compute the FLOPs of the predictor's forward pass: input projection, conditioning, blocks, output projection."""
+    p, encoder_width = config.predictor, config.encoder.embed_dim
+    k = action_spec(config.action, config.views).size
+    conditioning = CONDITIONING[config.action.conditioning]
+    flops = transformer_flops(tokens + conditioning.num_tokens(k), p.embed_dim, p.depth, p.mlp_ratio)
+    flops += 2 * (visible + tokens) * p.embed_dim * encoder_width
+    return flops + conditioning.flops(p.embed_dim, k, config.grid_size**2)
+
+
+@dataclass(frozen=True)
+class TokenRatio:
+    """Ratio of the tokens that a compiled step processes to the tokens needed; the excess above 1 is padding."""
+
+    context_encoder: float
+    predictor: float
+    step: float
+    """Ratio over all three parts together; the target encoder has no padding."""
+
+
+def token_ratio(config: Config, images: int) -> TokenRatio:
+    """Compute the ratios for passes of `images` per process. Eager steps have no padding, so theirs are 1."""
+    n, separate = config.grid_size**2, config.masking.type == "ijepa"
+    tokens, buffers = (
+        token_statistics(config.masking, config.grid_size),
+        mask_buffer_sizes(config.masking, config.grid_size, 0, images),
+    )
+    context, needed = buffers.context.tokens / images, tokens.predicted if separate else n
+    predictor = buffers.rows.tokens / images if separate else n
+    step = (context + n + predictor) / (tokens.visible + n + needed)
+    return TokenRatio(context / tokens.visible, predictor / needed, step)
+
+
+def measure_matmul_flops(device: torch.device, precision: str, size: int | None = None, repeats: int = 5) -> float:
+    """Measure the FLOP/s of a square matrix product in the run's precision; return the median of `repeats`."""
+    size = size or (8192 if device.type == "cuda" else 2048)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    # A separate generator: sampling from torch's global one would change the random values of the calling run.
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
+    seconds = []
+    for _ in range(repeats + 1):
+        synchronize(device)
+        start = time.perf_counter()
+        a @ b
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / sorted(seconds[1:])[repeats // 2]

@@ -1,0 +1,243 @@
+"""Training state: built at step 0 or resumed from the run's newest checkpoint."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dali_pipelines.decoder import GpuDecoder
+from dali_pipelines.loader import LoaderStateError, ViewLoader
+from iwm.config import Config, ConfigError, config_diff, split_changes
+from iwm.models.world_model import WorldModel
+from iwm.training import checkpoint as checkpoints
+from iwm.training.checkpoint import Checkpoint, load_newest
+from iwm.training.cuda_graph import gradient_for
+from iwm.training.distributed import DistEnv, loader_threads
+from iwm.training.optim import Schedules, build_optimizer, build_schedules, load_optimizer_state, optimizer_state_dict
+from iwm.training.parallel import full_tensor, parallelize
+from iwm.training.step import Gradient
+
+
+@dataclass
+class TrainState:
+    """All objects of a training run. Only `step`, `samples` and `skipped` change during training."""
+
+    config: Config
+    run: Path
+    dist: DistEnv
+    loader: ViewLoader
+    loader_seed: int
+    micro_batch: int
+    """Images per process and pass."""
+    accumulation: int
+    """Passes per optimiser step (gradient accumulation)."""
+    model: WorldModel
+    gradient: Gradient
+    optimizer: torch.optim.Optimizer
+    schedules: Schedules
+    startup_messages: list[str]
+    """Lines to print before the first step."""
+    step: int = 0
+    """Number of completed optimiser steps."""
+    samples: int = 0
+    """Number of images trained on, over all processes."""
+    skipped: int = 0
+    """Number of steps skipped because of a non-finite gradient."""
+
+
+def build_train_state(config: Config, run: Path, dist: DistEnv) -> TrainState:
+    """Build the training state; resume from the newest checkpoint in `run` if there is one.
+
+    Raises ConfigError, ShardError and CheckpointError for errors that the user can fix.
+    """
+    torch.manual_seed(config.train.seed)
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    data = config.data
+    names = ("data.global_batch_size", "data.micro_batch_size")
+    micro_batch, accumulation = split_batch(data.global_batch_size, data.micro_batch_size, dist.size, names)
+    start, changes = find_resume_checkpoint(run, config)
+    loader, seed, restart = _open_loader(config, dist, micro_batch, start)
+    model = WorldModel(config).setup(dist.device, compiled=config.train.compile)
+    if start is not None:
+        model.load_state_dict(start.model, strict=True)
+    attention = ", ".join(f"{part} {kernel}" for part, kernel in model.attention_kernels().items())
+    wrapped = parallelize(model, dist, accumulation)
+    gradient, issued = gradient_for(model, wrapped, dist)
+    optimizer, kernels = build_optimizer(model, config.optim, dist.device)
+    if start is not None:
+        load_optimizer_state(optimizer, start.optimizer)
+        checkpoints.set_rng_state(start.rng)
+    schedules = build_schedules(config, max(1, loader.steps_per_epoch // accumulation))
+    encoder, predictor = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (model.encoder, model.predictor))
+    messages = [
+        f"{run}: {schedules.steps:,} steps of {config.data.global_batch_size} images ({dist.size} processes × "
+        f"{micro_batch} images × {accumulation} passes) on {dist.device.type}, {config.train.precision}, {kernels}",
+        f"{loader.samples_per_epoch:,} images in {config.data.shards} '{config.data.train}'; context encoder "
+        f"{encoder:.2f} M parameters, predictor {predictor:.2f} M, {config.action.conditioning} conditioning",
+        f"attention: {attention} (torch {torch.__version__}); forward and backward passes {issued}",
+        *(f"changed since the last checkpoint: {change}" for change in changes),
+        *restart,
+        *([f"resuming from step {start.step:,} ({start.samples:,} images seen)"] if start is not None else []),
+    ]
+    return TrainState(
+        config=config,
+        run=run,
+        dist=dist,
+        loader=loader,
+        loader_seed=seed,
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        model=model,
+        gradient=gradient,
+        optimizer=optimizer,
+        schedules=schedules,
+        startup_messages=messages,
+        step=start.step if start is not None else 0,
+        samples=start.samples if start is not None else 0,
+        skipped=start.skipped if start is not None else 0,
+    )
+
+
+def split_batch(batch: int, most: int | None, processes: int, names: tuple[str, str]) -> tuple[int, int]:
+    """Return images per process and pass (at most `most`), and passes per step.
+
+    names: options of batch size and micro-batch size. Raises ConfigError where the batch cannot be split evenly.
+    """
+    if batch % processes:
+        raise ConfigError(
+            f"{names[0]} {batch} cannot be split over {processes} processes; choose a multiple of {processes}"
+        )
+    share = batch // processes
+    micro_batch = min(share, most or share)
+    if share % micro_batch:
+        raise ConfigError(
+            f"{names[1]} {most} does not divide the {share} images per step and process; choose a divisor of {share}"
+        )
+    return micro_batch, share // micro_batch
+
+
+LOADER_RESET_FIELDS = {"batch_size", "world_size", "rank", "device", "dali"}
+"""Loader settings that may change on resume; the epoch restarts."""
+
+
+def _open_loader(
+    config: Config, dist: DistEnv, micro_batch: int, start: Checkpoint | None
+) -> tuple[ViewLoader, int, list[str]]:
+    """Return the pipeline, its seed, and a message if the epoch restarts.
+
+    The pipeline resumes in mid-epoch where the checkpoint's loader state fits. Raises LoaderStateError where the
+    checkpoint was trained on other data.
+    """
+
+    def open_with(seed: int, state: dict[str, Any] | None) -> ViewLoader:
+        return ViewLoader(
+            config.data.shards,
+            config.data.train,
+            config.views,
+            batch_size=micro_batch,
+            seed=seed,
+            device=dist.device,
+            rank=dist.rank,
+            world_size=dist.size,
+            num_threads=config.data.num_threads or loader_threads(dist.device, dist.local_size),
+            prefetch_queue_depth=config.data.prefetch_queue_depth,
+            decoder=GpuDecoder(
+                config.data.hw_decoder_load, config.data.decoder_width_hint, config.data.decoder_height_hint
+            ),
+            state=state,
+        )
+
+    if start is None:
+        return open_with(config.train.seed, None), config.train.seed, []
+    states = start.loader["ranks"]
+    try:
+        seed = start.loader["seed"]
+        return open_with(seed, states[dist.rank if dist.rank < len(states) else 0]), seed, []
+    except LoaderStateError as error:
+        if not error.different <= LOADER_RESET_FIELDS:
+            raise
+        seed = config.train.seed + start.samples
+        change = f"{error}; a new epoch begins, in a new order, after the {start.samples:,} images seen"
+        return open_with(seed, None), seed, [change]
+
+
+def to_checkpoint(state: TrainState) -> Checkpoint:
+    """Return the current state as a checkpoint. Every process must call this, as each has its own pipeline state."""
+    return Checkpoint(
+        config=state.config,
+        step=state.step,
+        samples=state.samples,
+        skipped=state.skipped,
+        model={name: full_tensor(value) for name, value in state.model.state_dict().items()},
+        optimizer=optimizer_state_dict(state.optimizer),
+        rng=checkpoints.rng_state(),
+        loader={
+            "seed": state.loader_seed,
+            "ranks": state.dist.gather(state.loader.state_dict()),
+        },
+        versions=checkpoints.versions(),
+    )
+
+
+RESUMABLE_CHANGES = (
+    "data.shards",
+    "data.num_threads",
+    "data.prefetch_queue_depth",
+    "data.hw_decoder_load",
+    "data.decoder_",
+    "data.micro_batch_size",
+    "optim.implementation",
+    "train.device",
+    "train.num_threads",
+    "train.compile",
+    "train.activation_checkpointing",
+    "train.parallel",
+    "train.cuda_graph",
+    "train.priority_stream",
+    "train.deterministic",
+    "log.",
+)
+"""Fields that may change on resume, in the form of config.split_changes. They do not affect the trained model."""
+
+
+@contextmanager
+def run_lock(run: Path, option: str = "--run-dir") -> Iterator[None]:
+    """Lock a run folder against other processes that train in it.
+
+    Raises ConfigError, which names `option`, where another process holds the lock.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    with open(run / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"{run} is in use by another training process; wait for it or choose another {option}"
+            ) from error
+        yield
+
+
+def find_resume_checkpoint(run: Path, config: Config) -> tuple[Checkpoint | None, list[str]]:
+    """Return the checkpoint to resume from, None without one, and a line for each changed setting.
+
+    Raises ConfigError, which names each setting, where settings differ that must not change on resume.
+    """
+    checkpoint = load_newest(run)
+    if checkpoint is None:
+        return None, []
+    allowed, refused = split_changes(config_diff(checkpoint.config, config), RESUMABLE_CHANGES)
+    if refused:
+        changes = ", ".join(f"--{key} {now} (the run has {then})" for key, (then, now) in refused.items())
+        raise ConfigError(
+            f"{run} holds a run with other settings: {changes}; use the run's settings, or choose another --run-dir"
+        )
+    return checkpoint, [f"{key}: {then} → {now}" for key, (then, now) in allowed.items()]

@@ -1,0 +1,99 @@
+"""Detection and listing of sources, by kind."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+from shards.errors import ShardError
+from shards.listing import SampleList, list_members
+from shards.sources import file_lists, image_folder, imagenet, webdataset
+
+SourceKind = Literal["folder", "imagenet-train", "imagenet-val", "csv", "list", "coco", "masks", "webdataset"]
+
+_NAMING: dict[str, SourceKind] = {".csv": "csv", ".txt": "list", ".json": "coco"}
+"""Kind of a file that lists images, by its extension."""
+
+_VAL_IMAGE = re.compile(r"ILSVRC2012_val_\d{8}\.JPEG")
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """Additional files that some kinds of sources need."""
+
+    val_labels: Path | None = None
+    """Labels of ImageNet's validation tar: the development kit (tar.gz or folder), its ground-truth file with meta.mat
+    next to it, or a text file with one synset per line in the order of the file names."""
+    images: Path | None = None
+    """Location of the images that a CSV file, a list or an annotation file names: a folder, an uncompressed tar, or a
+    folder inside such a tar, for example images.tar/data/images256. Default: the folder of that file."""
+    masks: Path | None = None
+    """Folder of segmentation masks for SRC, a folder of images: a mask has the path of its image except for the
+    extension. Such samples have no label."""
+    label_field: str = "label"
+    """Field of a sample's .json that holds the label, for WebDataset tars without .cls."""
+
+
+def list_source(source: str, kind: SourceKind, extra: SourceOptions) -> SampleList:
+    """List the samples of a source as references. Raise ShardError where it cannot be read or is not of that kind."""
+    _check_source_options(source, kind, extra)
+    match kind:
+        case "folder":
+            return image_folder.list_folder(Path(source))
+        case "csv":
+            return file_lists.list_table(Path(source), file_lists.make_resolver(extra.images or Path(source).parent))
+        case "list":
+            return file_lists.list_lines(Path(source), file_lists.make_resolver(extra.images or Path(source).parent))
+        case "coco":
+            find = file_lists.make_resolver(extra.images or Path(source).parent)
+            return file_lists.list_annotations(Path(source), find)
+        case "masks":
+            return image_folder.list_pairs(Path(source), extra.masks)
+        case "imagenet-train":
+            return imagenet.list_train(Path(source))
+        case "imagenet-val":
+            return imagenet.list_val(Path(source), extra.val_labels)
+        case "webdataset":
+            return webdataset.list_tars(webdataset.expand(source), extra.label_field)
+
+
+def _check_source_options(source: str, kind: SourceKind, extra: SourceOptions) -> None:
+    """Raise ShardError for an option that this kind of source does not use."""
+    uses: dict[str, tuple[Path | None, str, tuple[SourceKind, ...]]] = {
+        "--val-labels": (extra.val_labels, "ImageNet's validation tar", ("imagenet-val",)),
+        "--images": (extra.images, "CSV files, lists and annotation files", ("csv", "list", "coco")),
+        "--masks": (extra.masks, "a folder of images", ("masks",)),
+    }
+    for option, (path, users, kinds) in uses.items():
+        if path is not None and kind not in kinds:
+            raise ShardError(f"{option} is for {users}; {source} is of kind '{kind}' (see --source)")
+    if extra.masks is not None and not extra.masks.is_dir():
+        raise ShardError(f"--masks {extra.masks} is not a folder; correct the path")
+
+
+def detect(source: str, extra: SourceOptions) -> SourceKind:
+    """Detect the kind of a source from its path, its content and the additional files."""
+    path = Path(source)
+    if path.is_dir():
+        if extra.masks is not None:
+            return "masks"
+        visible = [entry for entry in path.iterdir() if not entry.name.startswith(".")]
+        tars = any(entry.suffix == ".tar" for entry in visible)
+        return "webdataset" if tars and not any(entry.is_dir() for entry in visible) else "folder"
+    if path.suffix.lower() in _NAMING:
+        if not path.is_file():
+            raise ShardError(f"{source}: no such file; correct the source")
+        # Places205's lists have the extension .csv.
+        return "list" if path.suffix.lower() == ".csv" and file_lists.is_list(path) else _NAMING[path.suffix.lower()]
+    if not path.is_file():
+        webdataset.expand(source)
+        return "webdataset"
+    names = [member.name for member in islice(list_members(path), 1)]
+    if not names:
+        raise ShardError(f"{source} is an empty tar; correct the source")
+    if names[0].endswith(".tar"):
+        return "imagenet-train"
+    return "imagenet-val" if _VAL_IMAGE.fullmatch(names[0]) else "webdataset"

@@ -1,0 +1,137 @@
+"""Sources that are folders: one folder of images per class, or images with masks.
+
+Class folders are the first level of the source and may contain nested folders. Images with segmentation masks are two
+parallel folders, the form in which ADE20k is distributed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from shards.errors import ShardError
+from shards.format import Column, RejectionRecord
+from shards.listing import LABEL, FileRef, Sample, SampleList, sample_key
+
+_SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
+
+
+def list_folder(folder: Path) -> SampleList:
+    """List class folders: each file below one is a sample, with its path without the extension as key.
+
+    Links are followed. A file outside the class folders is rejected. Hidden files and folders are counted and ignored.
+    Raise ShardError where there are no class folders, or splits in place of classes.
+    """
+    with os.scandir(folder) as entries:
+        classes = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+    if not classes:
+        raise ShardError(
+            f"{folder} has no class folders: put the images of each class into a separate folder, "
+            "or list the images in a CSV file (a 'path' column is enough where there are no labels), "
+            "or use --masks for the folder of their masks"
+        )
+    refuse_splits(folder, classes)
+    listing = SampleList([Column(LABEL, "cls", classes)])
+    labels = {name: (name,) for name in classes}
+    for entry, name in walk(folder, listing):
+        class_name, _, rest = name.partition("/")
+        reason = no_file(entry) or (None if rest else "is outside the class folders, so it has no class")
+        if reason:
+            listing.rejections.append(RejectionRecord(name, reason))
+        else:
+            image = FileRef(str(folder), name, None, entry.stat().st_size)
+            listing.samples.append(Sample(sample_key(os.path.splitext(name)[0]), image, labels[class_name]))
+    return listing
+
+
+def refuse_splits(folder: Path, inside: Collection[str]) -> None:
+    """Raise ShardError where the folders in `folder`, named `inside`, are the splits of a data set."""
+    if inside and set(inside) <= _SPLIT_NAMES:
+        raise ShardError(
+            f"the folders of {folder} are splits, not classes: use one of them, e.g. {folder / min(inside)}"
+        )
+
+
+def no_file(entry: os.DirEntry[str]) -> str | None:
+    """Return the reason why the entry is not a readable file, or None where it is one."""
+    if entry.is_file():
+        return None
+    return "is a broken link" if entry.is_symlink() else "is not a regular file"
+
+
+def walk(folder: Path, listing: SampleList) -> Iterator[tuple[os.DirEntry[str], str]]:
+    """Yield everything below `folder` except folders, with its path relative to `folder`, in the order of names.
+
+    Links are followed. Hidden files and folders are counted in `listing.hidden`; link loops are added to
+    `listing.rejections`.
+    """
+    return _walk(folder, "", (), listing)
+
+
+def _walk(
+    folder: Path, prefix: str, above: tuple[tuple[int, int], ...], listing: SampleList
+) -> Iterator[tuple[os.DirEntry[str], str]]:
+    """Walk the folder `prefix`. `above`: device and inode of each of its parent folders."""
+    status = os.stat(folder / prefix)
+    if (status.st_dev, status.st_ino) in above:
+        listing.rejections.append(RejectionRecord(prefix, "links to a folder that contains it"))
+        return
+    with os.scandir(folder / prefix) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            name = f"{prefix}/{entry.name}" if prefix else entry.name
+            if entry.name.startswith("."):
+                listing.hidden += 1
+            elif entry.is_dir():
+                yield from _walk(folder, name, (*above, (status.st_dev, status.st_ino)), listing)
+            else:
+                yield entry, name
+
+
+def list_pairs(images: Path, masks: Path | None) -> SampleList:
+    """List images with their masks, which have the same path without the extension; that path is the key. No labels.
+
+    Hidden files are counted and ignored. A mask without an image is rejected. Raise ShardError for images without a
+    mask, for two masks of one image, and where the folder contains splits.
+    """
+    if masks is None:
+        raise ShardError(f"{images}: images with masks need the folder of their masks too; use --masks")
+    with os.scandir(images) as entries:
+        refuse_splits(images, {entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")})
+    listing = SampleList([], masks=True)
+    mask_of: dict[str, FileRef] = {}
+    for stem, mask in _files(masks, listing):
+        if stem in mask_of:
+            raise ShardError(f"{masks} has two masks of one image, {mask_of[stem].name} and {mask.name}: remove one")
+        mask_of[stem] = mask
+    missing = []
+    found = set()
+    for stem, image in _files(images, listing):
+        found.add(stem)
+        if stem in mask_of:
+            listing.samples.append(Sample(sample_key(stem), image, (), mask_of[stem]))
+        else:
+            missing.append(image.name)
+    if missing:
+        raise ShardError(
+            f"{len(missing):,} of {len(missing) + len(listing.samples):,} images of {images} have no mask in {masks} "
+            f"(first: {', '.join(missing[:3])}): use the masks of the same split, or unpack them again"
+        )
+    listing.rejections += [
+        RejectionRecord(mask.name, f"is a mask without an image in {images}")
+        for stem, mask in mask_of.items()
+        if stem not in found
+    ]
+    return listing
+
+
+def _files(folder: Path, listing: SampleList) -> list[tuple[str, FileRef]]:
+    """Return (path without extension, reference) of each file below `folder`; reject entries that are not files."""
+    files = []
+    for entry, name in walk(folder, listing):
+        reason = no_file(entry)
+        if reason:
+            listing.rejections.append(RejectionRecord(name, reason))
+        else:
+            files.append((os.path.splitext(name)[0], FileRef(str(folder), name, None, entry.stat().st_size)))
+    return files
