@@ -34,7 +34,7 @@ from step_modes import (
 from tables import check_name, limit, ratios, show_pipeline, show_together, show_training
 from timing import Measured, Repeat, compiled_graphs, interleave, paired_ratio, percentiles, release_memory, traced
 
-from iwm.config import to_dict
+from iwm.config_io import to_dict
 from iwm.models.flops import measure_matmul_flops, training_flops
 from iwm.training.distributed import DistEnv, init_distributed, loader_threads
 

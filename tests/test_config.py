@@ -9,18 +9,8 @@ import pytest
 
 import iwm
 from dali_pipelines.augmentations import SCENARIOS, PhotometricConfig, Views
-from iwm.config import (
-    Config,
-    ConfigError,
-    DataConfig,
-    EncoderConfig,
-    MaskingConfig,
-    config_diff,
-    from_dict,
-    from_yaml,
-    to_dict,
-    to_yaml,
-)
+from iwm.config import Config, ConfigError, DataConfig, EncoderConfig, MaskingConfig
+from iwm.config_io import config_diff, from_dict, from_yaml, to_dict, to_yaml
 from iwm.recipes import RECIPES, with_scenario
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from iwm.config import ConfigError, flat_diff, split_changes
+from iwm.config import ConfigError
+from iwm.config_io import flat_diff, split_changes
 from iwm.downstream.study import Study, Task
 from iwm.models.world_model import EncoderName
 from iwm.training.checkpoint import CheckpointError, load_verified, save_atomic

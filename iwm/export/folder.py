@@ -29,7 +29,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from iwm.actions import action_schema, action_spec
-from iwm.config import Config, ConfigError, from_dict, to_dict
+from iwm.config import Config, ConfigError
+from iwm.config_io import from_dict, to_dict
 from iwm.downstream.progress import TaskInfo, TrainedHead
 from iwm.downstream.registry import lookup
 from iwm.downstream.restore import split_state

@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from iwm.config import ConfigError, from_yaml
+from iwm.config import ConfigError
+from iwm.config_io import from_yaml
 from iwm.downstream.registry import PROTOCOLS
 from iwm.evaluation.paper_results import IJEPA
 from iwm.report.runs import ReportError, RunResults

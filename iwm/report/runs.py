@@ -16,7 +16,8 @@ from typing import Any
 
 import yaml
 
-from iwm.config import ConfigError, config_diff, from_yaml
+from iwm.config import ConfigError
+from iwm.config_io import config_diff, from_yaml
 from iwm.training.checkpoint import list_checkpoints
 from shards.errors import UserError
 

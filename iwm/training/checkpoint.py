@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from dali_pipelines import DALI_PACKAGES
-from iwm.config import Config, from_dict, to_dict
+from iwm.config import Config
+from iwm.config_io import from_dict, to_dict
 from iwm.models.world_model import WorldModel
 from shards.atomic import sync_folder
 from shards.errors import UserError

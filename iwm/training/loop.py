@@ -6,7 +6,7 @@ import gc
 import time
 from collections.abc import Callable
 
-from iwm.config import to_yaml
+from iwm.config_io import to_yaml
 from iwm.models.flops import measure_matmul_flops, training_flops
 from iwm.models.world_model import WorldModel
 from iwm.training import checkpoint as checkpoints

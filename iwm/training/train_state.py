@@ -14,7 +14,8 @@ import torch
 
 from dali_pipelines.decoder import GpuDecoder
 from dali_pipelines.loader import LoaderStateError, ViewLoader
-from iwm.config import Config, ConfigError, config_diff, split_changes
+from iwm.config import Config, ConfigError
+from iwm.config_io import config_diff, split_changes
 from iwm.models.world_model import WorldModel
 from iwm.training import checkpoint as checkpoints
 from iwm.training.checkpoint import Checkpoint, load_newest

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from iwm.config import to_yaml
+from iwm.config_io import to_yaml
 from iwm.recipes import RECIPES
 
 VIT_B = "ViT 12×768, patch 16, 224 px, predictor 18×384"

@@ -12,7 +12,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from iwm.config import Config, to_yaml
+from iwm.config import Config
+from iwm.config_io import to_yaml
 from iwm.recipes import demo
 from iwm.report.__main__ import main
 from iwm.report.components import ChartLine, line_chart
