@@ -7,7 +7,7 @@ Differences are in grey levels (0 to 255), over all pixels of a batch. `make tes
 
 from __future__ import annotations
 
-import dali_pipelines.command  # noqa: F401  # isort: skip  # first: it ends the command where DALI is missing
+import dali_pipelines.command  # noqa: F401  # isort: skip  # first: it exits with a message if DALI is missing
 
 import json
 import sys

@@ -9,7 +9,7 @@ torchrun --nproc_per_node N benchmarks/throughput.py scaling [--recipe R] [--ima
 
 from __future__ import annotations
 
-import dali_pipelines.command  # noqa: F401  # isort: skip  # first: it sets how torch's threads wait
+import dali_pipelines.command  # noqa: F401  # isort: skip  # first: it exits with a message if DALI is missing
 
 import json
 import sys

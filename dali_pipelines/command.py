@@ -1,6 +1,6 @@
-"""DALI check for commands: importing this module exits with a one-line message where DALI is missing.
+"""DALI check for commands whose options need DALI: importing this module exits with a line where it is missing.
 
-Commands import it before what needs DALI, so that a missing package is not a traceback.
+Commands that read their options first need no check: `run_command` prints the same line.
 """
 
 from __future__ import annotations

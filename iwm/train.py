@@ -49,7 +49,6 @@ def main() -> None:
     command = parse(sys.argv[1:])
     command.config.check()
     # Imported late: torch and DALI take seconds to import, and a mistyped option must fail at once.
-    import dali_pipelines.command  # noqa: F401
     from iwm.evaluation.health import health_check
     from iwm.training.distributed import init_distributed
     from iwm.training.loop import pretrain

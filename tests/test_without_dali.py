@@ -61,7 +61,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     model, folder = WorldModel(demo()), tmp_path_factory.mktemp("exported") / "model"
     encoder, predictor = model.target_encoder.state_dict(), model.predictor.state_dict()
-    write_export(ExportedModel(demo(), "target", Provenance("demo/fresh.pt", 0, 0), encoder, predictor), "card", folder)
+    write_export(
+        ExportedModel(demo(), "teacher", Provenance("demo/fresh.pt", 0, 0), encoder, predictor), "card", folder
+    )
     return folder
 
 

@@ -156,7 +156,6 @@ def _read(path: Path) -> dict[str, Any]:
 def run(options: DemoOptions) -> int:
     """Run the unfinished stages, print the results and return the exit code. Raise StageError where a stage fails."""
     # Imported here: torch and DALI take seconds that a mistyped option must not cost.
-    import dali_pipelines.command  # noqa: F401
     from iwm.report.page import write_report
 
     console, start = Console(), time.monotonic()

@@ -26,7 +26,6 @@ def main() -> None:
     if not options.runs:
         raise UserError("no run is given: name at least one run folder, for example runs/demo")
     # Imported late: torch and DALI take seconds, and a mistyped option must fail at once.
-    import dali_pipelines.command  # noqa: F401
     from iwm.report.page import write_page
 
     first = options.runs[0]
