@@ -18,7 +18,7 @@ from torch import Tensor
 from dali_pipelines.augmentations import Views
 from dali_pipelines.dali import dali_version
 from dali_pipelines.decoder import GPU_DECODER, GpuDecoder
-from dali_pipelines.outputs import SampleKeys, backend_of, build_pipeline, parse_labels, run_pipeline
+from dali_pipelines.outputs import SampleKeys, build_pipeline, parse_labels, pipeline_options, run_pipeline
 from dali_pipelines.pipelines import (
     CropSettings,
     SegmentationCrops,
@@ -90,7 +90,13 @@ class ResumableLoader(ABC, Generic[SettingsT, BatchT]):
         state: dict[str, Any] | None = None,
     ) -> None:
         """`shuffle_buffer`: number of encoded images in the buffer that samples are drawn from. `decoder`: for GPUs."""
-        backend, device_id = backend_of(device)
+        options = pipeline_options(
+            device,
+            batch_size=batch_size,
+            num_threads=num_threads,
+            prefetch_queue_depth=prefetch_queue_depth,
+            decoder=decoder,
+        )
         source = open_source(folder, split, label=label, masks=self.masks, rank=rank, world_size=world_size)
         self.samples_per_epoch = source.manifest.samples
         self.steps_per_epoch = -(-source.most_samples // batch_size)
@@ -105,23 +111,17 @@ class ResumableLoader(ABC, Generic[SettingsT, BatchT]):
             "world_size": world_size,
             "label": label,
             "shuffle_buffer": shuffle_buffer,
-            "device": backend,
+            "device": options["backend"],
             "dali": dali_version,
         }
         self._pipeline = self.pipeline(
             source,
             settings,
-            backend=backend,
             shuffle_buffer=min(shuffle_buffer, source.samples),
             shuffle_seed=derive_seed(seed),
-            reader_prefetch=prefetch_queue_depth,
-            decoder=decoder,
-            batch_size=batch_size,
-            num_threads=num_threads,
-            device_id=device_id,
             seed=derive_seed(seed, rank),
-            prefetch_queue_depth=prefetch_queue_depth,
             checkpoint=None if state is None else self._check_state(state),
+            **options,
         )
         build_pipeline(self._pipeline, folder)
 

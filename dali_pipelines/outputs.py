@@ -16,6 +16,7 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
+from dali_pipelines.decoder import GpuDecoder
 from dali_pipelines.photometric import Backend
 from dali_pipelines.reader import DataSource
 from shards.errors import ShardError
@@ -120,3 +121,19 @@ def backend_of(device: str | torch.device) -> tuple[Backend, int | None]:
     if device.type == "cpu":
         return "cpu", None
     return "gpu", torch.cuda.current_device() if device.index is None else device.index
+
+
+def pipeline_options(
+    device: str | torch.device, *, batch_size: int, num_threads: int, prefetch_queue_depth: int, decoder: GpuDecoder
+) -> dict[str, Any]:
+    """Return the keywords that every pipeline has: where and how it runs, and how far its reader runs ahead."""
+    backend, device_id = backend_of(device)
+    return {
+        "backend": backend,
+        "reader_prefetch": prefetch_queue_depth,
+        "decoder": decoder,
+        "batch_size": batch_size,
+        "num_threads": num_threads,
+        "device_id": device_id,
+        "prefetch_queue_depth": prefetch_queue_depth,
+    }

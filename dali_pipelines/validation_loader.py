@@ -11,7 +11,7 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from dali_pipelines.decoder import GPU_DECODER, GpuDecoder
-from dali_pipelines.outputs import SampleKeys, backend_of, parse_labels, run_pipeline
+from dali_pipelines.outputs import SampleKeys, parse_labels, pipeline_options, run_pipeline
 from dali_pipelines.pipelines import (
     centre_crops,
     full_images,
@@ -50,22 +50,18 @@ class ValidationLoader:
         label: str | None = None,
         decoder: GpuDecoder = GPU_DECODER,
     ) -> None:
-        backend, device_id = backend_of(device)
+        options = pipeline_options(
+            device,
+            batch_size=batch_size,
+            num_threads=num_threads,
+            prefetch_queue_depth=prefetch_queue_depth,
+            decoder=decoder,
+        )
         self._source = open_source(folder, split, label=label, rank=rank, world_size=world_size)
         self._batch_size = batch_size
         self.samples = self._source.samples
         """Number of this rank's samples."""
-        self._build = lambda: centre_crops(
-            self._source,
-            size,
-            backend=backend,
-            reader_prefetch=prefetch_queue_depth,
-            decoder=decoder,
-            batch_size=batch_size,
-            num_threads=num_threads,
-            device_id=device_id,
-            prefetch_queue_depth=prefetch_queue_depth,
-        )
+        self._build = lambda: centre_crops(self._source, size, **options)
 
     def __len__(self) -> int:
         """Return the number of batches of one pass on this rank."""
@@ -108,18 +104,15 @@ class FullImageLoader:
         prefetch_queue_depth: int = 2,
         decoder: GpuDecoder = GPU_DECODER,
     ) -> None:
-        backend, device_id = backend_of(device)
-        self._source = open_source(folder, split, masks=True, rank=rank, world_size=world_size)
-        self._build = lambda: full_images(
-            self._source,
-            backend=backend,
-            reader_prefetch=prefetch_queue_depth,
-            decoder=decoder,
+        options = pipeline_options(
+            device,
             batch_size=1,  # images of one batch would need the same size
             num_threads=num_threads,
-            device_id=device_id,
             prefetch_queue_depth=prefetch_queue_depth,
+            decoder=decoder,
         )
+        self._source = open_source(folder, split, masks=True, rank=rank, world_size=world_size)
+        self._build = lambda: full_images(self._source, **options)
 
     def __len__(self) -> int:
         """Return the number of images of one pass on this rank."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float, Int64, UInt8
@@ -47,6 +47,15 @@ class LabelledFeatures:
     """Class indices; -1 for a class that the training split lacks, which counts as an error."""
     chance: float
     """Share of the majority class among the held-out images (0 to 1)."""
+
+    def metadata(self) -> dict[str, Any]:
+        """Return the entries of a result that describe the images: numbers of classes and images, and chance."""
+        return {
+            "classes": len(self.train_labels.unique()),
+            "chance": self.chance,
+            "train_images": len(self.train_labels),
+            "val_images": len(self.test_labels),
+        }
 
 
 def extract_features(

@@ -93,14 +93,7 @@ def evaluate(context: EvalContext, settings: KNNSettings, output: Path) -> dict[
         errors = proportion_stderr(correct, len(data.test_labels))
         scores = zip(ks, correct.tolist(), errors.tolist(), strict=True)
         accuracies[encoder] = {str(k): {"mean": mean, "standard_error": error} for k, mean, error in scores}
-    return {
-        "label": settings.label,
-        "classes": len(data.train_labels.unique()),
-        "chance": data.chance,
-        "train_images": len(data.train_labels),
-        "val_images": len(data.test_labels),
-        "accuracy": accuracies,
-    }
+    return {"label": settings.label, **data.metadata(), "accuracy": accuracies}
 
 
 def tables(result: dict[str, Any]) -> list[ResultTable]:

@@ -167,11 +167,4 @@ def linear_accuracy(
             "iterations": classifier.iterations,
             "gradient": classifier.gradient,
         }
-    return {
-        "label": settings.label,
-        "classes": len(data.train_labels.unique()),
-        "chance": data.chance,
-        "train_images": len(data.train_labels),
-        "val_images": len(data.test_labels),
-        "accuracy": accuracies,
-    }
+    return {"label": settings.label, **data.metadata(), "accuracy": accuracies}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from html import escape
 from typing import Any
@@ -139,10 +139,15 @@ def _by_run(runs: Sequence[RunResults], name: str) -> str:
     return details(name, html_table(ResultTable("Mean reciprocal rank ± standard error", columns, rows)))
 
 
+def _section(run: RunResults, title: str, evaluator: str, content: Callable[[RunResults, dict[str, Any]], str]) -> str:
+    """Return the section of an evaluator's results, each by `content`; '' where there are none."""
+    parts = [content(run, result) for result in run.evaluations_of(evaluator).values()]
+    return section(title, "".join(parts)) if parts else ""
+
+
 def retrieval_picture(run: RunResults) -> str:
     """Return the retrieval figures: random images and, folded, the best and worst prediction of each image."""
-    parts = [_pictures(run, result) for result in run.evaluations_of("retrieval").values()]
-    return section("Retrieval", "".join(parts)) if parts else ""
+    return _section(run, "Retrieval", "retrieval", _pictures)
 
 
 def _pictures(run: RunResults, result: dict[str, Any]) -> str:
@@ -164,8 +169,7 @@ def _pictures(run: RunResults, result: dict[str, Any]) -> str:
 
 def nearest_neighbours(run: RunResults) -> str:
     """Return the accuracy of k-nearest-neighbour classification."""
-    parts = [_tables(result) for result in run.evaluations_of("knn").values()]
-    return section("Nearest neighbours", "".join(parts)) if parts else ""
+    return _section(run, "Nearest neighbours", "knn", lambda _, result: _tables(result))
 
 
 def _tables(result: dict[str, Any]) -> str:
@@ -174,35 +178,39 @@ def _tables(result: dict[str, Any]) -> str:
 
 def similarity_matrix(run: RunResults) -> str:
     """Return the similarity matrix (figure S3) and its scores."""
-    parts = []
-    for result in run.evaluations_of("similarity").values():
+
+    def content(run: RunResults, result: dict[str, Any]) -> str:
         caption = (
             f"Cosine similarity of the {result['encoder']}'s pooled features, {len(result['shown'])} held-out images, "
             f"{result['augmentations']} augmented views of each (no crop). Uniform yellow squares on the diagonal: "
             "invariant features. Structure within the squares: features depend on the augmentation. A smaller "
             "variance within images means more invariance."
         )
-        picture = figure(run.folder / "eval" / result["picture"], "matrix of cosine similarities", caption)
-        parts.append(_tables(result) + picture)
-    return section("Similarity of augmented views", "".join(parts)) if parts else ""
+        return _tables(result) + figure(
+            run.folder / "eval" / result["picture"], "matrix of cosine similarities", caption
+        )
+
+    return _section(run, "Similarity of augmented views", "similarity", content)
 
 
 def marginalised(run: RunResults) -> str:
     """Return the results of marginalised representations (table S6, figure S4)."""
-    parts = []
-    for result in run.evaluations_of("marginalisation").values():
+
+    def content(run: RunResults, result: dict[str, Any]) -> str:
         caption = (
             "Some jittered views of a held-out image; below them, the views nearest to the mean of its predictions."
         )
-        picture = figure(run.folder / "eval" / result["picture"], "views and nearest neighbours", caption)
-        parts.append(_tables(result) + picture)
-    return section("Marginalised representations", "".join(parts)) if parts else ""
+        return _tables(result) + figure(
+            run.folder / "eval" / result["picture"], "views and nearest neighbours", caption
+        )
+
+    return _section(run, "Marginalised representations", "marginalisation", content)
 
 
 def patch_maps(run: RunResults) -> str:
     """Return the PCA and attention maps of patch features."""
-    parts = []
-    for result in run.evaluations_of("feature-maps").values():
+
+    def content(run: RunResults, result: dict[str, Any]) -> str:
         folder = run.folder / "eval"
         colours = (
             "The first three principal components of the teacher's patch features as red, green and blue; equal "
@@ -213,9 +221,11 @@ def patch_maps(run: RunResults) -> str:
             "Last block of the teacher: attention of the marked patch to the others, and attention that each patch "
             "receives from all patches, averaged and by head. 1 is an equal share."
         )
-        parts.append(figure(folder / result["picture"], "maps of principal components", colours))
-        parts.append(figure(folder / result["attention_picture"], "maps of attention", attention))
-    return section("Patch features", "".join(parts)) if parts else ""
+        return figure(folder / result["picture"], "maps of principal components", colours) + figure(
+            folder / result["attention_picture"], "maps of attention", attention
+        )
+
+    return _section(run, "Patch features", "feature-maps", content)
 
 
 UNITS = {op.name: (op.unit, op.unit_scale) for op in OPS if op.unit}
@@ -224,8 +234,7 @@ UNITS = {op.name: (op.unit, op.unit_scale) for op in OPS if op.unit}
 
 def sweep_section(run: RunResults) -> str:
     """Return the parameter sweeps: retrieved over true value, rank correlation and figures."""
-    parts = [_sweeps(run, result) for result in run.evaluations_of("parameter-sweep").values()]
-    return section("Parameter sweeps", "".join(parts)) if parts else ""
+    return _section(run, "Parameter sweeps", "parameter-sweep", _sweeps)
 
 
 def _sweeps(run: RunResults, result: dict[str, Any]) -> str:
@@ -266,8 +275,7 @@ def _chart(series: dict[str, Any]) -> str:
 
 def corruption_section(run: RunResults) -> str:
     """Return MRR from corrupted sources, with controls and the upper bound."""
-    parts = [_corruptions(run, result) for result in run.evaluations_of("corruptions").values()]
-    return section("Undoing corruptions", "".join(parts)) if parts else ""
+    return _section(run, "Undoing corruptions", "corruptions", _corruptions)
 
 
 def _corruptions(run: RunResults, result: dict[str, Any]) -> str:
