@@ -10,7 +10,7 @@ import torch
 from iwm.actions import action_spec
 from iwm.compat import synchronize
 from iwm.config import Config
-from iwm.masking import mask_buffer_sizes, token_statistics
+from iwm.masking import token_statistics
 from iwm.models.predictor import CONDITIONING
 
 
@@ -68,29 +68,6 @@ def predictor_flops(config: Config, visible: float, tokens: float) -> float:
     flops = transformer_flops(tokens + conditioning.num_tokens(k), p.embed_dim, p.depth, p.mlp_ratio)
     flops += 2 * (visible + tokens) * p.embed_dim * encoder_width
     return flops + conditioning.flops(p.embed_dim, k, config.grid_size**2)
-
-
-@dataclass(frozen=True)
-class TokenRatio:
-    """Ratio of the tokens that a compiled step processes to the tokens needed; the excess above 1 is padding."""
-
-    context_encoder: float
-    predictor: float
-    step: float
-    """Ratio over all three parts together; the target encoder has no padding."""
-
-
-def token_ratio(config: Config, images: int) -> TokenRatio:
-    """Compute the ratios for passes of `images` per process. Eager steps have no padding, so theirs are 1."""
-    n, separate = config.grid_size**2, config.masking.type == "ijepa"
-    tokens, buffers = (
-        token_statistics(config.masking, config.grid_size),
-        mask_buffer_sizes(config.masking, config.grid_size, 0, images),
-    )
-    context, needed = buffers.context.tokens / images, tokens.predicted if separate else n
-    predictor = buffers.rows.tokens / images if separate else n
-    step = (context + n + predictor) / (tokens.visible + n + needed)
-    return TokenRatio(context / tokens.visible, predictor / needed, step)
 
 
 def measure_matmul_flops(device: torch.device, precision: str, size: int | None = None, repeats: int = 5) -> float:

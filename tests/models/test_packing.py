@@ -9,9 +9,8 @@ from torch import Tensor
 from dali_pipelines.augmentations import PARAMS, Views
 from iwm.actions import action_from_params
 from iwm.config import ActionConfig, Config, EncoderConfig, MaskingConfig, PredictorConfig, TrainConfig
-from iwm.masking import Masks, mask_buffer_sizes, pack_masks, sample_masks
+from iwm.masking import Masks, mask_buffer_sizes, pack_masks, sample_masks, token_statistics
 from iwm.models.attention import set_attention_impl
-from iwm.models.flops import token_ratio
 from iwm.models.world_model import WorldModel
 from iwm.packing import CAPACITY_SIGMAS, BufferSize, gather_tokens, pack_tokens, scatter_tokens
 from iwm.recipes import RECIPES
@@ -147,10 +146,16 @@ def test_laying_and_picking_undo_each_other_and_so_do_their_gradients() -> None:
 @pytest.mark.parametrize("name", sorted(name for name in RECIPES if "16" in name))
 @pytest.mark.parametrize("images", [256, 512])
 def test_at_most_one_token_in_25_is_filling(name: str, images: int) -> None:
-    ratio = token_ratio(RECIPES[name](), images)
-    assert 1 <= ratio.step <= 1.04
-    if RECIPES[name]().masking.type == "iwm":
-        assert 1 < ratio.context_encoder <= 1.04
+    config = RECIPES[name]()
+    n, separate = config.grid_size**2, config.masking.type == "ijepa"
+    needed = token_statistics(config.masking, config.grid_size)
+    buffers = mask_buffer_sizes(config.masking, config.grid_size, 0, images)
+    context = buffers.context.tokens / images
+    predictor = buffers.rows.tokens / images if separate else n
+    # The target encoder has no padding.
+    assert 1 <= (context + n + predictor) / (needed.visible + n + (needed.predicted if separate else n)) <= 1.04
+    if config.masking.type == "iwm":
+        assert 1 < context / needed.visible <= 1.04
 
 
 def test_shapes_never_change_over_500_steps_of_real_masks() -> None:
