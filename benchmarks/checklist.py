@@ -34,7 +34,7 @@ from typing import Annotated, Any
 
 import tyro
 from check_runs import PASSED, RUNNING, CheckResults, check_environ, clear, clear_since, kernels, run_check
-from checks import Check, all_needed, asked, checks, in_order
+from checks import Check, all_needed, checks, in_order, select_checks
 from clocks import GpuMonitor, gpu_monitor
 from environment import BenchmarkError, check_writable, environment_info
 from rich.console import Console
@@ -69,7 +69,7 @@ def run(options: ChecklistOptions, all_checks: dict[str, Check], console: Consol
     Raises BenchmarkError for an invalid option, and where another process uses OUT.
     """
     began, out = time.monotonic(), options.out.resolve()
-    selected = asked(options.only, all_checks)
+    selected = select_checks(options.only, all_checks)
     names = in_order(selected, all_checks)
     check_writable("OUT", out / "checklist.json")
     with only_one(out), stop_on_signal() as stop, gpu_monitor(out / "gpu.csv") as (watch, no_clocks):

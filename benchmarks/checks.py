@@ -34,7 +34,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 """Checks by group, most valuable first; groups 1 to 4 take one call of nine minutes each."""
 
 
-LEVERAGED = ("linear", "segmentation", *GROUPS["6"][:-1])
+DOWNSTREAM = ("linear", "segmentation", *GROUPS["6"][:-1])
 """All downstream protocols of iwm/evaluate.py."""
 
 
@@ -100,7 +100,7 @@ def checks(out: Path, tiny: bool) -> dict[str, Check]:
     # One validation on the held-out images, at the end.
     downstream += f"--steps {2 if tiny else 36} --warmup-epochs 0 --validate-every 1000 --log-every 2".split()
     downstream += ["--compile", "yes"]
-    own = {name: ["--batch-size", "8" if tiny else "128"] for name in LEVERAGED}
+    own = {name: ["--batch-size", "8" if tiny else "128"] for name in DOWNSTREAM}
     own["multitask"] += ["--tasks", "label", f"{labelled}:label"]
     own["segmentation"] = (
         f"--batch-size {8 if tiny else 16} --channels {8 if tiny else 512} --lrs 1e-5 --classes 2".split()
@@ -143,7 +143,7 @@ def checks(out: Path, tiny: bool) -> dict[str, Check]:
     return {name: found[name] for group in GROUPS.values() for name in group}
 
 
-def asked(only: Iterable[str], all_checks: dict[str, Check]) -> list[str]:
+def select_checks(only: Iterable[str], all_checks: dict[str, Check]) -> list[str]:
     """Return the checks of these names and groups; no names: all. Raises BenchmarkError for an unknown name."""
     names = [name for word in only for name in GROUPS.get(word, (word,))] or list(all_checks)
     for name in names:

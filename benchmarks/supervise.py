@@ -25,21 +25,21 @@ _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 def main() -> int:
     parent, words = int(sys.argv[1]), sys.argv[2:]
-    told: list[int] = []
+    signals: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda number, _: told.append(number))
+        signal.signal(number, lambda number, _: signals.append(number))
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:  # it died before it could be watched
         return 128 + signal.SIGTERM
     child = subprocess.Popen([sys.executable, *words])
     code = None
-    while code is None and not told:
+    while code is None and not signals:
         with suppress(subprocess.TimeoutExpired):
             code = child.wait(0.1)
     end_descendants()
     if code is None:
-        return 128 + told[0]
+        return 128 + signals[0]
     return code if code >= 0 else 128 - code
 
 

@@ -56,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
         errors.print(f"error: {_printable(str(error))}")
         return 1
     except Stopped as stop:
-        errors.print("stopped; finished shards are kept, and the same command goes on from there")
+        errors.print("stopped; finished shards are kept; rerun the same command to resume")
         return 128 + stop.number
     return 0
 

@@ -69,5 +69,5 @@ def run_tool(name: str, work: Callable[[], int]) -> int:
     try:
         return run_command(work, name)
     except KeyboardInterrupt:
-        print(f"\n{name}: stopped; the same command goes on from here", file=sys.stderr)
+        print(f"\n{name}: stopped; rerun the same command to resume", file=sys.stderr)
         return 130

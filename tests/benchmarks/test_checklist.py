@@ -15,7 +15,7 @@ from pathlib import Path
 import check_runs
 import pytest
 from checklist import NOT_ALL, ChecklistOptions, main, run
-from checks import GROUPS, LEVERAGED, Check, asked, checks, in_order
+from checks import DOWNSTREAM, GROUPS, Check, checks, in_order, select_checks
 from environment import BenchmarkError
 from rich.console import Console
 
@@ -190,12 +190,18 @@ def test_the_attention_kernel_of_the_training_is_recorded(tmp_path: Path) -> Non
 
 
 def test_groups_hold_every_check_once_and_a_check_comes_after_the_one_it_needs(tmp_path: Path) -> None:
-    assert set(LEVERAGED) == set(PROTOCOLS)
+    assert set(DOWNSTREAM) == set(PROTOCOLS)
     for tiny in (True, False):
         all_checks = checks(tmp_path, tiny)
         assert list(all_checks) == [name for group in GROUPS.values() for name in group]
-        assert in_order(asked((), all_checks), all_checks) == list(all_checks)
-        assert in_order(asked(("linear", "2"), all_checks), all_checks) == ["data", "train", "linear", "step", "all"]
+        assert in_order(select_checks((), all_checks), all_checks) == list(all_checks)
+        assert in_order(select_checks(("linear", "2"), all_checks), all_checks) == [
+            "data",
+            "train",
+            "linear",
+            "step",
+            "all",
+        ]
 
 
 def test_a_check_that_is_not_there_is_refused_by_name(

@@ -143,7 +143,7 @@ def test_a_stopped_run_says_how_to_go_on_and_leaves_nothing_half_written(
     os.killpg(process.pid, number)  # workers receive a terminal's Ctrl-C and a batch system's SIGTERM too
     _, stderr = process.communicate(timeout=600)
     assert process.returncode == 128 + number
-    assert stderr == "stopped; finished shards are kept, and the same command goes on from there\n"
+    assert stderr == "stopped; finished shards are kept; rerun the same command to resume\n"
     assert all(map(is_gone, children))
     assert not list(out.rglob("*.partial"))
     finish(source, out)
