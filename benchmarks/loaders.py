@@ -45,14 +45,14 @@ class LoaderOptions:
     colour: JitterImpl | None = None
     """Implementation of the colour jitter. None: the recipe's."""
     shards: Path | None = None
-    """Folder of shards. None: 1,200 JPEGs of 500×375 cut from scikit-image's photographs, generated in
-    data/benchmark."""
+    """Folder of shards. None: generate 1,200 JPEGs of 500×375 in data/benchmark, from scikit-image's photographs."""
     split: str = "train"
     """Split of the shards."""
     baseline: tuple[Literal[Baseline, "all", "none"], ...] = ("torchvision",)
     """One or several baselines. `torchvision`: DataLoader and transforms v2, on Pillow images and on tensors.
-    `webdataset`: its own loader with the same transforms. `ffcv`: without hue, grayscale, blur and solarize, which it
-    lacks. `decode`: JPEG decoding alone, the limit. `all`: all installed ones. `none`: DALI alone."""
+    `webdataset`: its own loader with the same transforms.
+    `ffcv`: without hue, grayscale, blur and solarize, which it lacks.
+    `decode`: JPEG decoding alone, the limit. `all`: all installed ones. `none`: DALI alone."""
     device: Device = "cpu"
     """Device of the DALI pipeline; baselines run on the CPU."""
     cores: Annotated[int, Range(min=1)] = 1

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
+from dali_pipelines.crops import Interpolation
 from dali_pipelines.dali import dali_math, fn, types
 from dali_pipelines.decoder import GpuDecoder
 from dali_pipelines.photometric import Backend, DataNode
-
-Interpolation = Literal["linear", "cubic"]
-"""Interpolation of the resize, always antialiased. `cubic`: Pillow's bicubic (a = -0.5), which may overshoot."""
 
 _INTERPOLATIONS = {"linear": types.INTERP_LINEAR, "cubic": types.INTERP_CUBIC}
 

@@ -16,16 +16,11 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from dali_pipelines.augmentations import Views
+from dali_pipelines.crops import CropSettings, SegmentationCrops
 from dali_pipelines.dali import dali_version
 from dali_pipelines.decoder import GPU_DECODER, GpuDecoder
 from dali_pipelines.outputs import SampleKeys, build_pipeline, parse_labels, pipeline_options, run_pipeline
-from dali_pipelines.pipelines import (
-    CropSettings,
-    SegmentationCrops,
-    labelled_crops,
-    segmentation_crops,
-    two_views,
-)
+from dali_pipelines.pipelines import labelled_crops, segmentation_crops, two_views
 from dali_pipelines.reader import open_source
 from dali_pipelines.seeds import derive_seed
 from shards.errors import UserError

@@ -12,7 +12,6 @@ pixels correspond.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,19 +19,14 @@ import numpy as np
 from dali_pipelines import photometric, rand_augment
 from dali_pipelines.augmentations import (
     MEAN_COLOUR,
-    NO_PHOTOMETRIC,
     PHOTOMETRIC_FIELDS,
-    AugmentationError,
-    JitterImpl,
-    PhotometricConfig,
     Views,
-    check_crop,
 )
+from dali_pipelines.crops import CropSettings, RandAugment, SegmentationCrops, parse_rand_augment
 from dali_pipelines.dali import Pipeline, dali_math, fn, pipeline_def, types
 from dali_pipelines.decoder import GpuDecoder
-from dali_pipelines.geometry import Crop, Interpolation, decode_crop, decode_full, draw_crop, resize_box
+from dali_pipelines.geometry import Crop, decode_crop, decode_full, draw_crop, resize_box
 from dali_pipelines.photometric import Backend, DataNode, PhotometricParams
-from dali_pipelines.rand_augment import RandAugment
 from dali_pipelines.reader import DataSource, read
 
 
@@ -75,35 +69,6 @@ def _params(crop: Crop, target: PhotometricParams, source: PhotometricParams) ->
     return fn.stack(*(fn.cast(number, dtype=types.FLOAT) for number in (*geometry, crop.flip)), *photometrics)
 
 
-@dataclass(frozen=True)
-class CropSettings:
-    """Augmentations of labelled images in training. Defaults are those of the linear probe (paper, A.2)."""
-
-    size: int = 224
-    """Side of a crop (pixels)."""
-    crop_scale: tuple[float, float] = (0.08, 1.0)
-    """Range of the crop area, as a share of the image (0 to 1)."""
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Range of the crop's aspect (width / height), sampled log-uniformly as in torchvision."""
-    flip_probability: float = 0.5
-    """Probability of a horizontal flip (0 to 1)."""
-    interpolation: Interpolation = "linear"
-    """Interpolation of the resize. timm, and MAE with it, uses `cubic` for finetuning."""
-    photometric: PhotometricConfig = NO_PHOTOMETRIC
-    """Photometric ops after the flip; the attentive probe uses those of pretraining's source view."""
-    jitter_impl: JitterImpl = "linear"
-    """Implementation of the jitter. A pretraining run has its own in views.jitter_impl."""
-    rand_augment: str | None = None
-    """timm's RandAugment string, for example `rand-m9-mstd0.5-inc1`, applied last. None disables it."""
-
-    def check(self) -> None:
-        """Raise AugmentationError, which names the field, where a value is out of range."""
-        check_crop(self.crop_scale, self.crop_ratio, self.flip_probability)
-        self.photometric.check()
-        if self.rand_augment is not None:
-            rand_augment.parse(self.rand_augment)
-
-
 def labelled_crops(source: DataSource, crops: CropSettings, **settings: Any) -> Pipeline:
     """Make the pipeline with outputs images (uint8 HWC, in the memory of `backend`), origin and label (CPU memory).
 
@@ -113,7 +78,7 @@ def labelled_crops(source: DataSource, crops: CropSettings, **settings: Any) -> 
     crops.check()
     if source.component is None:
         raise ValueError("labelled crops need the name of a label column")
-    layers = None if crops.rand_augment is None else rand_augment.parse(crops.rand_augment)
+    layers = None if crops.rand_augment is None else parse_rand_augment(crops.rand_augment)
     return _labelled_crops(source, crops, layers, **settings)
 
 
@@ -162,45 +127,8 @@ def centre_crops(
     return outputs if encoded.label is None else (*outputs, encoded.label)
 
 
-DISTORTION = PhotometricConfig(0.5, 32 / 255, 0.5, 0.5, 18 / 360, 0.0, 0.0, (0.1, 2.0), 0.0)
-"""Strengths of MMSegmentation's PhotoMetricDistortion, with this project's order and maths. There, each of the four ops
-is applied to half of the images independently; here, all four are applied to the same half."""
-
 LONGEST = 4
 """Maximum of the resized longer side, as a multiple of the sampled shorter side."""
-
-
-@dataclass(frozen=True)
-class SegmentationCrops:
-    """Augmentations of images with masks in training. Defaults are MMSegmentation's for ViTs with UPerNet.
-
-    The image is resized so that its shorter side is `size` times a factor sampled from `scale`, and a square is cropped
-    at a random position. MMSegmentation's cat_max_ratio (sample another square where one class covers 75%) is not
-    implemented.
-    """
-
-    size: int = 224
-    """Side of a crop (pixels)."""
-    scale: tuple[float, float] = (0.5, 2.0)
-    """Range of the resized shorter side, as a multiple of `size`, sampled uniformly."""
-    flip_probability: float = 0.5
-    """Probability of a horizontal flip (0 to 1)."""
-    photometric: PhotometricConfig = DISTORTION
-    """Photometric ops of the image."""
-    jitter_impl: JitterImpl = "linear"
-    """Implementation of the jitter. A pretraining run has its own in views.jitter_impl."""
-    ignore_index: int = 255
-    """Class id (0 to 255, as in the shards) of pixels that are ignored; also used outside the image."""
-
-    def check(self) -> None:
-        """Raise AugmentationError, which names the field, where a value is out of range."""
-        if not 0 < self.scale[0] <= self.scale[1]:
-            raise AugmentationError("scale must be two increasing numbers above 0")
-        if not 0 <= self.flip_probability <= 1:
-            raise AugmentationError(f"flip_probability {self.flip_probability} must be from 0 to 1")
-        self.photometric.check()
-        if not 0 <= self.ignore_index <= 255:
-            raise AugmentationError(f"ignore_index {self.ignore_index} must be from 0 to 255")
 
 
 def segmentation_crops(source: DataSource, crops: SegmentationCrops, **settings: Any) -> Pipeline:

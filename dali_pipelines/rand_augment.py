@@ -10,16 +10,14 @@ after a `cubic` resize: DALI's warp interpolates only linearly.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from dali_pipelines.augmentations import MEAN_COLOUR, AugmentationError
+from dali_pipelines.augmentations import MEAN_COLOUR
+from dali_pipelines.crops import MAX_MAGNITUDE, Interpolation, RandAugment
 from dali_pipelines.dali import dali_math, fn, types
-from dali_pipelines.geometry import Interpolation
 from dali_pipelines.photometric import (
     TRUNCATE,
     Backend,
@@ -30,58 +28,6 @@ from dali_pipelines.photometric import (
     mean_grey,
     to_uint8,
 )
-
-MAX_MAGNITUDE = 10.0
-"""Maximum magnitude of an op."""
-
-
-@dataclass(frozen=True)
-class RandAugment:
-    """Settings in a RandAugment string."""
-
-    magnitude: int = 10
-    """m: mean magnitude (0 to 10)."""
-    layers: int = 2
-    """n: number of ops sampled per image, with replacement."""
-    probability: float = 0.5
-    """p: probability that a sampled op is applied (0 to 1)."""
-    std: float = 0.0
-    """mstd: standard deviation of an op's magnitude, which is then clamped to 0 to 10."""
-    increasing: bool = False
-    """inc: every op has a stronger effect at a larger magnitude. Without it, posterize and solarize have a weaker
-    effect, and the factor of the enhancing ops increases from 0.1 to 1.9."""
-
-
-_SECTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
-    "m": ("magnitude", int),
-    "n": ("layers", int),
-    "p": ("probability", float),
-    "mstd": ("std", float),
-    "inc": ("increasing", lambda digits: bool(int(digits))),
-}
-
-
-def parse(text: str) -> RandAugment:
-    """Parse a string like `rand-m9-mstd0.5-inc1`. Raise AugmentationError, which names an invalid section."""
-    first, *sections = text.split("-")
-    if first != "rand":
-        raise AugmentationError(f"rand_augment '{text}' must begin with 'rand', e.g. rand-m9-mstd0.5-inc1")
-    values = {}
-    for section in sections:
-        match = re.fullmatch(r"([a-z]+)(\d+\.?\d*)", section)
-        if match is None or match[1] not in _SECTIONS:
-            raise AugmentationError(
-                f"rand_augment '{text}': section '{section}' must be m, n, p, mstd or inc, followed by a number"
-            )
-        name, number = _SECTIONS[match[1]]
-        try:
-            values[name] = number(match[2])
-        except ValueError as error:
-            raise AugmentationError(f"rand_augment '{text}': section '{section}' needs a whole number") from error
-    spec = RandAugment(**values)
-    if not (spec.magnitude <= MAX_MAGNITUDE and spec.probability <= 1 and spec.std <= 100):
-        raise AugmentationError(f"rand_augment '{text}': m can be at most 10, p at most 1 and mstd at most 100")
-    return spec
 
 
 class RandAugmentParams(NamedTuple):

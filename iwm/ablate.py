@@ -4,148 +4,28 @@ Trains every variant with every seed, evaluates it on the bank of its own jitter
 in the shape of the paper's with our results and the paper's. Rerun the same command to resume: finished runs are
 skipped. Options after `--` are passed to iwm/train.py for every variant, for example
 
-    python iwm/ablate.py conditioning demo --seeds 0 1 --jobs 2 -- --data.shards shards/photos --schedule.steps 2000
+    python iwm/ablate.py conditioning demo --seeds 0 1 --jobs 2 -- --data.shards data/photos --schedule.steps 2000
 """
 
 from __future__ import annotations
 
-import dali_pipelines.command  # noqa: F401  # isort: skip  # first: it exits with a message if DALI is missing
-
-import json
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
 
-from iwm.ablation.runs import AblationError, PlannedRun, plan, run_all, threads_per_job
-from iwm.ablation.studies import STUDIES, AblationStudy, Variant
-from iwm.ablation.tables import results, tables
-from iwm.config import ConfigError
-from iwm.evaluation.bank import BankSettings, bank_augmentation
-from iwm.ranges import Range, check_ranges
-from iwm.recipes import RECIPES
-from iwm.report.components import html_table, section
-from iwm.report.page import write_page
-from iwm.train import parse
-from iwm.training.checkpoint import versions
-from iwm.training.runtime import StopFlag, stop_on_signal
-from shards.atomic import write_atomically
+from iwm.ablation.studies import AblateOptions
 from shards.errors import run_command
-
-
-@dataclass(frozen=True)
-class AblateOptions:
-    study: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="|".join(STUDIES))]
-    """`conditioning` (table 1), `complexity` (table 2), `augmentation` (table S2)."""
-    recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="|".join(RECIPES))]
-    """Recipe that every variant is based on."""
-    out: Path | None = None
-    """Folder of the runs, the tables and the report page. Default: runs/ablate-STUDY-RECIPE."""
-    seeds: Annotated[tuple[int, ...], Range(min=0)] = (0,)
-    """Seeds; each variant is trained once with each seed."""
-    common: str = "default"
-    """Scenario whose jitter the common bank of all variants is sampled from."""
-    jobs: Annotated[int, Range(min=1)] = 1
-    """Number of runs that train in parallel."""
-    processes: Annotated[int, Range(min=1)] = 1
-    """Processes of each run (torchrun's --nproc_per_node)."""
-    bank: BankSettings = field(default_factory=BankSettings)
-    """Banks that runs are evaluated on. The study determines their scenario."""
-
-    @property
-    def folder(self) -> Path:
-        return self.out or Path("runs") / f"ablate-{self.study}-{self.recipe}"
-
-
-def ablate(options: AblateOptions, training: Sequence[str], console: Console, stop: StopFlag) -> dict[str, Any]:
-    """Run the unfinished runs of a study, write OUT/ablation.json, tables.md and report.html, and print the tables.
-
-    Returns the content of ablation.json. Raises ConfigError for invalid options before any run starts, and
-    AblationError after all runs if one failed or the study was stopped.
-    """
-    study = _study(options)
-    runs = _checked(options, study, training)
-    distinct = list({run.folder: run for run in runs.values()}.values())
-    console.print(
-        f"{study.title}: {len(distinct)} runs in {options.folder}; log of each run: log.txt",
-        soft_wrap=True,
-    )
-    failures = run_all(
-        distinct, jobs=options.jobs, processes=options.processes, stop=stop,
-        log=lambda words: console.print(words, soft_wrap=True, highlight=False),
-    )  # fmt: skip
-    records = results(study, runs)
-    record = {
-        "study": study.title,
-        "recipe": options.recipe,
-        "training": list(training),
-        "seeds": list(options.seeds),
-        "common": options.common,
-        "results": records,
-        "versions": versions(),
-    }
-    study_tables = tables(study, records, options.common)
-    options.folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(options.folder / "ablation.json", (json.dumps(record, indent=1, default=str) + "\n").encode())
-    write_atomically(
-        options.folder / "tables.md",
-        "\n".join([f"# {study.title}\n", *(table.markdown() for table in study_tables)]).encode(),
-    )
-    for table in study_tables:
-        console.print(table.rich())
-    evaluated = list(dict.fromkeys(Path(item["folder"]) for item in records))
-    if evaluated:
-        lead = section(study.title, "".join(map(html_table, study_tables)))
-        page = write_page(evaluated, options.folder / "report.html", lead)
-        console.print(f"written: {options.folder / 'tables.md'} and {page}", soft_wrap=True)
-    if stop:
-        raise AblationError("stopped; rerun the same command to resume")
-    if failures:
-        raise AblationError(
-            f"{len(failures)} of {len(distinct)} runs failed; fix the errors in their logs and rerun the command"
-        )
-    return record
-
-
-def _study(options: AblateOptions) -> AblationStudy:
-    if options.recipe not in RECIPES:
-        raise ConfigError(f"RECIPE: '{options.recipe}' is not a recipe; choose one of {', '.join(RECIPES)}")
-    if options.study not in STUDIES:
-        raise ConfigError(f"STUDY: '{options.study}' is not a study; choose one of {', '.join(STUDIES)}")
-    return STUDIES[options.study](RECIPES[options.recipe]())
-
-
-def _checked(
-    options: AblateOptions, study: AblationStudy, training: Sequence[str]
-) -> dict[tuple[Variant, int], PlannedRun]:
-    """Plan the runs and parse their command lines as iwm/train.py does, so that errors appear before any run starts."""
-    check_ranges(options)
-    if not options.seeds:
-        raise ConfigError("--seeds: name at least one seed")
-    if options.bank.scenario is not None:
-        raise ConfigError(
-            "--bank.scenario: variants are evaluated on their own bank and on that of --common; omit this option"
-        )
-    shared = (*threads_per_job(options.jobs), *training)
-    runs = plan(
-        study, options.seeds, out=options.folder, common=options.common, bank=options.bank,
-        training=lambda variant: (options.recipe, *shared, *variant.options),
-    )  # fmt: skip
-    for run in runs.values():
-        command = parse(list(run.training))
-        command.config.check()
-        bank_augmentation(command.config.views, options.common)
-    return runs
 
 
 def main() -> None:
     arguments = sys.argv[1:]
     cut = arguments.index("--") if "--" in arguments else len(arguments)
     options = tyro.cli(AblateOptions, args=arguments[:cut], description=__doc__, prog="iwm/ablate.py")
+    # Imported late: torch takes seconds to import, and a mistyped option must fail at once.
+    from iwm.ablation.study import ablate
+    from iwm.training.runtime import stop_on_signal
+
     with stop_on_signal() as stop:
         ablate(options, arguments[cut + 1 :], Console(), stop)
 

@@ -15,6 +15,11 @@ from dali_pipelines.decoder import GPU_DECODER
 from iwm.ranges import ConfigError as ConfigError
 from iwm.ranges import Range, check_ranges
 
+EncoderName = Literal["teacher", "student"]
+"""EMA target encoder (teacher) or trained context encoder (student), as the paper's tables name them."""
+
+ENCODERS: tuple[EncoderName, ...] = ("teacher", "student")
+
 
 @dataclass(frozen=True)
 class DataConfig:

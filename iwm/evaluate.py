@@ -7,191 +7,20 @@ attentive, …) also run under torchrun and save their training in RUN/eval/PROT
 
 from __future__ import annotations
 
-import dali_pipelines.command  # noqa: F401  # isort: skip  # first: it exits with a message if DALI is missing
-
-import json
 import sys
-import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Union
 
-import torch
 import tyro
-from rich.console import Console
 
-from iwm.config import ConfigError, TrainConfig
-from iwm.downstream.context import open_run
-from iwm.downstream.pretrained import load_pretrained
-from iwm.downstream.registry import PROTOCOLS, lookup
+from iwm.config import ConfigError
+from iwm.downstream.registry import PROTOCOLS
 from iwm.downstream.settings import TrainSettings
-from iwm.evaluation.common import EvalContext, EvalSettings, load_eval_context
-from iwm.evaluation.knn import KNNSettings
-from iwm.evaluation.marginalisation import MarginalisationSettings
 from iwm.evaluation.registry import EVALUATORS
-from iwm.evaluation.result_table import ResultTable
-from iwm.ranges import check_ranges
-from iwm.report.page import write_report
-from iwm.report.paper_tables import markdown, paper_tables
-from iwm.report.runs import ReportError
-from iwm.training.checkpoint import CheckpointError, versions
-from iwm.training.distributed import init_distributed
-from iwm.training.runtime import configure_cpu, device_name, stop_on_signal
-from iwm.training.train_state import run_lock
-from shards.atomic import write_atomically
+from iwm.evaluation.settings import WorldModelSettings
 from shards.errors import run_command
-from shards.listing import LABEL
-
-
-def evaluate(name: str, settings: EvalSettings) -> dict[str, Any]:
-    """Run an evaluator on a checkpoint, write its JSON and regenerate the run's page.
-
-    Returns the result: the evaluator's keys plus protocol, checkpoint, data, settings, seed, device,
-    precision, versions, seconds and tables.
-    """
-    check_ranges(settings)
-    context = _load_context(settings)
-    result = _evaluate(context, name, settings)
-    _write_page(context.run)
-    return result
-
-
-def _load_context(settings: EvalSettings) -> EvalContext:
-    context = load_eval_context(settings)
-    if context.device.type == "cpu":
-        configure_cpu(context.config.train.num_threads)
-    return context
-
-
-def _evaluate(context: EvalContext, name: str, settings: EvalSettings) -> dict[str, Any]:
-    start = time.perf_counter()
-    output = settings.output or context.run / "eval" / f"{name}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    precision = context.config.train.precision if settings.precision == "auto" else settings.precision
-    with torch.autocast(context.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        figures = EVALUATORS[name].run(context, settings, output)
-    figures = {"checkpoint": str(context.checkpoint), "data": _data(context), **figures}
-    return _publish(name, EVALUATORS[name].tables, figures, settings, output, context.device_name, precision, start)
-
-
-def _data(context: EvalContext) -> dict[str, str]:
-    return {"shards": str(context.shards), "split": context.split}
-
-
-def _publish(
-    name: str,
-    tables: Callable[[dict[str, Any]], list[ResultTable]],
-    figures: dict[str, Any],
-    settings: EvalSettings,
-    output: Path,
-    device: str,
-    precision: str,
-    start: float,
-) -> dict[str, Any]:
-    """Write the result with its tables as JSON, and print the tables."""
-    result = {
-        "protocol": name,
-        **figures,
-        "settings": asdict(settings),
-        "seed": settings.seed,
-        "device": device,
-        "precision": precision,
-        "versions": versions(),
-        "seconds": round(time.perf_counter() - start, 2),
-    }
-    result_tables = tables(result)
-    result["tables"] = [asdict(table) for table in result_tables]
-    try:
-        content = json.dumps(result, indent=1, allow_nan=False, default=str)
-    except ValueError as error:
-        raise CheckpointError(
-            f"{figures['checkpoint']}: the model's features are not finite; evaluate an earlier checkpoint"
-        ) from error
-    write_atomically(output, (content + "\n").encode())
-    console = _console()
-    for table in result_tables:
-        console.print(table.rich())
-    console.print(f"written: {output}", soft_wrap=True)
-    return result
-
-
-def train_and_evaluate(name: str, settings: TrainSettings) -> dict[str, Any] | None:
-    """Run a protocol that trains, in each process; the main process writes the JSON and regenerates the page.
-
-    Returns None on other processes, and if a signal stopped the training; rerun the same command to resume.
-    """
-    start = time.perf_counter()
-    with (
-        init_distributed(TrainConfig(device=settings.device, num_threads=settings.num_threads), "--") as dist,
-        stop_on_signal() as stop,
-    ):
-        settings.check()
-        pretrained = load_pretrained(settings, dist.device)
-        output = settings.output or pretrained.run / "eval" / f"{name}.json"
-        with run_lock(output.with_suffix(""), "--output") if dist.is_main else nullcontext():
-            context = open_run(name, settings, pretrained, output, dist)
-            figures = lookup(name).command.run(context, settings, stop)
-        if figures is None or not dist.is_main:
-            return None
-        precision = "bf16" if pretrained.bf16 else "fp32"
-        figures = {
-            "checkpoint": str(pretrained.checkpoint),
-            "data": {"shards": str(pretrained.shards), "split": pretrained.val},
-            **figures,
-            "processes": dist.size,
-        }
-        result = _publish(
-            name, lookup(name).command.tables, figures, settings, output, device_name(dist.device), precision, start
-        )
-        if pretrained.config is not None:
-            _write_page(pretrained.run)
-        return result
-
-
-def _console() -> Console:
-    """Return the terminal console without emoji codes, because a task may be named FOLDER:label."""
-    return Console(emoji=False)
-
-
-def _write_page(run: Path) -> None:
-    _console().print(f"page: {write_report(run)}", soft_wrap=True)
-
-
-@dataclass(frozen=True)
-class WorldModelSettings(EvalSettings):
-    """Run all evaluators of the world model (mrr to knn) one after another, with their default options."""
-
-    label: str = LABEL
-    """Label column for the evaluators that need labels: `marginalisation` (linear accuracy) and `knn`."""
-
-
-def evaluate_everything(settings: WorldModelSettings) -> None:
-    """Run every evaluator. One that is invalid for the run or its data is reported and skipped.
-
-    Raises ConfigError at the end if one was skipped, and at once for --output.
-    """
-    if settings.output is not None:
-        raise ConfigError("--output: every evaluator writes its own file in RUN/eval; omit this option")
-    common = {field.name: getattr(settings, field.name) for field in fields(EvalSettings)}
-    context, skipped = _load_context(settings), []
-    try:
-        for name, evaluator in EVALUATORS.items():
-            own = evaluator.settings(**common)
-            if isinstance(own, MarginalisationSettings):
-                own = replace(own, probe=replace(own.probe, label=settings.label))
-            elif isinstance(own, KNNSettings):
-                own = replace(own, label=settings.label)
-            try:
-                _evaluate(context, name, own)
-            except ConfigError as error:
-                print(f"{name}: {error}", file=sys.stderr)
-                skipped.append(name)
-    finally:
-        _write_page(context.run)
-    if skipped:
-        raise ConfigError(f"skipped, for the reasons above: {', '.join(skipped)}")
 
 
 @dataclass(frozen=True)
@@ -204,22 +33,10 @@ class TableOptions:
     """Markdown file to which the tables are also written."""
 
 
-def show_tables(settings: TableOptions) -> None:
-    """Print the tables and write them to --markdown. Raises ReportError, which names the folder or file."""
-    if not settings.runs:
-        raise ReportError("--runs: name at least one run folder, for example --runs runs/demo")
-    tables = paper_tables(settings.runs)
-    for table in tables:
-        _console().print(table.rich())
-    if settings.markdown is not None:
-        write_atomically(settings.markdown, markdown(tables).encode())
-        _console().print(f"written: {settings.markdown}", soft_wrap=True)
-
-
 def parse(arguments: Sequence[str] | None = None) -> tuple[str, Any]:
     """Parse `arguments` or the command line; return the command's name and its settings."""
     settings_of: dict[str, Any] = {name: evaluator.settings for name, evaluator in EVALUATORS.items()}
-    settings_of |= {name: protocol.command.settings for name, protocol in PROTOCOLS.items()}
+    settings_of |= {name: protocol.settings for name, protocol in PROTOCOLS.items()}
     settings_of |= {"world-model": WorldModelSettings, "table": TableOptions}
     commands: Any = Union[  # noqa: UP007  a union made of a variable's items cannot be written with |
         tuple(Annotated[settings, tyro.conf.subcommand(name)] for name, settings in settings_of.items())
@@ -230,11 +47,16 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[str, Any]:
 
 def main() -> None:
     name, settings = parse()
+    # Imported late: torch and DALI take seconds to import, and a mistyped option must fail at once.
+    import torch
+
+    from iwm.protocols import evaluate, evaluate_everything, show_tables, train_and_evaluate
+
     try:
         if isinstance(settings, WorldModelSettings):
             evaluate_everything(settings)
         elif isinstance(settings, TableOptions):
-            show_tables(settings)
+            show_tables(settings.runs, settings.markdown)
         elif isinstance(settings, TrainSettings):
             train_and_evaluate(name, settings)
         else:

@@ -1,4 +1,4 @@
-"""Recipes: functions that return a complete configuration.
+"""Recipes: functions that return a complete configuration, and the options of iwm/train.py over them.
 
 The paper's values are the defaults in iwm/config.py. `torchrun iwm/train.py RECIPE` runs a recipe; `--scenario`
 replaces its photometric augmentations with a row of table S2.
@@ -6,9 +6,13 @@ replaces its photometric augmentations with a row of table S2.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from dali_pipelines.augmentations import SCENARIOS, Views
 from iwm.config import (
@@ -111,3 +115,28 @@ def with_scenario(config: Config, scenario: str) -> Config:
     """
     row = SCENARIOS[scenario]
     return replace(config, views=replace(config.views, target=row.target, source=row.source))
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Options of iwm/train.py."""
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    run_dir: Path
+    """Folder of the run, for checkpoints, metrics.jsonl, config.yaml and TensorBoard files.
+    The default is runs/RECIPE[-SCENARIO]."""
+    scenario: Annotated[str | None, tyro.conf.arg(metavar="|".join(SCENARIOS))] = None
+    """Row of table S2 that replaces the recipe's colour augmentations. --views.* then overrides single fields."""
+
+
+def parse(arguments: list[str], description: str = "") -> TrainOptions:
+    """Parse the arguments of iwm/train.py: a recipe, then a scenario and single fields over it."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--scenario", choices=SCENARIOS)
+    scenario = first.parse_known_args(arguments)[0].scenario
+    choices = {}
+    for name, recipe in RECIPES.items():
+        config = with_scenario(recipe(), scenario) if scenario else recipe()
+        run = Path("runs") / (f"{name}-{scenario}" if scenario else name)
+        choices[name] = ((recipe.__doc__ or "").strip(), TrainOptions(config, run, scenario))
+    return tyro.extras.overridable_config_cli(choices, args=arguments, description=description, prog="iwm/train.py")

@@ -59,8 +59,9 @@ class ImageOptions:
     """Resizing and size limits of images."""
 
     resize: int | None = None
-    """Shorter side (pixels) to which larger images are reduced, antialiased, with JPEG quality 90. Smaller images are
-    not enlarged. None keeps every size, and every upright baseline YCbCr JPEG byte for byte."""
+    """Shorter side (pixels) to which larger images are reduced, antialiased, with JPEG quality 90.
+    Smaller images are not enlarged.
+    None keeps every size, and every upright baseline YCbCr JPEG byte for byte."""
     min_side: int = 16
     """Minimum of the shorter side (pixels); smaller images are rejected."""
     max_pixels: int = 89_478_485

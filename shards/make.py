@@ -48,9 +48,9 @@ class ShardingOptions:
     """
 
     src: Positional[Annotated[str, arg(metavar="SRC")]]
-    """The source: a folder with one folder of images per class; a folder of images, with --masks; an ImageNet tar; a
-    CSV file with the columns path, label, further labels and optionally mask; a .txt list of images; a .json file of
-    COCO-like annotations; or WebDataset tars, as their folder, a brace pattern or a glob."""
+    """Images: a folder with one folder per class, an ImageNet tar, or a folder of images with --masks.
+    Lists: a CSV file (columns path, label, further labels, mask), a .txt file, or COCO annotations in a .json file.
+    WebDataset tars: their folder, a brace pattern or a glob."""
     out: Positional[Annotated[Path, arg(metavar="OUT")]]
     """The shard folder, created where it does not exist. It can hold several splits."""
     split: str
@@ -67,8 +67,8 @@ class ShardingOptions:
     subset: Path | None = None
     """Text file with one image name per line: only these images are used. Each must exist in the source."""
     classes_from: Path | None = None
-    """Another shard folder whose classes are used, so that a label has the same meaning in both. Splits of one folder
-    always share their classes."""
+    """Another shard folder whose classes are used, so that a label has the same meaning in both.
+    Splits of one folder always share their classes."""
     overwrite: bool = False
     """Delete and remake the split if OUT has it with other settings or damaged."""
 

@@ -30,9 +30,10 @@ from iwm.config import (
     PredictorConfig,
     TrainConfig,
 )
-from iwm.evaluation.corruptions import CorruptionSettings, make_corruptions
+from iwm.evaluation.corruptions import make_corruptions
 from iwm.evaluation.explorer import corrupted_views
-from iwm.evaluation.parameter_sweep import SweepSettings, change_in_words, make_sweeps
+from iwm.evaluation.parameter_sweep import change_in_words, make_sweeps
+from iwm.evaluation.settings import CorruptionSettings, SweepSettings
 from iwm.masking import Masks, pack_masks
 from iwm.models.attention import set_attention_impl
 from iwm.models.flops import predictor_flops, training_flops

@@ -1,11 +1,13 @@
-"""Code structure, from syntax trees: unique class names, import directions, first words of docstrings."""
+"""Code structure, from syntax trees: unique class names, import directions, docstrings, lines of --help."""
 
 from __future__ import annotations
 
 import ast
+import re
 from collections import defaultdict
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -29,8 +31,8 @@ STAGES = (
 )
 """Stages from the lowest to the highest. A stage may import itself and lower stages."""
 
-COMMANDS = {"iwm", "iwm.train", "iwm.evaluate", "iwm.ablate", "iwm.report.__main__"}
-"""Entry points of the package, which are above every stage."""
+COMMANDS = {"iwm", "iwm.train", "iwm.evaluate", "iwm.protocols", "iwm.ablate", "iwm.report.__main__"}
+"""Entry points of the package and what they run, which are above every stage."""
 
 NOT_FIRST = {"What", "Of", "Whether", "So"}
 """Words that must not begin a docstring, which is a noun phrase or an imperative sentence."""
@@ -107,3 +109,31 @@ def test_docstrings_are_noun_phrases_or_imperatives() -> None:
                 if isinstance(text, str) and text.split()[:1] and text.split()[0].strip(",.:") in NOT_FIRST:
                     found.append(f"{file}:{node.lineno}: {text.split(chr(10))[0]}")
     assert found == []
+
+
+def option_classes() -> list[ast.ClassDef]:
+    """Return the dataclasses of all commands' options: those named so, and those that they contain."""
+    classes = {
+        node.name: node
+        for tree in trees().values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef) and any("dataclass" in ast.unparse(kind) for kind in node.decorator_list)
+    }
+    names = [name for name in classes if name.endswith(("Options", "Settings", "Config"))]
+    for name in names:  # grows
+        types = " ".join(
+            ast.unparse(field.annotation) for field in classes[name].body if isinstance(field, ast.AnnAssign)
+        )
+        names += sorted(set(re.findall(r"\w+", types)) & classes.keys() - set(names))
+    return [classes[name] for name in names]
+
+
+def test_lines_of_an_options_help_end_with_a_sentence() -> None:
+    """tyro keeps the line breaks of an option's docstring in --help."""
+    broken = []
+    for node in option_classes():
+        for option, text in pairwise(node.body):
+            if isinstance(option, ast.AnnAssign) and isinstance(text, ast.Expr):
+                lines = str(ast.literal_eval(text.value)).splitlines()
+                broken += [f"{node.name}.{ast.unparse(option.target)}: {x}" for x in lines[:-1] if x[-1] not in ".:"]
+    assert broken == []

@@ -1,4 +1,4 @@
-"""Without DALI and the packages of commands: `iwm.load` works fully, commands name the missing package."""
+"""Missing packages: `iwm.load` needs no DALI, commands name a missing package and read their options without torch."""
 
 import os
 import subprocess
@@ -90,3 +90,22 @@ def test_a_command_that_needs_dali_ends_with_one_line_that_names_the_extra(comma
     assert line.startswith(f"{command[0]}: NVIDIA DALI is not installed")
     assert "'iwm[cuda13]'" in line
     assert "'iwm[cuda12]'" in line
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["iwm/train.py", "demo"],
+        ["iwm/evaluate.py", "mrr", "--checkpoint", "runs/demo"],
+        ["iwm/evaluate.py", "linear", "--checkpoint", "runs/demo"],
+        ["iwm/ablate.py", "conditioning", "demo"],
+        ["tools/make_shards.py", "images", "shards", "--split", "train"],
+        ["tools/export.py", "runs/demo", "exported"],
+        ["-m", "iwm.report", "runs/demo"],
+    ],
+    ids=lambda command: " ".join(command[:2]),
+)
+def test_a_command_reads_its_options_before_torch_is_imported(command: list[str], tmp_path: Path) -> None:
+    done = run([*command, "--no-such-option"], tmp_path, ("torch", "timm", "nvidia.dali"))
+    assert done.returncode == 2
+    assert "--no-such-option" in done.stderr

@@ -27,11 +27,11 @@ class ExportOptions:
     out: Positional[Annotated[Path, arg(metavar="OUT")]]
     """Output folder. A folder that contains another model is refused."""
     encoder: Literal["teacher", "student"] | None = None
-    """`teacher`: the EMA target encoder. `student`: the context encoder, which is trained by gradients. Default: the
-    encoder that the head was trained on; without a head `teacher`."""
+    """`teacher`: the EMA target encoder. `student`: the context encoder, which is trained by gradients.
+    Default: the encoder that the head was trained on; without a head `teacher`."""
     head: Path | None = None
-    """Folder of a protocol's training, for example RUN/eval/linear. The head of the best trial at its best epoch is
-    exported too, with the checkpoint that it was trained on."""
+    """Folder of a protocol's training, for example RUN/eval/linear.
+    The head of the best trial at its best epoch is exported too, with the checkpoint that it was trained on."""
 
 
 def export(options: ExportOptions) -> None:

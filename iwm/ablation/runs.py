@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from iwm.ablation.studies import AblationStudy, Variant
-from iwm.evaluation.bank import BankSettings
+from iwm.evaluation.settings import BankSettings
 from iwm.report.runs import is_up_to_date
 from iwm.training.distributed import cores_per_process
 from iwm.training.runtime import StopFlag

@@ -7,13 +7,18 @@ the number of blocks of the recipe's encoder and 1.5 times that number.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, get_args, get_type_hints
+
+import tyro
 
 from dali_pipelines.augmentations import DESTRUCTIVE_OPS, SCENARIOS, PhotometricConfig
-from iwm.config import Config
-from iwm.evaluation.bank import JITTER_SCENARIOS
+from iwm.config import ActionConfig, Config
 from iwm.evaluation.paper_results import TABLE_1, TABLE_2, TABLE_S2
-from iwm.models.predictor import CONDITIONING
+from iwm.evaluation.settings import JITTER_SCENARIOS, BankSettings
+from iwm.ranges import Range
+from iwm.recipes import RECIPES
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ def conditioning(recipe: Config) -> AblationStudy:
                 TABLE_1.get(kind) if scenario == "default" else None,
             )
             for scenario in ("default", "strong", "destructive")
-            for kind in CONDITIONING
+            for kind in get_args(get_type_hints(ActionConfig)["conditioning"])
         ),
     )
 
@@ -112,6 +117,32 @@ STUDIES: dict[str, Callable[[Config], AblationStudy]] = {
     "complexity": complexity,
     "augmentation": augmentation,
 }
+
+
+@dataclass(frozen=True)
+class AblateOptions:
+    """Options of iwm/ablate.py."""
+
+    study: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="|".join(STUDIES))]
+    """`conditioning` (table 1), `complexity` (table 2), `augmentation` (table S2)."""
+    recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="|".join(RECIPES))]
+    """Recipe that every variant is based on."""
+    out: Path | None = None
+    """Folder of the runs, the tables and the report page. Default: runs/ablate-STUDY-RECIPE."""
+    seeds: Annotated[tuple[int, ...], Range(min=0)] = (0,)
+    """Seeds; each variant is trained once with each seed."""
+    common: str = "default"
+    """Scenario whose jitter the common bank of all variants is sampled from."""
+    jobs: Annotated[int, Range(min=1)] = 1
+    """Number of runs that train in parallel."""
+    processes: Annotated[int, Range(min=1)] = 1
+    """Processes of each run (torchrun's --nproc_per_node)."""
+    bank: BankSettings = field(default_factory=BankSettings)
+    """Banks that runs are evaluated on. The study determines their scenario."""
+
+    @property
+    def folder(self) -> Path:
+        return self.out or Path("runs") / f"ablate-{self.study}-{self.recipe}"
 
 
 def depths(recipe: Config) -> tuple[int, int]:

@@ -7,13 +7,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from dali_pipelines.crops import CropSettings
 from dali_pipelines.loader import LoaderStateError
-from dali_pipelines.pipelines import CropSettings
 from iwm.config import ConfigError
-from iwm.downstream.mixup import MixupSettings
 from iwm.downstream.pretrained import Pretrained
 from iwm.downstream.progress import load_last
-from iwm.downstream.settings import TrainSettings
+from iwm.downstream.settings import MixupSettings, TrainSettings
 from iwm.downstream.study import FrozenEncoders, Task
 from iwm.downstream.tasks import CachedFeatures, ClassificationTask, LabelColumn
 from iwm.evaluation.result_table import ResultTable
@@ -184,11 +183,9 @@ def run_fingerprint(name: str, settings: TrainSettings, pretrained: Pretrained) 
     return flat
 
 
-class Command(NamedTuple):
-    """Options, training and tables of a protocol."""
+class Runner(NamedTuple):
+    """Training and tables of a protocol."""
 
-    settings: type[TrainSettings]
-    """Dataclass of the options; the defaults are the paper's values."""
     run: Callable[[RunContext, Any, StopFlag], dict[str, Any] | None]
     """Function that trains and evaluates on this process's share. Returns None where the stop flag ended it early;
     raises ConfigError and ShardError."""

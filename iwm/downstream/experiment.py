@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 
-from dali_pipelines.pipelines import CropSettings
+from dali_pipelines.crops import CropSettings
 from iwm.config import ConfigError
 from iwm.downstream.context import RunContext, open_task
 from iwm.downstream.cost import DummyBatch, count_parameters, dummy_labelled_batch, images_per_second
 from iwm.downstream.micro_batch import choose_micro_batch, micro_batch_state, out_of_memory_error
-from iwm.downstream.mixup import MixupSettings
 from iwm.downstream.progress import TrainPlan, TrainProgress
 from iwm.downstream.registry import PROTOCOLS
+from iwm.downstream.settings import MixupSettings
 from iwm.downstream.study import FrozenEncoders, Study, Task, Trial
 from iwm.downstream.tasks import LabelColumn
 from iwm.downstream.trainer import train

@@ -9,25 +9,25 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
 from itertools import product
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
-from dali_pipelines.pipelines import CropSettings
 from iwm.config import ConfigError, PredictorConfig
-from iwm.downstream.context import Command, RunContext, column_of
+from iwm.downstream.context import RunContext, Runner, column_of
 from iwm.downstream.experiment import TrialSpec, run_classification, trials_tables
-from iwm.downstream.mixup import MixupSettings
 from iwm.downstream.optim import adamw, layer_decay_scales
 from iwm.downstream.pretrained import Pretrained
+from iwm.downstream.protocol_settings import (
+    FinetunedPredictorSettings,
+    FinetuneEncoderSettings,
+    FinetuneEndToEndSettings,
+    FinetunePredictorSettings,
+    PredictorInit,
+)
 from iwm.downstream.settings import (
-    LEARNING_RATE,
-    TrainSettings,
-    require_unique,
     sized_crops,
 )
 from iwm.downstream.study import FrozenEncoders
@@ -43,70 +43,18 @@ from iwm.models.predictor_backbone import (
     init_predictor,
     init_predictor_for,
 )
-from iwm.models.world_model import EncoderName
-from iwm.ranges import Range
 from iwm.training.runtime import StopFlag
 
-LEARNING_RATE_SHARE = Range(min=0, below=math.inf)
 
-PredictorInit = Literal["pretrained", "random"]
-"""Initial parameters of a predictor: the pretrained ones, or random ones, initialised as for pretraining."""
-
-
-def finetuning_crops() -> CropSettings:
-    """Return MAE's crops: at least 8% of the image, bicubic, RandAugment."""
-    return CropSettings(interpolation="cubic", rand_augment="rand-m9-mstd0.5-inc1")
-
-
-@dataclass(frozen=True)
-class FinetuneSettings(TrainSettings):
-    """Options of all finetuning protocols."""
-
-    crops: CropSettings = field(default_factory=finetuning_crops)
-    """Crops and augmentations of training images; `size` is the encoder's image size."""
-    mixup: MixupSettings = field(default_factory=MixupSettings)
-    """Random erasing, mixup, cutmix and label smoothing."""
-    seeds: Annotated[tuple[int, ...], Range(min=0)] = (0,)
-    """Seeds of the parameters that are not pretrained (heads, random predictors). Each seed is a trial; all trials see
-    the same batches."""
-    drop_path: Annotated[float, Range(min=0, below=1)] = 0.2
-    """Drop path rate of the last block; it grows linearly over the depth."""
-    activation_checkpointing: bool = False
-    """Store only the inputs of trained blocks, and recompute the blocks in the backward pass. This saves memory."""
-    lr: Annotated[float, LEARNING_RATE] = 1e-3
-    """Peak learning rate."""
-    epochs: float = 100.0
-    warmup_epochs: float = 5.0
-    batch_size: int = 1024
-    random_predictor: PredictorConfig = field(default_factory=lambda: PredictorConfig(embed_dim=384, depth=12))
-    """Shape of the random predictor for an encoder without a predictor (table S1)."""
-
-    def check(self) -> None:
-        super().check()
-        require_unique("--seeds", self.seeds)
-
-
-@dataclass(frozen=True)
-class FinetunedPredictorSettings(FinetuneSettings):
-    """Options of the protocols that finetune predictors on a frozen encoder."""
-
-    pretrained_lr_mult: Annotated[float, LEARNING_RATE_SHARE] = 0.1
-    """Factor of the learning rate for a pretrained predictor. Random predictors, heads and tokens use the full rate."""
-    weight_decay: float = 0.1
-    cache_features: bool = False
-    """Compute the features of centre crops once and train on them. Training is many times faster, but label smoothing
-    is the only augmentation. The features must fit into the device's memory: images × tokens × width × 2 bytes (4 in
-    fp32)."""
-
-    def optimizer_of(self, trial: nn.Module, kind: PredictorInit) -> torch.optim.Optimizer:
-        """Return the optimiser of a trial on its device; a pretrained predictor has its own factor of the rate."""
-        share = self.pretrained_lr_mult if kind == "pretrained" else 1.0
-        return adamw(
-            trial,
-            self.lr,
-            self.weight_decay,
-            lambda name: share if name.startswith("predictor_backbone.predictor.") else 1.0,
-        )
+def optimizer_of(trial: nn.Module, settings: FinetunedPredictorSettings, kind: PredictorInit) -> torch.optim.Optimizer:
+    """Return the optimiser of a trial on its device; a pretrained predictor has its own factor of the rate."""
+    share = settings.pretrained_lr_mult if kind == "pretrained" else 1.0
+    return adamw(
+        trial,
+        settings.lr,
+        settings.weight_decay,
+        lambda name: share if name.startswith("predictor_backbone.predictor.") else 1.0,
+    )
 
 
 def predictor_of(
@@ -146,18 +94,6 @@ def attentive_head(
     return AttentiveHead(predictor_backbone.embed_dim, heads, classes, std=FINETUNE_INIT_STD)
 
 
-@dataclass(frozen=True)
-class FinetuneEncoderSettings(FinetuneSettings):
-    """Finetune the encoder with a linear layer: AdamW, layer decay, drop path, RandAugment, mixup, cutmix, erasing."""
-
-    features: EncoderName = "teacher"
-    """Encoder to finetune: `teacher` (EMA target encoder) or `student` (context encoder)."""
-    lr: float = 2e-3
-    layer_decay: Annotated[float, Range(above=0, max=1)] = 0.65
-    """Ratio of a layer's learning rate to that of the next layer."""
-    weight_decay: float = 0.005
-
-
 def run_finetune_encoder(
     context: RunContext, settings: FinetuneEncoderSettings, stop: StopFlag
 ) -> dict[str, Any] | None:
@@ -183,28 +119,6 @@ def run_finetune_encoder(
 
 TOKENS = {"image": "all", "token": "one"}
 """Names of the two outputs in a result (`tokens`)."""
-
-
-@dataclass(frozen=True)
-class FinetunePredictorSettings(FinetunedPredictorSettings):
-    """Finetune the predictor on the frozen encoder with an attentive head; a random predictor is the control."""
-
-    predictors: tuple[PredictorInit, ...] | None = None
-    """Predictors to finetune. Default: `pretrained` and `random`; only `random` for an encoder without a predictor."""
-    features: tuple[EncoderName, ...] = ("teacher",)
-    """Frozen encoders that feed the predictors: `teacher` (EMA target encoder), `student` (context encoder)."""
-    actions: tuple[Literal["null", "random"], ...] = ("null",)
-    """Actions in training: `null` (no change), or `random` (sampled as in pretraining). Held-out images always use the
-    null action."""
-    outputs: tuple[Literal["image", "token"], ...] = ("image",)
-    """Output of the predictor: the whole target image, or one token without a position."""
-
-    def check(self) -> None:
-        super().check()
-        for name in ("predictors", "features", "actions", "outputs"):
-            values = getattr(self, name)
-            if values is not None:
-                require_unique(f"--{name}", values)
 
 
 def run_finetune_predictor(
@@ -233,7 +147,7 @@ def run_finetune_predictor(
         trial = FinetunedPredictor(
             predictor_backbone, head, features, pretrained.teacher.num_prefix_tokens, sampler
         ).to(device)
-        optimizer = settings.optimizer_of(trial, kind)
+        optimizer = optimizer_of(trial, settings, kind)
         metadata = {
             "lr": settings.lr,
             "seed": seed,
@@ -255,29 +169,6 @@ def run_finetune_predictor(
     return run_classification(
         context, column, crops, settings.mixup, names, specs, shared, stop, cached=settings.cache_features, timed=True
     )
-
-
-@dataclass(frozen=True)
-class FinetuneEndToEndSettings(FinetuneSettings):
-    """Finetune encoder and predictor together: AdamW, one layer decay over both, a learning rate factor for each."""
-
-    predictors: tuple[PredictorInit, ...] | None = None
-    """Predictors to finetune. Default: `pretrained`; `random` for an encoder without a predictor."""
-    features: EncoderName = "teacher"
-    """Encoder to finetune: `teacher` (EMA target encoder) or `student` (context encoder)."""
-    lr: float = 2e-3
-    encoder_lr_mult: Annotated[float, LEARNING_RATE_SHARE] = 0.1
-    """Factor of the learning rate for the encoder."""
-    predictor_lr_mult: Annotated[float, LEARNING_RATE_SHARE] = 0.1
-    """Factor of the learning rate for a pretrained predictor. Random predictors and heads use the full rate."""
-    layer_decay: Annotated[float, Range(above=0, max=1)] = 0.9
-    """Ratio of a layer's learning rate to that of the next layer, over encoder and predictor together."""
-    weight_decay: float = 0.1
-
-    def check(self) -> None:
-        super().check()
-        if self.predictors is not None:
-            require_unique("--predictors", self.predictors)
 
 
 def run_finetune_end_to_end(
@@ -312,6 +203,6 @@ def run_finetune_end_to_end(
     )
 
 
-ENCODER = Command(FinetuneEncoderSettings, run_finetune_encoder, trials_tables)
-PREDICTOR = Command(FinetunePredictorSettings, run_finetune_predictor, trials_tables)
-END_TO_END = Command(FinetuneEndToEndSettings, run_finetune_end_to_end, trials_tables)
+ENCODER = Runner(run_finetune_encoder, trials_tables)
+PREDICTOR = Runner(run_finetune_predictor, trials_tables)
+END_TO_END = Runner(run_finetune_end_to_end, trials_tables)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Annotated
 
 import numpy as np
 import torch
@@ -17,34 +15,9 @@ from torch import Tensor
 
 from dali_pipelines.seeds import derive_seeds
 from iwm.config import ConfigError
+from iwm.downstream.settings import MixupSettings
 from iwm.models.encoder import IMAGENET_MEAN, IMAGENET_STD
 from iwm.packing import copy_to_device
-from iwm.ranges import Range
-
-
-@dataclass(frozen=True)
-class MixupSettings:
-    """Probabilities and strengths for finetuning (A.2). 0 disables the augmentation."""
-
-    random_erasing: Annotated[float, Range(min=0, max=1)] = 0.25
-    """Probability that a box of 2 to 33% of an image's area is replaced by noise, pixel by pixel."""
-    mixup: Annotated[float, Range(min=0)] = 0.8
-    """Alpha of the beta distribution from which the blending weight of mixup is sampled."""
-    cutmix: Annotated[float, Range(min=0)] = 1.0
-    """Alpha of the beta distribution from which the area that cutmix does not replace is sampled. Where mixup is on
-    too, each batch has one of the two, with equal probability."""
-    label_smoothing: Annotated[float, Range(min=0, below=1)] = 0.1
-    """Share of the target that is distributed evenly over all classes (0 to 1)."""
-
-    @classmethod
-    def none(cls) -> MixupSettings:
-        """Return settings that change nothing, as for probes."""
-        return cls(0.0, 0.0, 0.0, 0.0)
-
-    @property
-    def mixes(self) -> bool:
-        """True where images are mixed in pairs."""
-        return self.mixup > 0 or self.cutmix > 0
 
 
 def apply_mixup(

@@ -9,52 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from iwm.config import ConfigError
-from iwm.downstream.context import Command, RunContext, column_of, open_task
+from iwm.downstream.context import RunContext, Runner, column_of, open_task
 from iwm.downstream.cost import dummy_labelled_batch
 from iwm.downstream.experiment import TrialSpec, format_percent, run_trials
-from iwm.downstream.finetuning import (
-    FinetunedPredictorSettings,
-    PredictorInit,
-    attentive_head,
-    predictor_of,
-)
-from iwm.downstream.settings import require_unique, sized_crops
+from iwm.downstream.finetuning import attentive_head, optimizer_of, predictor_of
+from iwm.downstream.protocol_settings import MultitaskSettings, PredictorInit
+from iwm.downstream.settings import sized_crops
 from iwm.downstream.study import FrozenEncoders
 from iwm.downstream.tasks import CachedFeatures, ClassificationTask, LabelColumn, classes_of
 from iwm.downstream.trials import FinetunedPredictor, MultitaskPredictor
 from iwm.evaluation.result_table import ResultTable
 from iwm.models.predictor_backbone import PredictorBackbone
-from iwm.models.world_model import EncoderName
 from iwm.training.runtime import StopFlag
-
-
-@dataclass(frozen=True)
-class MultitaskSettings(FinetunedPredictorSettings):
-    """Finetune one predictor for several tasks, with a token and a head per task, and single-task controls."""
-
-    tasks: tuple[str, ...] = ()
-    """Tasks, each a label column of the run's shards (for example `colour`), or FOLDER:COLUMN of other shards with the
-    same split names (for example data/inat18:label). An epoch is one pass over the first task's images."""
-    predictors: tuple[PredictorInit, ...] = ("pretrained",)
-    """Predictors to finetune."""
-    features: EncoderName = "teacher"
-    """Frozen encoder that feeds the predictors: `teacher` (EMA target encoder) or `student` (context encoder)."""
-    controls: bool = True
-    """Also train a predictor for each single task."""
-    batch_size: int = 512
-    """Images of each task per optimiser step, over all processes. A step has this number times the
-    number of tasks."""
-    epochs: float = 50.0
-
-    def check(self) -> None:
-        super().check()
-        require_unique("--predictors", self.predictors)
 
 
 def run_multitask(context: RunContext, settings: MultitaskSettings, stop: StopFlag) -> dict[str, Any] | None:
@@ -99,13 +71,13 @@ def run_multitask(context: RunContext, settings: MultitaskSettings, stop: StopFl
         predictor_backbone = new_predictor_backbone(len(columns))
         heads = [attentive_head(predictor_backbone, pretrained, count, seed) for count in classes]
         trial = MultitaskPredictor(predictor_backbone, heads, settings.features, prefix).to(device)
-        optimizer = settings.optimizer_of(trial, kind)
+        optimizer = optimizer_of(trial, settings, kind)
         specs[f"multitask{suffix}"] = TrialSpec(trial, optimizer, metadata, all_tasks)
         for number in all_tasks if settings.controls else ():
             predictor_backbone = new_predictor_backbone(0)
             head = attentive_head(predictor_backbone, pretrained, classes[number], seed)
             control = FinetunedPredictor(predictor_backbone, head, settings.features, prefix, task=number).to(device)
-            optimizer = settings.optimizer_of(control, kind)
+            optimizer = optimizer_of(control, settings, kind)
             specs[f"single-{columns[number].name}{suffix}"] = TrialSpec(control, optimizer, metadata, (number,))
     return run_trials(
         context,
@@ -172,4 +144,4 @@ def multitask_tables(result: dict[str, Any]) -> list[ResultTable]:
     return [ResultTable(title, ["task", "single-task", "multitask", "difference"], rows, caption)]
 
 
-MULTITASK = Command(MultitaskSettings, run_multitask, multitask_tables)
+MULTITASK = Runner(run_multitask, multitask_tables)

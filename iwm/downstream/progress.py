@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 
-from iwm.config import ConfigError
+from iwm.config import ConfigError, EncoderName
 from iwm.config_io import flat_diff, split_changes
 from iwm.downstream.study import Study, Task
-from iwm.models.world_model import EncoderName
 from iwm.training.checkpoint import CheckpointError, load_verified, save_atomic
 
 Scores = list[dict[str, dict[str, Any]]]

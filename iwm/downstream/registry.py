@@ -1,7 +1,7 @@
-"""Registry of the downstream protocols; importing it does not need DALI.
+"""Registry of the downstream protocols; importing it imports neither torch nor DALI nor tyro.
 
-To add a protocol, write a module in this folder that defines a `Command`, a function in restore.py that rebuilds its
-trial, and an entry in PROTOCOLS.
+To add a protocol, write its options in protocol_settings.py, its `Runner` in a module of this folder and a function
+in restore.py that rebuilds its trial, and add an entry to PROTOCOLS.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
 from iwm.config import Config, ConfigError
-from iwm.downstream import restore
-from iwm.downstream.progress import TrainedHead
-from iwm.downstream.study import Trial
-from iwm.models.backbone import Backbone
 
 if TYPE_CHECKING:
-    from iwm.downstream.context import Command
+    from iwm.downstream.context import Runner
+    from iwm.downstream.progress import TrainedHead
+    from iwm.downstream.settings import TrainSettings
+    from iwm.downstream.study import Trial
+    from iwm.models.backbone import Backbone
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """A downstream protocol."""
+    """A downstream protocol. Its parts are imported on use: training needs DALI, loading a model does not."""
 
+    options: str
+    """Class of its options in protocol_settings.py (`settings`)."""
     location: str
-    """MODULE:NAME of its `Command` in this folder. It is imported when the protocol runs, because training needs DALI
-    and loading a model does not."""
-    build_trial: Callable[[TrainedHead, Config, Backbone], Trial]
-    """Function that builds the trial of a trained head with new parameters, into which best.pt is loaded. Where the
-    encoder was finetuned too, the trial contains the given backbone itself."""
+    """MODULE:NAME of its `Runner` in this folder (`runner`)."""
+    trial: str
+    """Function of restore.py that builds the trial of a trained head (`build_trial`)."""
     title: str
     """Heading of its results."""
     card: str
@@ -41,56 +41,77 @@ class Protocol:
     """Predicate of a trained head: True where the encoder was trained too and differs from the run's."""
 
     @property
-    def command(self) -> Command:
-        """Settings, training and tables of the protocol."""
-        command: Command = resolve_name(f"iwm.downstream.{self.location}")
-        return command
+    def settings(self) -> type[TrainSettings]:
+        """Dataclass of the protocol's options."""
+        settings: type[TrainSettings] = resolve_name(f"iwm.downstream.protocol_settings:{self.options}")
+        return settings
+
+    @property
+    def runner(self) -> Runner:
+        """Training and tables of the protocol."""
+        runner: Runner = resolve_name(f"iwm.downstream.{self.location}")
+        return runner
+
+    def build_trial(self, head: TrainedHead, config: Config, backbone: Backbone) -> Trial:
+        """Build the trial of a trained head with new parameters, into which best.pt is loaded.
+
+        Where the encoder was finetuned too, the trial contains the given backbone itself.
+        """
+        trial: Trial = resolve_name(f"iwm.downstream.restore:{self.trial}")(head, config, backbone)
+        return trial
 
 
 PROTOCOLS: dict[str, Protocol] = {
     "linear": Protocol(
+        "LinearProbeSettings",
         "probing:LINEAR",
-        restore.build_linear_probe,
+        "build_linear_probe",
         title="Linear probing",
         card="a linear layer on the mean of the frozen encoder's patches",
         linear=True,
     ),
     "attentive": Protocol(
+        "AttentiveProbeSettings",
         "probing:ATTENTIVE",
-        restore.build_attentive_probe,
+        "build_attentive_probe",
         title="Attentive probing",
         card="attention pooling by one learned query and a linear layer, on the frozen encoder's patches",
     ),
     "finetune-encoder": Protocol(
+        "FinetuneEncoderSettings",
         "finetuning:ENCODER",
-        restore.build_finetuned_encoder,
+        "build_finetuned_encoder",
         title="Encoder finetuning",
         card="the encoder, finetuned with a linear layer on the mean of its patches",
         linear=True,
         finetunes_encoder=lambda head: True,
     ),
     "finetune-predictor": Protocol(
+        "FinetunePredictorSettings",
         "finetuning:PREDICTOR",
-        restore.build_finetuned_predictor,
+        "build_finetuned_predictor",
         title="Predictor finetuning, frozen encoder",
         card="the predictor, finetuned on the frozen encoder, with an attentive head on its prediction",
     ),
     "finetune-end-to-end": Protocol(
+        "FinetuneEndToEndSettings",
         "finetuning:END_TO_END",
-        restore.build_finetuned_end_to_end,
+        "build_finetuned_end_to_end",
         title="End-to-end finetuning",
         card="the encoder and the predictor, finetuned together, with an attentive head",
         finetunes_encoder=lambda head: True,
     ),
     "multitask": Protocol(
+        "MultitaskSettings",
         "multitask:MULTITASK",
-        restore.build_multitask,
+        "build_multitask",
         title="Multitask finetuning of the predictor",
         card="one predictor, finetuned on the frozen encoder, with an attentive head for each task",
     ),
     "segmentation": Protocol(
+        "SegmentationSettings",
         "segmentation:SEGMENTATION",
-        restore.build_segmenter,
+        "build_segmenter",
         title="Segmentation",
         card="UPerNet on four layers",
         finetunes_encoder=lambda head: head.metadata["part"] != "predictor",

@@ -6,26 +6,21 @@ are trained at once, because the paper chose the best of three.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import product
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
-from dali_pipelines.pipelines import SegmentationCrops
-from iwm.config import PredictorConfig
-from iwm.downstream.context import Command, RunContext, loading_of, resume_task
+from iwm.downstream.context import RunContext, Runner, loading_of, resume_task
 from iwm.downstream.cost import dummy_masked_batch
 from iwm.downstream.experiment import TrialSpec, best_note, run_trials, trial_name
-from iwm.downstream.finetuning import PredictorInit, predictor_of
+from iwm.downstream.finetuning import predictor_of
 from iwm.downstream.optim import adamw
+from iwm.downstream.protocol_settings import PredictorInit, SegmentationSettings
 from iwm.downstream.segmentation_task import SegmentationTask
 from iwm.downstream.settings import (
-    LEARNING_RATE,
-    TrainSettings,
-    require,
-    require_unique,
     sized_crops,
 )
 from iwm.downstream.study import FrozenEncoders
@@ -33,62 +28,7 @@ from iwm.downstream.trials import Segmenter
 from iwm.evaluation.result_table import ResultTable
 from iwm.models.heads import UPerNet
 from iwm.models.predictor_backbone import PredictorBackbone
-from iwm.models.world_model import EncoderName
-from iwm.ranges import Range
 from iwm.training.runtime import StopFlag
-
-Part = Literal["encoder", "predictor", "end-to-end"]
-
-
-@dataclass(frozen=True)
-class SegmentationSettings(TrainSettings):
-    """Train UPerNet for semantic segmentation on shards with masks (ADE20k: docs/datasets.md)."""
-
-    parts: tuple[Part, ...] = ("predictor",)
-    """Trained parts below the head: the encoder, the predictor on the frozen encoder, or both."""
-    classes: Annotated[int, Range(min=2, max=255)] = 150
-    """Number of classes (2 to 255, the range of 8-bit masks); default: ADE20k's."""
-    reduce_zero_label: bool = True
-    """Ignore pixels of mask id 0 and take ids 1 to `classes` as the classes, as in ADE20k. Otherwise ids 0 to
-    `classes` - 1 are the classes, and 255 is ignored."""
-    predictors: tuple[PredictorInit, ...] | None = None
-    """Predictors to train. Default: `pretrained`; `random` for an encoder without a predictor."""
-    features: EncoderName = "teacher"
-    """Encoder: `teacher` (EMA target encoder) or `student` (context encoder)."""
-    lrs: Annotated[tuple[float, ...], LEARNING_RATE] = (1e-5, 2e-5, 3e-5)
-    """Peak learning rates, one trial each."""
-    seeds: Annotated[tuple[int, ...], Range(min=0)] = (0,)
-    """Seeds of the parameters that are not pretrained (heads, random predictors). Each seed is a trial; all trials see
-    the same batches."""
-    drop_path: Annotated[float, Range(min=0, below=1)] = 0.0
-    """Drop path rate of the trained parts below the head."""
-    activation_checkpointing: bool = False
-    """Store only the inputs of trained blocks, and recompute the blocks in the backward pass. This saves memory."""
-    channels: Annotated[int, Range(min=1)] = 512
-    """Channels inside UPerNet."""
-    crops: SegmentationCrops = field(default_factory=SegmentationCrops)
-    """Crops and augmentations of training images. `size` is the encoder's image size; `ignore_index` follows from
-    --reduce-zero-label."""
-    random_predictor: PredictorConfig = field(default_factory=lambda: PredictorConfig(embed_dim=384, depth=12))
-    """Shape of the random predictor for an encoder without a predictor."""
-    steps: int | None = 160_000
-    epochs: float = 127.0
-    """Length of training (epochs), only with --steps None. Default: about 160,000 steps of 16 images on ADE20k."""
-    validate_every: float = 12.7
-    weight_decay: float = 0.01
-    batch_size: int = 16
-
-    def check(self) -> None:
-        super().check()
-        require(
-            self.steps is None or self.epochs == SegmentationSettings.epochs,
-            f"--epochs {self.epochs:g}: --steps {self.steps} sets the length; use --steps None too",
-        )
-        require_unique("--parts", self.parts)
-        if self.predictors is not None:
-            require_unique("--predictors", self.predictors)
-        require_unique("--lrs", self.lrs)
-        require_unique("--seeds", self.seeds)
 
 
 def run_segmentation(context: RunContext, settings: SegmentationSettings, stop: StopFlag) -> dict[str, Any] | None:
@@ -186,4 +126,4 @@ def segmentation_tables(result: dict[str, Any]) -> list[ResultTable]:
     return [ResultTable(title, ["", "mIoU %", "pixels %", "best", "parameters"], rows, caption)]
 
 
-SEGMENTATION = Command(SegmentationSettings, run_segmentation, segmentation_tables)
+SEGMENTATION = Runner(run_segmentation, segmentation_tables)

@@ -16,8 +16,8 @@ import torch.distributed
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
+from dali_pipelines.crops import SegmentationCrops
 from dali_pipelines.loader import SegmentationLoader
-from dali_pipelines.pipelines import SegmentationCrops
 from dali_pipelines.validation_loader import FullImageLoader
 from iwm.config import ConfigError
 from iwm.downstream.study import Study

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal, TypeVar
 
 from dali_pipelines.augmentations import AugmentationError
-from dali_pipelines.pipelines import CropSettings, SegmentationCrops
+from dali_pipelines.crops import CropSettings, SegmentationCrops
 from iwm.config import ConfigError
-from iwm.evaluation.common import EvalData, EvalSettings
+from iwm.evaluation.settings import EvalData, EvalSettings
 from iwm.ranges import Range, check_ranges
 from shards.listing import LABEL
 
@@ -40,8 +40,8 @@ class DataSettings(EvalData):
     label: str = LABEL
     """Label column of the shards."""
     num_threads: Annotated[int, Range(min=0)] = 0
-    """CPU threads of each process's pipeline. 0: the available cores, divided among the machine's processes, minus two
-    for torch's operators where the model is on a GPU."""
+    """CPU threads of each process's pipeline. 0: the available cores, divided among the machine's processes.
+    Where the model is on a GPU, two of these are left to torch's operators."""
     prefetch_queue_depth: Annotated[int, Range(min=1)] = 2
     """Batches prepared ahead."""
 
@@ -61,8 +61,9 @@ class TrainSettings(EvalSettings):
     batch_size: Annotated[int, Range(min=1)] = 1024
     """Images per optimiser step, over all processes. Learning rates are not scaled with the batch size."""
     micro_batch_size: Annotated[int | None, Range(min=1)] = None
-    """Images per process in one pass; gradients are accumulated over passes. None: on a GPU, as many as fit into its
-    free memory, which is measured before training; on a CPU, the whole share of a process."""
+    """Images per process in one pass; gradients are accumulated over passes.
+    None: on a GPU, as many as fit into its free memory, which is measured before training.
+    On a CPU, None is the whole share of a process."""
     weight_decay: Annotated[float, Range(min=0)] = 0.0
     """Weight decay of the optimiser."""
     num_threads: Annotated[int, Range(min=0)] = 0
@@ -70,8 +71,8 @@ class TrainSettings(EvalSettings):
     compile: Literal["auto", "yes", "no"] = "auto"
     """Compile each block with torch.compile. `auto`: only on a GPU."""
     validate_every: Annotated[float, Range(above=0)] = 5.0
-    """Interval of evaluation on the held-out images (epochs). The last epoch is always evaluated. The parameters of the
-    best evaluation are saved."""
+    """Interval of evaluation on the held-out images (epochs). The last epoch is always evaluated.
+    The parameters of the best evaluation are saved."""
     checkpoint_every: Annotated[int, Range(min=1)] = 1000
     """Interval of checkpoints to resume from (optimiser steps)."""
     log_every: Annotated[int, Range(min=1)] = 50
@@ -115,3 +116,28 @@ def sized_crops(crops: CropsT, img_size: int) -> CropsT:
         f"--crops.size {crops.size}: crops have the encoder's image size, {img_size} px; omit this option",
     )
     return replace(crops, size=img_size)
+
+
+@dataclass(frozen=True)
+class MixupSettings:
+    """Probabilities and strengths for finetuning (A.2). 0 disables the augmentation."""
+
+    random_erasing: Annotated[float, Range(min=0, max=1)] = 0.25
+    """Probability that a box of 2 to 33% of an image's area is replaced by noise, pixel by pixel."""
+    mixup: Annotated[float, Range(min=0)] = 0.8
+    """Alpha of the beta distribution from which the blending weight of mixup is sampled."""
+    cutmix: Annotated[float, Range(min=0)] = 1.0
+    """Alpha of the beta distribution from which the area that cutmix does not replace is sampled.
+    Where mixup is on too, each batch has one of the two, with equal probability."""
+    label_smoothing: Annotated[float, Range(min=0, below=1)] = 0.1
+    """Share of the target that is distributed evenly over all classes (0 to 1)."""
+
+    @classmethod
+    def none(cls) -> MixupSettings:
+        """Return settings that change nothing, as for probes."""
+        return cls(0.0, 0.0, 0.0, 0.0)
+
+    @property
+    def mixes(self) -> bool:
+        """True where images are mixed in pairs."""
+        return self.mixup > 0 or self.cutmix > 0

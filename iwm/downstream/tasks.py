@@ -17,11 +17,12 @@ from rich.progress import track
 from timm.data.mixup import mixup_target
 from torch import Tensor
 
+from dali_pipelines.crops import CropSettings
 from dali_pipelines.loader import CropLoader
-from dali_pipelines.pipelines import CropSettings
 from dali_pipelines.seeds import derive_seed
 from dali_pipelines.validation_loader import ValidationLoader
-from iwm.downstream.mixup import MixupSettings, apply_mixup
+from iwm.downstream.mixup import apply_mixup
+from iwm.downstream.settings import MixupSettings
 from iwm.downstream.study import FrozenEncoders, SharedInputs, Study
 from iwm.evaluation.features import label_numbers
 from iwm.packing import copy_to_device

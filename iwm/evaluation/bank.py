@@ -6,23 +6,18 @@ MRR, retrieval, parameter sweeps and corruptions are computed on it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from dataclasses import dataclass
 
 import torch
-import tyro
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from dali_pipelines.augmentations import IDENTITY, SCENARIOS, PhotometricConfig, Views
+from dali_pipelines.augmentations import IDENTITY
 from dali_pipelines.replay import apply_photometric
 from iwm.actions import ActionSpec, action_between
-from iwm.config import ConfigError
-from iwm.models.world_model import ENCODERS, EncoderName, WorldModel
-from iwm.ranges import Range
-
-JITTER_SCENARIOS = tuple(name for name, views in SCENARIOS.items() if views.target.jitter_probability > 0)
-"""Scenarios whose target has jitter, so that a bank can be sampled from it."""
+from iwm.config import ENCODERS, EncoderName
+from iwm.evaluation.settings import DISTANCES, Distance
+from iwm.models.world_model import WorldModel
 
 MIN_FACTOR = 0.1
 """Smallest factor in a grid of single values: a factor of 0 gives a black view."""
@@ -30,8 +25,6 @@ MIN_FACTOR = 0.1
 TIE_TOLERANCE = 1e-6
 """Distances that differ by less than this share of the true view's norm are ties (float32 rounding)."""
 
-Distance = Literal["pooled", "per_token"]
-DISTANCES: tuple[Distance, ...] = ("pooled", "per_token")
 
 UNCONDITIONED_NOTE = (
     "Without conditioning the predictor receives no action: all actions give the same prediction, by construction."
@@ -116,36 +109,6 @@ def _l2(predictions: Float[Tensor, "q f"], bank: Float[Tensor, "k f"]) -> Float[
     p, t = predictions.double(), bank.double()
     squares = p.square().sum(1, keepdim=True) + t.square().sum(1) - 2 * p @ t.T
     return squares.clamp_min(0).sqrt()
-
-
-@dataclass(frozen=True)
-class BankSettings:
-    """Bank of augmented views in which predictions are ranked."""
-
-    num_images: Annotated[int, Range(min=2)] = 64
-    """Held-out images, at least 2. Each has its own bank; the standard error is over images."""
-    num_views: Annotated[int, Range(min=2)] = 256
-    """Jittered views per image, at least 2. Chance depends on it: compare only scores of the same bank size."""
-    scenario: Annotated[str | None, tyro.conf.arg(metavar="|".join(JITTER_SCENARIOS))] = None
-    """Row of table S2 whose target jitter the bank is sampled from. Use the same one for all runs that you compare.
-    Default: the run's own jitter, or that of `default` if the run has none."""
-    batch_size: Annotated[int, Range(min=1)] = 256
-    """Views embedded and predicted at a time. Lower it when the device runs out of memory."""
-
-
-def bank_augmentation(views: Views, scenario: str | None = None) -> PhotometricConfig:
-    """Return the target's jitter at probability 1 and without destructive augmentations, for sampling a bank.
-
-    At training's p = 0.8 a fifth of the bank would be the clean image itself, and ties would decide the score.
-    Raises ConfigError for an unknown scenario or one whose target has no jitter.
-    """
-    if scenario is not None and scenario not in JITTER_SCENARIOS:
-        raise ConfigError(
-            f"--bank.scenario: '{scenario}' is not a scenario with jitter; choose one of {JITTER_SCENARIOS}"
-        )
-    own = views.target if views.target.jitter_probability > 0 else SCENARIOS["default"].target
-    target = own if scenario is None else SCENARIOS[scenario].target
-    return replace(target.without_destructive(), jitter_probability=1.0)
 
 
 def derangement(size: int, generator: torch.Generator) -> Int[Tensor, " size"]:

@@ -7,9 +7,9 @@ random sample. Standard errors are over images, the independent units of every e
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float, UInt8
@@ -17,38 +17,10 @@ from torch import Tensor
 
 from dali_pipelines.validation_loader import ValidationBatch, ValidationLoader
 from iwm.config import Config, ConfigError
+from iwm.evaluation.settings import EvalSettings
 from iwm.models.world_model import WorldModel
-from iwm.ranges import Range
 from iwm.training.checkpoint import load_world_model, resolve, run_dir_of
 from iwm.training.runtime import device_name, select_device
-
-
-@dataclass(frozen=True)
-class EvalData:
-    """Images that the model is evaluated on."""
-
-    shards: Path | None = None
-    """Shard folder made by tools/make_shards.py. Default: the run's own (data.shards)."""
-    split: str | None = None
-    """Split of that folder. Default: the run's validation split (data.val)."""
-
-
-@dataclass(frozen=True)
-class EvalSettings:
-    """Options of every evaluator."""
-
-    checkpoint: Path
-    """Run folder, whose newest complete checkpoint is loaded, or one checkpoint file."""
-    output: Path | None = None
-    """JSON file to write. Default: RUN/eval/PROTOCOL.json."""
-    data: EvalData = field(default_factory=EvalData)
-    seed: Annotated[int, Range(min=0)] = 0
-    """Seed of all random values. With the same seed, all models are evaluated on the same views and actions."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto`: the GPU if there is one."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """`bf16`: autocast of the model; distances and ranks are not rounded. `auto`: the precision of the training."""
-
 
 RANDOM_POOL_SIZE = 256
 """Number of held-out images that random images are sampled from (all, if there are fewer)."""

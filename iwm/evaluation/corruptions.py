@@ -14,10 +14,10 @@ MRR from the clean source is the upper bound.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
@@ -29,48 +29,27 @@ from dali_pipelines.replay import apply_photometric, sample_photometric
 from iwm.actions import action_between
 from iwm.config import ConfigError
 from iwm.evaluation.bank import (
-    DISTANCES,
     MIN_FACTOR,
     UNCONDITIONED_NOTE,
-    BankSettings,
-    Distance,
     actions_from,
-    bank_augmentation,
     chance_mrr,
     derangement,
     embed_bank,
     predicted_distances,
     rank_of_target,
 )
-from iwm.evaluation.common import EvalContext, EvalSettings, mean_and_stderr
+from iwm.evaluation.common import EvalContext, mean_and_stderr
 from iwm.evaluation.figures import ImageBlock, draw_image_blocks
 from iwm.evaluation.result_table import ResultTable, format_mean_stderr
-from iwm.models.world_model import EncoderName
-from iwm.ranges import Range
+from iwm.evaluation.settings import (
+    DISTANCES,
+    CorruptionSettings,
+    bank_augmentation,
+)
 
 SCORE_NAMES = ("told", "not_told", "shuffled", "restored")
 SCORE_TITLES = ("with action", "without action", "shuffled actions", "restored")
 """Column titles of the scores."""
-
-
-@dataclass(frozen=True)
-class CorruptionSettings(EvalSettings):
-    """MRR from corrupted sources, by corruption and strength. Writes RUN/eval/corruptions.png next to the JSON."""
-
-    bank: BankSettings = field(default_factory=lambda: BankSettings(num_images=24))
-    num_queries: Annotated[int, Range(min=2)] = 16
-    """Views of each bank that are queried, 2 to --bank.num-views. The bank is random, so fewer queries only increase
-    the variance."""
-    blur_sigmas: Annotated[tuple[float, ...], Range(above=0)] = OP["blur"].levels
-    """Sigmas of the blur to undo, in pixels of the view."""
-    strengths: Annotated[tuple[float, ...], Range(above=0, max=1)] = (0.5, 1.0)
-    """Changes of brightness, contrast, saturation and hue to undo, as shares (0 to 1) of the bank's range."""
-    num_shown: Annotated[int, Range(min=0)] = 4
-    """Images in the figure, sampled with the seed. It shows each corruption at its greatest strength. 0: no figure."""
-    distance: Distance = "pooled"
-    """Features that are compared: `pooled`, averaged over tokens, or `per_token`."""
-    encoder: EncoderName = "teacher"
-    """Encoder of the source: `teacher` (target encoder) or `student` (context encoder)."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import math
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,12 +32,12 @@ from dali_pipelines.augmentations import DESTRUCTIVE_OPS, IDENTITY, JITTER_OPS, 
 from dali_pipelines.replay import apply_photometric
 from iwm.actions import ActionSpec, action_between, describe_action
 from iwm.config import ConfigError
-from iwm.evaluation.bank import MIN_FACTOR, actions_from, bank_augmentation, chance_mrr
-from iwm.evaluation.common import EvalContext, EvalSettings
+from iwm.evaluation.bank import MIN_FACTOR, actions_from, chance_mrr
+from iwm.evaluation.common import EvalContext
 from iwm.evaluation.compression import BankFeatures, compress, fit_pca_basis, rank_agreement
 from iwm.evaluation.result_table import ResultTable
+from iwm.evaluation.settings import ExplorerSettings, bank_augmentation
 from iwm.models.world_model import WorldModel
-from iwm.ranges import Range
 from iwm.training.checkpoint import CheckpointError
 from shards.atomic import write_atomically
 
@@ -45,27 +45,6 @@ SIDE = 64
 """Largest side of a view in the sprite sheet (pixels)."""
 QUALITY = 85
 """Quality of the WebP files (0 to 100)."""
-MAX_VALUES = 7
-"""Largest number of values per component. A browser ranked all 7⁴ actions in 1.1 s per image (5⁴: 0.06 s)."""
-
-
-@dataclass(frozen=True)
-class ExplorerSettings(EvalSettings):
-    """Data of the explorer on report.html: a grid of actions on a few images. Writes RUN/eval/explorer.*."""
-
-    num_images: Annotated[int, Range(min=1)] = 6
-    """Held-out images, sampled with the seed."""
-    num_values: Annotated[int, Range(min=2, max=MAX_VALUES)] = 5
-    """Values of each jitter component over its range, 2 to 7. The views are all combinations, num_values⁴."""
-    scenario: str | None = None
-    """Row of table S2 whose target jitter the grid covers. Default: the run's own jitter, or that of `default` if
-    the run has none."""
-    blur_sigma: Annotated[float, Range(above=0)] = 1.0
-    """Sigma of the blurred source, in pixels of the view."""
-    explained_variance: Annotated[float, Range(above=0, max=1)] = 0.9995
-    """Share of the squared distances, 0 to 1, that the stored PCA components explain."""
-    batch_size: Annotated[int, Range(min=1)] = 256
-    """Views embedded and predicted at a time. Lower it when the device runs out of memory."""
 
 
 @dataclass(frozen=True)

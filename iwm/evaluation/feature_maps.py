@@ -14,10 +14,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-import tyro
 from jaxtyping import Float, UInt8
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
@@ -27,30 +26,13 @@ from torch import Tensor, nn
 from dali_pipelines.augmentations import IDENTITY, JITTER_OPS, Views
 from dali_pipelines.replay import apply_photometric
 from iwm.actions import describe_action
-from iwm.evaluation.bank import JITTER_SCENARIOS, actions_from, bank_augmentation
-from iwm.evaluation.common import EvalContext, EvalSettings
+from iwm.evaluation.bank import actions_from
+from iwm.evaluation.common import EvalContext
 from iwm.evaluation.result_table import ResultTable
+from iwm.evaluation.settings import FeatureMapSettings, bank_augmentation
 from iwm.models.attention import Attention
 from iwm.models.encoder import Encoder
 from iwm.models.world_model import WorldModel
-from iwm.ranges import Range
-
-
-@dataclass(frozen=True)
-class FeatureMapSettings(EvalSettings):
-    """Attention and PCA maps of patch features. Writes RUN/eval/feature-maps.png and feature-maps-attention.png."""
-
-    num_images: Annotated[int, Range(min=1)] = 6
-    """Held-out images, sampled with the seed."""
-    keys: tuple[str, ...] = ()
-    """Sample keys of the images to show, instead of random ones."""
-    pca: Literal["together", "each"] = "together"
-    """`together`: one PCA of all shown images, so that their colours are comparable. `each`: one PCA per image."""
-    query: Annotated[tuple[float, float], Range(min=0, below=1)] = (0.5, 0.5)
-    """Patch whose attention to the others is shown: y and x from the upper left corner, as shares of the image."""
-    scenario: Annotated[str | None, tyro.conf.arg(metavar="|".join(JITTER_SCENARIOS))] = None
-    """Row of table S2 whose target jitter gives the strong action. Default: the run's own jitter, or that of
-    `default` if the run has none."""
 
 
 def strong_augmentation(views: Views, scenario: str | None = None) -> Float[Tensor, "1 p"]:

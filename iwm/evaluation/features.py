@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64, UInt8
@@ -14,24 +14,9 @@ from torch import Tensor
 
 from iwm.config import ConfigError
 from iwm.evaluation.common import EvalContext
-from iwm.ranges import Range
+from iwm.evaluation.settings import LabelledImageSettings
 from shards.errors import ShardError
 from shards.format import load_manifest
-from shards.listing import LABEL
-
-
-@dataclass(frozen=True)
-class LabelledImageSettings:
-    """Options of evaluators that fit a classifier to labelled images."""
-
-    label: str = LABEL
-    """Label column of the shards."""
-    train: str | None = None
-    """Split that the classifier is fitted on. Default: the run's training split (data.train)."""
-    train_images: Annotated[int | None, Range(min=2)] = None
-    """Number of training images, the first of the split; None: all."""
-    val_images: Annotated[int | None, Range(min=2)] = None
-    """Number of held-out images, the first of the split; None: all."""
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from iwm.config import Config
-from iwm.evaluation.bank import BankSettings
 from iwm.evaluation.common import first_images
 from iwm.evaluation.mrr import compute_ranks, summarise
+from iwm.evaluation.settings import BankSettings
 from iwm.models.world_model import WorldModel
 from iwm.training.distributed import DistEnv
 

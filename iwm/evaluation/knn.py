@@ -7,33 +7,19 @@ tokens. The weight of a vote is exp(similarity / temperature).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
-from iwm.config import ConfigError
-from iwm.evaluation.common import EvalContext, EvalSettings, proportion_stderr
-from iwm.evaluation.features import LabelledImageSettings, extract_features
+from iwm.config import ENCODERS, ConfigError
+from iwm.evaluation.common import EvalContext, proportion_stderr
+from iwm.evaluation.features import extract_features
 from iwm.evaluation.result_table import ResultTable, format_mean_stderr
-from iwm.models.world_model import ENCODERS
-from iwm.ranges import Range
-
-
-@dataclass(frozen=True)
-class KNNSettings(LabelledImageSettings, EvalSettings):
-    """Accuracy of k-nearest-neighbour classification with the features of both encoders."""
-
-    k: Annotated[tuple[int, ...], Range(min=1)] = (10, 20, 100)
-    """Numbers of neighbours, in rising order."""
-    temperature: Annotated[float, Range(above=0)] = 0.07
-    """Temperature of the votes, above 0. With a small value the nearest neighbours decide."""
-    batch_size: Annotated[int, Range(min=1)] = 256
-    """Held-out images compared with all training images at a time. Lower it when the device runs out of memory."""
+from iwm.evaluation.settings import KNNSettings
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64, UInt8
@@ -21,8 +21,8 @@ from torch.nn.functional import cross_entropy
 
 from iwm.config import ConfigError
 from iwm.evaluation.common import EvalContext, proportion_stderr
-from iwm.evaluation.features import LabelledImageSettings, extract_features
-from iwm.ranges import Range
+from iwm.evaluation.features import extract_features
+from iwm.evaluation.settings import LinearSettings
 
 TOL = 1e-6
 """Convergence tolerance: largest entry of the objective's gradient."""
@@ -123,18 +123,6 @@ def fit_with_validation(
         if accuracy > best_accuracy:
             best, best_accuracy = l2, accuracy
     return fit(features, labels, classes, best)
-
-
-@dataclass(frozen=True)
-class LinearSettings(LabelledImageSettings):
-    """Data and L2 penalties of the linear classifier."""
-
-    train_images: int | None = 256
-    """Number of training images, the first of the split; None: all."""
-    val_images: int | None = 128
-    """Number of held-out images, the first of the split; None: all."""
-    l2: Annotated[tuple[float, ...], Range(above=0)] = (1e-3, 1e-2, 1e-1, 1.0)
-    """L2 penalties to select from, by accuracy on a fifth of the training images. The penalty is l2 / 2 · ‖weight‖²."""
 
 
 def linear_accuracy(

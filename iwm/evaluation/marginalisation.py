@@ -16,9 +16,9 @@ Without conditioning all predictions of an image are equal, so N changes nothing
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64, UInt8
@@ -30,33 +30,22 @@ from dali_pipelines.augmentations import IDENTITY, JITTER_FIELDS, PhotometricCon
 from dali_pipelines.replay import sample_photometric
 from dali_pipelines.seeds import derive_seed
 from iwm.config import ConfigError
-from iwm.evaluation.bank import TIE_TOLERANCE, BankSettings, actions_from, bank_augmentation, chance_mrr, embed_bank
-from iwm.evaluation.common import EvalContext, EvalSettings, mean_and_stderr
-from iwm.evaluation.logistic_regression import LinearSettings, linear_accuracy
+from iwm.evaluation.bank import TIE_TOLERANCE, actions_from, chance_mrr, embed_bank
+from iwm.evaluation.common import EvalContext, mean_and_stderr
+from iwm.evaluation.logistic_regression import linear_accuracy
 from iwm.evaluation.paper_results import TABLE_S6
 from iwm.evaluation.result_table import ResultTable, format_mean_stderr
+from iwm.evaluation.settings import (
+    MarginalisationSettings,
+    bank_augmentation,
+)
 from iwm.models.world_model import WorldModel
-from iwm.ranges import Range
 
 NULL, COPIES, TEACHER = "null", "copies", "teacher"
 """Reference entries next to the numbers of predictions; see the module docstring."""
 
 FIGURE_ROWS, FIGURE_COLUMNS = 3, 8
 """Images in the figure, and views of each."""
-
-
-@dataclass(frozen=True)
-class MarginalisationSettings(EvalSettings):
-    """Retrieval and linear accuracy of means of N predictions. Writes RUN/eval/marginalisation.png next to the JSON."""
-
-    predictions: Annotated[tuple[int, ...], Range(min=1)] = (1, 8, 16, 32, 128)
-    """Values of N, the number of averaged predictions, in rising order. The largest determines the cost."""
-    bank: BankSettings = field(default_factory=lambda: BankSettings(num_images=24))
-    nearest: Annotated[int, Range(min=1)] = 5
-    """Number of nearest views whose jitter strength is averaged."""
-    linear: bool = True
-    """Fit and evaluate linear classifiers, which requires labels."""
-    probe: LinearSettings = field(default_factory=LinearSettings)
 
 
 @dataclass(frozen=True)

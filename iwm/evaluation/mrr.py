@@ -12,7 +12,7 @@ each prediction, by a permutation without fixed points. It needs no further pred
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +22,12 @@ from rich.progress import track
 from torch import Tensor
 
 from dali_pipelines.replay import sample_photometric
-from iwm.evaluation.bank import (
-    DISTANCES,
-    BankSettings,
-    actions_from,
-    bank_augmentation,
-    chance_mrr,
-    derangement,
-    embed_bank,
-    predicted_distances,
-    rank_of_target,
-)
-from iwm.evaluation.common import EvalContext, EvalSettings, mean_and_stderr
+from iwm.config import ENCODERS
+from iwm.evaluation.bank import actions_from, chance_mrr, derangement, embed_bank, predicted_distances, rank_of_target
+from iwm.evaluation.common import EvalContext, mean_and_stderr
 from iwm.evaluation.result_table import ResultTable, format_mean_stderr
-from iwm.models.world_model import ENCODERS, WorldModel
-
-
-@dataclass(frozen=True)
-class MRRSettings(EvalSettings):
-    """Mean reciprocal rank of predictions in a bank of augmented views (paper, section 4.1)."""
-
-    bank: BankSettings = field(default_factory=BankSettings)
+from iwm.evaluation.settings import DISTANCES, BankSettings, MRRSettings, bank_augmentation
+from iwm.models.world_model import WorldModel
 
 
 @dataclass(frozen=True)

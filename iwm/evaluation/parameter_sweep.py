@@ -14,10 +14,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import tyro
 from jaxtyping import Float, Int
 from rich.progress import track
 from scipy.stats import spearmanr
@@ -27,46 +26,22 @@ from dali_pipelines.augmentations import DESTRUCTIVE_OPS, IDENTITY, JITTER_OPS, 
 from iwm.actions import action_between
 from iwm.config import ConfigError
 from iwm.evaluation.bank import (
-    DISTANCES,
-    JITTER_SCENARIOS,
     MIN_FACTOR,
     TIE_TOLERANCE,
     UNCONDITIONED_NOTE,
     Bank,
-    Distance,
     actions_from,
-    bank_augmentation,
     embed_bank,
     predicted_distances,
 )
-from iwm.evaluation.common import EvalContext, EvalSettings, mean_and_stderr
+from iwm.evaluation.common import EvalContext, mean_and_stderr
 from iwm.evaluation.figures import ImageBlock, draw_image_blocks
 from iwm.evaluation.result_table import ResultTable, format_mean_stderr
-from iwm.models.world_model import EncoderName
-from iwm.ranges import Range
-
-
-@dataclass(frozen=True)
-class SweepSettings(EvalSettings):
-    """Retrieval along a grid of values, one parameter at a time. Writes RUN/eval/parameter-sweep-1.png, -2.png, …"""
-
-    num_images: Annotated[int, Range(min=2)] = 64
-    """Held-out images that the curves are averaged over."""
-    num_values: Annotated[int, Range(min=2)] = 11
-    """Values of brightness, contrast, saturation and hue over their range, at least 2."""
-    num_sigmas: Annotated[int, Range(min=2)] = 6
-    """Values of the blur's sigma, from 0 to the run's largest, at least 2."""
-    scenario: Annotated[str | None, tyro.conf.arg(metavar="|".join(JITTER_SCENARIOS))] = None
-    """Row of table S2 whose target jitter gives the ranges. Default: the run's own jitter, or that of `default` if the
-    run has none."""
-    num_shown: Annotated[int, Range(min=0)] = 3
-    """Images with a figure, sampled with the seed; 0: no figures."""
-    distance: Distance = "pooled"
-    """Features that are compared: `pooled`, averaged over tokens, or `per_token`."""
-    encoder: EncoderName = "teacher"
-    """Encoder of the source: `teacher` (target encoder) or `student` (context encoder)."""
-    batch_size: Annotated[int, Range(min=1)] = 256
-    """Views embedded and predicted at a time. Lower it when the device runs out of memory."""
+from iwm.evaluation.settings import (
+    DISTANCES,
+    SweepSettings,
+    bank_augmentation,
+)
 
 
 @dataclass(frozen=True)

@@ -1,51 +1,52 @@
-"""Registry of evaluators by name.
+"""Registry of evaluators by name; importing it imports neither torch nor DALI.
 
-To add an evaluator, write its settings, `evaluate` and `tables` in a file of this folder and add a line to EVALUATORS.
+To add an evaluator, write its options in settings.py and `evaluate` and `tables` in a file of this folder, and add a
+line to EVALUATORS.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from iwm.evaluation import (
-    corruptions,
-    explorer,
-    feature_maps,
-    knn,
-    marginalisation,
-    mrr,
-    parameter_sweep,
-    retrieval,
-    similarity,
-)
-from iwm.evaluation.common import EvalContext, EvalSettings
+from iwm.evaluation import settings as options
 from iwm.evaluation.result_table import ResultTable
 
+if TYPE_CHECKING:
+    from iwm.evaluation.common import EvalContext
 
-class Evaluator(NamedTuple):
+
+@dataclass(frozen=True)
+class Evaluator:
     """Evaluation of a world model on held-out images, without gradients."""
 
-    settings: type[EvalSettings]
+    settings: type[options.EvalSettings]
     """Options of the command."""
-    run: Callable[[EvalContext, Any, Path], dict[str, Any]]
-    """run(context, settings, output): evaluate, write figures next to `output`, and return the content of the JSON."""
-    tables: Callable[[dict[str, Any]], list[ResultTable]]
-    """tables(result): return the result as tables."""
+    module: str
+    """Module of this folder that defines `evaluate` and `tables`. It is imported when one of them is called."""
+
+    def evaluate(self, context: EvalContext, settings: options.EvalSettings, output: Path) -> dict[str, Any]:
+        """Evaluate, write figures next to `output`, and return the content of the JSON."""
+        result: dict[str, Any] = import_module(self.module).evaluate(context, settings, output)
+        return result
+
+    def tables(self, result: dict[str, Any]) -> list[ResultTable]:
+        """Return the result as tables."""
+        tables: list[ResultTable] = import_module(self.module).tables(result)
+        return tables
 
 
 EVALUATORS: dict[str, Evaluator] = {
-    "mrr": Evaluator(mrr.MRRSettings, mrr.evaluate, mrr.tables),
-    "retrieval": Evaluator(retrieval.RetrievalSettings, retrieval.evaluate, retrieval.tables),
-    "parameter-sweep": Evaluator(parameter_sweep.SweepSettings, parameter_sweep.evaluate, parameter_sweep.tables),
-    "corruptions": Evaluator(corruptions.CorruptionSettings, corruptions.evaluate, corruptions.tables),
-    "explorer": Evaluator(explorer.ExplorerSettings, explorer.evaluate, explorer.tables),
-    "similarity": Evaluator(similarity.SimilaritySettings, similarity.evaluate, similarity.tables),
-    "marginalisation": Evaluator(
-        marginalisation.MarginalisationSettings, marginalisation.evaluate, marginalisation.tables
-    ),
-    "feature-maps": Evaluator(feature_maps.FeatureMapSettings, feature_maps.evaluate, feature_maps.tables),
-    "knn": Evaluator(knn.KNNSettings, knn.evaluate, knn.tables),
+    "mrr": Evaluator(options.MRRSettings, "iwm.evaluation.mrr"),
+    "retrieval": Evaluator(options.RetrievalSettings, "iwm.evaluation.retrieval"),
+    "parameter-sweep": Evaluator(options.SweepSettings, "iwm.evaluation.parameter_sweep"),
+    "corruptions": Evaluator(options.CorruptionSettings, "iwm.evaluation.corruptions"),
+    "explorer": Evaluator(options.ExplorerSettings, "iwm.evaluation.explorer"),
+    "similarity": Evaluator(options.SimilaritySettings, "iwm.evaluation.similarity"),
+    "marginalisation": Evaluator(options.MarginalisationSettings, "iwm.evaluation.marginalisation"),
+    "feature-maps": Evaluator(options.FeatureMapSettings, "iwm.evaluation.feature_maps"),
+    "knn": Evaluator(options.KNNSettings, "iwm.evaluation.knn"),
 }
 """Evaluators in the order in which `world-model` runs them."""

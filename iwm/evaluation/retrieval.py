@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -23,30 +23,13 @@ from dali_pipelines.augmentations import PhotometricConfig
 from dali_pipelines.replay import apply_photometric, sample_photometric
 from iwm.actions import describe_action
 from iwm.config import ConfigError
-from iwm.evaluation.bank import (
-    UNCONDITIONED_NOTE,
-    BankSettings,
-    actions_from,
-    bank_augmentation,
-    embed_bank,
-    predicted_distances,
-    rank_of_target,
-)
-from iwm.evaluation.common import EvalContext, EvalSettings
+from iwm.evaluation.bank import UNCONDITIONED_NOTE, actions_from, embed_bank, predicted_distances, rank_of_target
+from iwm.evaluation.common import EvalContext
 from iwm.evaluation.result_table import ResultTable
+from iwm.evaluation.settings import BankSettings, RetrievalSettings, bank_augmentation
 from iwm.models.world_model import WorldModel
-from iwm.ranges import Range
 
 EXTREMES = ("best", "worst")
-
-
-@dataclass(frozen=True)
-class RetrievalSettings(EvalSettings):
-    """Figures of the views nearest to predictions. Writes RUN/eval/retrieval.png and retrieval-extremes.png."""
-
-    bank: BankSettings = field(default_factory=lambda: BankSettings(num_images=6))
-    num_actions: Annotated[int, Range(min=1)] = 3
-    """Random actions shown per image."""
 
 
 @dataclass(frozen=True)

@@ -16,44 +16,23 @@ Standard errors are over images: that of the mean for similarities, the jackknif
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import tyro
 from jaxtyping import Float, UInt8
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from dali_pipelines.augmentations import SCENARIOS, PhotometricConfig, Views
 from dali_pipelines.replay import apply_photometric, sample_photometric
-from iwm.config import ConfigError
-from iwm.evaluation.bank import JITTER_SCENARIOS
-from iwm.evaluation.common import EvalContext, EvalSettings, mean_and_stderr
+from iwm.config import ConfigError, EncoderName
+from iwm.evaluation.common import EvalContext, mean_and_stderr
 from iwm.evaluation.result_table import ResultTable
-from iwm.models.world_model import EncoderName, WorldModel
-from iwm.ranges import Range
+from iwm.evaluation.settings import JITTER_SCENARIOS, SimilaritySettings
+from iwm.models.world_model import WorldModel
 from iwm.training.checkpoint import CheckpointError
-
-
-@dataclass(frozen=True)
-class SimilaritySettings(EvalSettings):
-    """Cosine similarity of augmented views within and between images. Writes RUN/eval/similarity.png."""
-
-    num_images: Annotated[int, Range(min=2)] = 128
-    """Held-out images, at least 2."""
-    num_views: Annotated[int, Range(min=2)] = 16
-    """Augmented views of each image, at least 2. The paper uses 16."""
-    num_shown: Annotated[int, Range(min=1)] = 8
-    """Images in the figure, the first of --num-images."""
-    encoder: EncoderName = "teacher"
-    """`teacher`: the target encoder. `student`: the context encoder."""
-    scenario: Annotated[str | None, tyro.conf.arg(metavar="|".join(JITTER_SCENARIOS))] = None
-    """Row of table S2 whose source view is the augmentation. Use the same one for all runs that you compare. Default:
-    the run's own source view, or that of `default` if the run has no jitter."""
-    batch_size: Annotated[int, Range(min=1)] = 256
-    """Views embedded at a time. Lower it when the device runs out of memory."""
 
 
 def view_augmentation(views: Views, scenario: str | None = None) -> PhotometricConfig:

@@ -29,13 +29,12 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from iwm.actions import action_schema, action_spec
-from iwm.config import Config, ConfigError
+from iwm.config import Config, ConfigError, EncoderName
 from iwm.config_io import from_dict, to_dict
 from iwm.downstream.progress import TaskInfo, TrainedHead
 from iwm.downstream.registry import lookup
 from iwm.downstream.restore import split_state
 from iwm.models.encoder import IMAGENET_MEAN, IMAGENET_STD, timm_arguments
-from iwm.models.world_model import EncoderName
 from iwm.training.checkpoint import CheckpointError, versions
 from shards.atomic import sync_folder, write_atomically
 

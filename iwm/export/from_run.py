@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 
-from iwm.config import ConfigError
+from iwm.config import ConfigError, EncoderName
 from iwm.downstream.progress import TrainedHead
 from iwm.downstream.restore import load_head
 from iwm.export.folder import attach_head, write_export
 from iwm.export.model import build_model, read_checkpoint
 from iwm.export.model_card import model_card
-from iwm.models.world_model import EncoderName
 from iwm.training.checkpoint import CheckpointError, file_digest, list_checkpoints, resolve, run_dir_of
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Float, Real, UInt8
 from torch import Tensor, nn
 
 from iwm.actions import ActionSpec, action_spec, make_action
-from iwm.config import Config, ConfigError
+from iwm.config import Config, ConfigError, EncoderName
 from iwm.downstream.progress import TrainedHead
 from iwm.downstream.registry import lookup
 from iwm.downstream.restore import BACKBONE
@@ -22,7 +22,7 @@ from iwm.models.backbone import Backbone
 from iwm.models.encoder import Encoder
 from iwm.models.heads import upsample
 from iwm.models.predictor import Predictor
-from iwm.models.world_model import EncoderName, normalize_targets
+from iwm.models.world_model import normalize_targets
 from iwm.training.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, resolve, run_dir_of
 from iwm.training.runtime import select_device
 

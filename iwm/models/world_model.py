@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,18 +10,13 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
 from iwm.actions import ActionSpec, action_from_params, action_spec
-from iwm.config import Config, LossConfig
+from iwm.config import Config, EncoderName, LossConfig
 from iwm.masking import Masks, PackedMasks
 from iwm.models.attention import attention_kernel, to_device
 from iwm.models.encoder import Encoder
 from iwm.models.layers import compile_blocks
 from iwm.models.predictor import Predictor
 from iwm.packing import pack_tokens
-
-EncoderName = Literal["teacher", "student"]
-"""EMA target encoder (teacher) or trained context encoder (student), as the paper's tables name them."""
-
-ENCODERS: tuple[EncoderName, ...] = ("teacher", "student")
 
 
 def normalize_targets(features: Float[Tensor, "b n d"], loss: LossConfig) -> Float[Tensor, "b n d"]:

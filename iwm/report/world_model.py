@@ -9,9 +9,10 @@ from html import escape
 from typing import Any
 
 from dali_pipelines.augmentations import OPS
-from iwm.evaluation.bank import DISTANCES, UNCONDITIONED_NOTE
+from iwm.evaluation.bank import UNCONDITIONED_NOTE
 from iwm.evaluation.mrr import WAYS, way_name
 from iwm.evaluation.result_table import ResultTable, format_mean_stderr
+from iwm.evaluation.settings import DISTANCES
 from iwm.report.components import (
     ChartLine,
     chart_grid,

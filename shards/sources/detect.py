@@ -25,14 +25,15 @@ class SourceOptions:
     """Additional files that some kinds of sources need."""
 
     val_labels: Path | None = None
-    """Labels of ImageNet's validation tar: the development kit (tar.gz or folder), its ground-truth file with meta.mat
-    next to it, or a text file with one synset per line in the order of the file names."""
+    """Labels of ImageNet's validation tar: the development kit (tar.gz or folder), or its ground-truth file.
+    The ground-truth file needs meta.mat next to it.
+    A text file with one synset per line, in the order of the file names, is accepted too."""
     images: Path | None = None
-    """Location of the images that a CSV file, a list or an annotation file names: a folder, an uncompressed tar, or a
-    folder inside such a tar, for example images.tar/data/images256. Default: the folder of that file."""
+    """Location of the images that a CSV file, a list or an annotation file names. Default: the folder of that file.
+    It is a folder, an uncompressed tar, or a folder inside such a tar, for example images.tar/data/images256."""
     masks: Path | None = None
-    """Folder of segmentation masks for SRC, a folder of images: a mask has the path of its image except for the
-    extension. Such samples have no label."""
+    """Folder of segmentation masks for SRC, a folder of images. Such samples have no label.
+    A mask has the path of its image except for the extension."""
     label_field: str = "label"
     """Field of a sample's .json that holds the label, for WebDataset tars without .cls."""
 

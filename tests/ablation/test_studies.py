@@ -9,9 +9,8 @@ import pytest
 from dali_pipelines.augmentations import SCENARIOS
 from iwm.ablation.runs import plan
 from iwm.ablation.studies import STUDIES, AblationStudy, Variant
-from iwm.evaluation.bank import BankSettings
-from iwm.recipes import RECIPES
-from iwm.train import parse
+from iwm.evaluation.settings import BankSettings
+from iwm.recipes import RECIPES, parse
 
 
 def _figures(name: str, recipe: str) -> dict[tuple[str, str], float | None]:

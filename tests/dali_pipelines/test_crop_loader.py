@@ -18,8 +18,8 @@ from torchvision.transforms import RandomResizedCrop
 
 from dali_pipelines import replay
 from dali_pipelines.augmentations import IDENTITY, PHOTOMETRIC_FIELDS, SINGLE_OP, AugmentationError, PhotometricConfig
+from dali_pipelines.crops import CropSettings
 from dali_pipelines.loader import CropLoader, LabelledBatch, LoaderStateError
-from dali_pipelines.pipelines import CropSettings
 from shards.errors import ShardError
 
 SMALL = CropSettings(size=32, photometric=PhotometricConfig())

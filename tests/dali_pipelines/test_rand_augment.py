@@ -22,10 +22,9 @@ from torch.utils.dlpack import from_dlpack
 
 from dali_pipelines import rand_augment
 from dali_pipelines.augmentations import AugmentationError
-from dali_pipelines.geometry import Interpolation
+from dali_pipelines.crops import CropSettings, Interpolation, RandAugment, parse_rand_augment
 from dali_pipelines.loader import CropLoader
-from dali_pipelines.pipelines import CropSettings
-from dali_pipelines.rand_augment import IDENTITY_OP, OPS, RandAugment, RandAugmentParams, parse
+from dali_pipelines.rand_augment import IDENTITY_OP, OPS, RandAugmentParams
 
 STRING = "rand-m9-mstd0.5-inc1"
 SIZE = 96
@@ -178,7 +177,7 @@ def timms_drawn(string: str, images: int) -> list[list[tuple[str, float]]]:
 
 
 def test_ops_and_magnitudes_are_drawn_as_timm_draws_them() -> None:
-    ours = ours_drawn(parse(STRING), 6000)
+    ours = ours_drawn(parse_rand_augment(STRING), 6000)
     theirs = timms_drawn(STRING, 6000)
     assert ours.shape == (6000, 2, 2)
     done = ours[..., 0] < IDENTITY_OP
@@ -198,18 +197,18 @@ def test_ops_and_magnitudes_are_drawn_as_timm_draws_them() -> None:
 
 
 def test_without_a_deviation_the_magnitude_is_the_strings() -> None:
-    drawn = ours_drawn(parse("rand-m7-n3-p1.0"), 500)
+    drawn = ours_drawn(parse_rand_augment("rand-m7-n3-p1.0"), 500)
     assert drawn.shape == (500, 3, 2)
     assert (abs(drawn[..., 1]) == 7).all()
     assert (drawn[..., 0] < IDENTITY_OP).all()
 
 
 def test_the_string_is_read_as_timm_reads_it() -> None:
-    assert parse(STRING) == RandAugment(magnitude=9, layers=2, probability=0.5, std=0.5, increasing=True)
-    assert parse("rand") == RandAugment(magnitude=10, layers=2, probability=0.5, std=0.0, increasing=False)
-    assert parse("rand-n3-inc0-p0.25-m5") == RandAugment(5, 3, 0.25, 0.0, False)
+    assert parse_rand_augment(STRING) == RandAugment(magnitude=9, layers=2, probability=0.5, std=0.5, increasing=True)
+    assert parse_rand_augment("rand") == RandAugment(magnitude=10, layers=2, probability=0.5, std=0.0, increasing=False)
+    assert parse_rand_augment("rand-n3-inc0-p0.25-m5") == RandAugment(5, 3, 0.25, 0.0, False)
     for string in (STRING, "rand", "rand-n3-p0.25-m5"):  # older timm reads inc0 as inc1
-        theirs, ours = auto_augment.rand_augment_transform(string, {}), parse(string)
+        theirs, ours = auto_augment.rand_augment_transform(string, {}), parse_rand_augment(string)
         op = theirs.ops[0]
         assert (theirs.num_layers, op.magnitude, op.prob) == (ours.layers, ours.magnitude, ours.probability)
         assert op.magnitude_std == ours.std
@@ -231,7 +230,7 @@ def test_the_string_is_read_as_timm_reads_it() -> None:
 )
 def test_what_is_not_followed_is_refused_by_name(string: str, named: str) -> None:
     with pytest.raises(AugmentationError, match=named):
-        parse(string)
+        parse_rand_augment(string)
 
 
 def test_the_loader_refuses_such_a_string_before_it_begins(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from scipy.stats import binomtest, kstest
 from torch import Tensor
 
 from dali_pipelines.augmentations import MEAN_COLOUR, NO_PHOTOMETRIC, SINGLE_OP, AugmentationError
+from dali_pipelines.crops import SegmentationCrops
 from dali_pipelines.loader import LoaderStateError, SegmentationBatch, SegmentationLoader
-from dali_pipelines.pipelines import SegmentationCrops
 from dali_pipelines.validation_loader import FullImageLoader
 from shards.errors import ShardError
 

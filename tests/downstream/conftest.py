@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from dali_pipelines.pipelines import CropSettings
+from dali_pipelines.crops import CropSettings
 from iwm.config import Config, DataConfig, EncoderConfig, PredictorConfig, TrainConfig
 from iwm.downstream.registry import PROTOCOLS
 from iwm.downstream.settings import DataSettings, TrainSettings
-from iwm.evaluate import train_and_evaluate
 from iwm.models.world_model import WorldModel
+from iwm.protocols import train_and_evaluate
 from iwm.recipes import demo
 from iwm.training.checkpoint import Checkpoint, save_checkpoint, versions
 from shards.make import ShardingOptions, make_shards
@@ -118,7 +118,7 @@ def leverage(run: Path) -> Callable[..., dict[str, Any] | None]:
 
 def settings_for(name: str, run: Path, **options: Any) -> TrainSettings:
     """Return a protocol's settings with SHORT options, and crops without RandAugment unless `crops` is given."""
-    settings: TrainSettings = PROTOCOLS[name].command.settings(
+    settings: TrainSettings = PROTOCOLS[name].settings(
         **({"checkpoint": run, "data": DataSettings(num_threads=1)} | SHORT | options)
     )
     if "crops" not in options and isinstance(getattr(settings, "crops", None), CropSettings):

@@ -15,7 +15,8 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
 from iwm.config import ConfigError
-from iwm.downstream.mixup import MixupSettings, apply_mixup
+from iwm.downstream.mixup import apply_mixup
+from iwm.downstream.settings import MixupSettings
 from iwm.models.encoder import IMAGENET_MEAN, IMAGENET_STD
 from iwm.ranges import check_ranges
 from tests.training.test_no_waiting import NoReads

@@ -10,8 +10,7 @@ import timm
 import torch
 
 from iwm.config import PredictorConfig
-from iwm.downstream.mixup import MixupSettings
-from iwm.downstream.settings import DataSettings, ExternalModel
+from iwm.downstream.settings import DataSettings, ExternalModel, MixupSettings
 from tests.models.test_external import decoder_state, vit_state
 
 Leverage = Callable[..., dict[str, Any]]

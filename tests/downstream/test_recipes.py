@@ -113,7 +113,7 @@ def test_every_protocol_that_trains_is_held_to_the_paper() -> None:
 
 @pytest.mark.parametrize("name", PAPER)
 def test_defaults_are_the_papers(name: str) -> None:
-    settings: TrainSettings = PROTOCOLS[name].command.settings(checkpoint=Path("run"))
+    settings: TrainSettings = PROTOCOLS[name].settings(checkpoint=Path("run"))
     settings.check()
     for field, expected in PAPER[name].items():
         value: Any = settings
@@ -123,7 +123,7 @@ def test_defaults_are_the_papers(name: str) -> None:
 
 
 def test_the_papers_rate_is_in_the_middle_of_those_that_linear_probing_trains() -> None:
-    lrs = PROTOCOLS["linear"].command.settings(checkpoint=Path("run")).lrs
+    lrs = PROTOCOLS["linear"].settings(checkpoint=Path("run")).lrs
     assert sorted(lrs) == list(lrs)
     assert lrs[len(lrs) // 2] == 6.4
 
@@ -163,6 +163,6 @@ def test_drop_path_rises_through_the_part_that_the_paper_names(
 
 
 def test_predictor_finetuning_trains_its_control_beside_it(leverage: Callable[..., Any]) -> None:
-    assert PROTOCOLS["finetune-predictor"].command.settings(checkpoint=Path("run")).predictors is None
+    assert PROTOCOLS["finetune-predictor"].settings(checkpoint=Path("run")).predictors is None
     result = leverage("finetune-predictor", steps=1)
     assert [trial["predictor"] for trial in result["trials"].values()] == ["pretrained", "random"]

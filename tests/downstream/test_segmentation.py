@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dali_pipelines.augmentations import NO_PHOTOMETRIC
-from dali_pipelines.pipelines import SegmentationCrops
+from dali_pipelines.crops import SegmentationCrops
 from dali_pipelines.validation_loader import FullImageLoader
 from iwm.config import ConfigError
 from iwm.downstream.segmentation_task import SegmentationTask, pad_to_patches

@@ -16,11 +16,12 @@ from dali_pipelines.augmentations import IDENTITY, SCENARIOS, PhotometricConfig
 from dali_pipelines.replay import apply_photometric
 from iwm.actions import action_between, action_spec, describe_action
 from iwm.config import ActionConfig, Config
-from iwm.evaluate import evaluate, main
+from iwm.evaluate import main
 from iwm.evaluation import explorer
 from iwm.evaluation.bank import MIN_FACTOR, TIE_TOLERANCE
 from iwm.evaluation.common import load_eval_context
 from iwm.evaluation.compression import BankFeatures, compress, fit_pca_basis, rank_agreement
+from iwm.protocols import evaluate
 from shards.errors import UserError
 from tests.evaluation.conftest import diverge, untrained
 

@@ -12,9 +12,7 @@ from torch import Tensor
 
 from dali_pipelines.augmentations import SCENARIOS
 from iwm.config import ActionConfig, Config, ConfigError
-from iwm.evaluate import evaluate
 from iwm.evaluation.feature_maps import (
-    FeatureMapSettings,
     attention_entropy,
     attention_received,
     attention_weights,
@@ -23,8 +21,10 @@ from iwm.evaluation.feature_maps import (
     patch_features,
     strong_augmentation,
 )
+from iwm.evaluation.settings import FeatureMapSettings
 from iwm.models.attention import set_attention_impl
 from iwm.models.world_model import WorldModel
+from iwm.protocols import evaluate
 from tests.evaluation.conftest import untrained
 
 

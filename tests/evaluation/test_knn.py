@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from iwm.config import Config, ConfigError
-from iwm.evaluate import evaluate
-from iwm.evaluation.knn import KNNSettings, knn_predict, tables
+from iwm.evaluation.knn import knn_predict, tables
+from iwm.evaluation.settings import KNNSettings
+from iwm.protocols import evaluate
 from tests.evaluation.conftest import untrained
 
 

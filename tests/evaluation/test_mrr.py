@@ -11,17 +11,9 @@ from torch import Tensor
 from dali_pipelines.augmentations import IDENTITY, SCENARIOS
 from dali_pipelines.replay import sample_photometric
 from iwm.config import Config
-from iwm.evaluation.bank import (
-    BankSettings,
-    actions_from,
-    bank_augmentation,
-    chance_mrr,
-    derangement,
-    embed_bank,
-    predicted_distances,
-    rank_of_target,
-)
+from iwm.evaluation.bank import actions_from, chance_mrr, derangement, embed_bank, predicted_distances, rank_of_target
 from iwm.evaluation.mrr import Ranks, compute_ranks, summarise
+from iwm.evaluation.settings import BankSettings, bank_augmentation
 from iwm.models.world_model import WorldModel
 from tests.evaluation.oracles import VIEWS, Blind, Oracle
 

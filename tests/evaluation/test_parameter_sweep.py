@@ -18,13 +18,13 @@ from iwm.evaluate import main
 from iwm.evaluation.figures import LABEL, TILE, TITLE, ImageBlock, draw_image_blocks
 from iwm.evaluation.parameter_sweep import (
     SweepResult,
-    SweepSettings,
     correlation,
     make_sweeps,
     nearest_of_sweep,
     run_sweeps,
     summarise,
 )
+from iwm.evaluation.settings import SweepSettings
 from shards.errors import UserError
 from tests.evaluation.conftest import untrained
 from tests.evaluation.oracles import VIEWS, Blind, Knowing, Oracle, context_of

@@ -9,10 +9,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from iwm.evaluate import evaluate
-from iwm.evaluation.bank import BankSettings
-from iwm.evaluation.mrr import MRRSettings
 from iwm.evaluation.result_table import ResultTable
+from iwm.evaluation.settings import BankSettings, MRRSettings
+from iwm.protocols import evaluate
 from iwm.report.components import html_table, stored_tables
 
 ODD = ResultTable("Of [red] things", ["task :cat:", "a|b"], [["data/x:cat:", "[bold]1[/] <2>"]], "one\ntwo & three")

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from iwm.evaluate import main
-from iwm.evaluation.bank import BankSettings
 from iwm.evaluation.common import EvalContext
-from iwm.evaluation.retrieval import RetrievalSettings, retrieve
+from iwm.evaluation.retrieval import retrieve
+from iwm.evaluation.settings import BankSettings, RetrievalSettings
 from tests.evaluation.oracles import Blind, Oracle, context_of
 
 SETTINGS = RetrievalSettings(checkpoint=Path("unused"), bank=BankSettings(num_images=3, num_views=32), num_actions=2)

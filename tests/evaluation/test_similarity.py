@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from dali_pipelines.augmentations import SCENARIOS, PhotometricConfig, Views
 from dali_pipelines.replay import sample_photometric
 from iwm.config import Config, ConfigError
-from iwm.evaluate import evaluate
-from iwm.evaluation.similarity import SimilaritySettings, embed_views, similarities, variance_ratio, view_augmentation
+from iwm.evaluation.settings import SimilaritySettings
+from iwm.evaluation.similarity import embed_views, similarities, variance_ratio, view_augmentation
 from iwm.models.world_model import WorldModel
+from iwm.protocols import evaluate
 from iwm.training.checkpoint import CheckpointError
 
 

@@ -20,9 +20,9 @@ from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, Route
 
 from iwm.config import Config
-from iwm.evaluate import evaluate
 from iwm.evaluation import explorer
 from iwm.evaluation.bank import TIE_TOLERANCE
+from iwm.protocols import evaluate
 from iwm.report.page import write_report
 from iwm.report.runs import ReportError
 from tests.evaluation.conftest import untrained

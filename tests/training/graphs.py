@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch._dynamo.utils import counters
 
-from iwm.train import parse
+from iwm.recipes import parse
 from iwm.training.runtime import StopFlag
 from tests.training.runs import train_here
 

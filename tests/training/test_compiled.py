@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from iwm.train import parse
+from iwm.recipes import parse
 from iwm.training.runtime import StopFlag
 from tests.training.runs import arguments, finish, metrics, train_here
 

@@ -1,0 +1,261 @@
+"""Options of the evaluators.
+
+This module imports neither torch nor DALI, so that a command can read its options before these are imported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from dali_pipelines.augmentations import OP, SCENARIOS, PhotometricConfig, Views
+from iwm.config import ConfigError, EncoderName
+from iwm.ranges import Range
+from shards.listing import LABEL
+
+JITTER_SCENARIOS = tuple(name for name, views in SCENARIOS.items() if views.target.jitter_probability > 0)
+"""Scenarios whose target has jitter, so that a bank can be sampled from it."""
+
+JitterScenario = Annotated[str | None, tyro.conf.arg(metavar="|".join(JITTER_SCENARIOS))]
+
+Distance = Literal["pooled", "per_token"]
+"""Features that a distance is computed between: averaged over tokens, or all tokens."""
+
+DISTANCES: tuple[Distance, ...] = ("pooled", "per_token")
+
+MAX_VALUES = 7
+"""Largest number of values per component of the explorer. A browser ranked 7⁴ actions in 1.1 s per image."""
+
+
+@dataclass(frozen=True)
+class EvalData:
+    """Images that the model is evaluated on."""
+
+    shards: Path | None = None
+    """Shard folder made by tools/make_shards.py. Default: the run's own (data.shards)."""
+    split: str | None = None
+    """Split of that folder. Default: the run's validation split (data.val)."""
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """Options of every evaluator."""
+
+    checkpoint: Path
+    """Run folder, whose newest complete checkpoint is loaded, or one checkpoint file."""
+    output: Path | None = None
+    """JSON file to write. Default: RUN/eval/PROTOCOL.json."""
+    data: EvalData = field(default_factory=EvalData)
+    seed: Annotated[int, Range(min=0)] = 0
+    """Seed of all random values. With the same seed, all models are evaluated on the same views and actions."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: the GPU if there is one."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """`bf16`: autocast of the model; distances and ranks are not rounded. `auto`: the precision of the training."""
+
+
+@dataclass(frozen=True)
+class BankSettings:
+    """Bank of augmented views in which predictions are ranked."""
+
+    num_images: Annotated[int, Range(min=2)] = 64
+    """Held-out images, at least 2. Each has its own bank; the standard error is over images."""
+    num_views: Annotated[int, Range(min=2)] = 256
+    """Jittered views per image, at least 2. Chance depends on it: compare only scores of the same bank size."""
+    scenario: JitterScenario = None
+    """Row of table S2 whose target jitter the bank is sampled from. Use the same one for all runs that you compare.
+    Default: the run's own jitter, or that of `default` if the run has none."""
+    batch_size: Annotated[int, Range(min=1)] = 256
+    """Views embedded and predicted at a time. Lower it when the device runs out of memory."""
+
+
+def bank_augmentation(views: Views, scenario: str | None = None) -> PhotometricConfig:
+    """Return the target's jitter at probability 1 and without destructive augmentations, for sampling a bank.
+
+    At training's p = 0.8 a fifth of the bank would be the clean image itself, and ties would decide the score.
+    Raises ConfigError for an unknown scenario or one whose target has no jitter.
+    """
+    if scenario is not None and scenario not in JITTER_SCENARIOS:
+        raise ConfigError(
+            f"--bank.scenario: '{scenario}' is not a scenario with jitter; choose one of {JITTER_SCENARIOS}"
+        )
+    own = views.target if views.target.jitter_probability > 0 else SCENARIOS["default"].target
+    target = own if scenario is None else SCENARIOS[scenario].target
+    return replace(target.without_destructive(), jitter_probability=1.0)
+
+
+@dataclass(frozen=True)
+class MRRSettings(EvalSettings):
+    """Mean reciprocal rank of predictions in a bank of augmented views (paper, section 4.1)."""
+
+    bank: BankSettings = field(default_factory=BankSettings)
+
+
+@dataclass(frozen=True)
+class RetrievalSettings(EvalSettings):
+    """Figures of the views nearest to predictions. Writes RUN/eval/retrieval.png and retrieval-extremes.png."""
+
+    bank: BankSettings = field(default_factory=lambda: BankSettings(num_images=6))
+    num_actions: Annotated[int, Range(min=1)] = 3
+    """Random actions shown per image."""
+
+
+@dataclass(frozen=True)
+class SweepSettings(EvalSettings):
+    """Retrieval along a grid of values, one parameter at a time. Writes RUN/eval/parameter-sweep-1.png, -2.png, …"""
+
+    num_images: Annotated[int, Range(min=2)] = 64
+    """Held-out images that the curves are averaged over."""
+    num_values: Annotated[int, Range(min=2)] = 11
+    """Values of brightness, contrast, saturation and hue over their range, at least 2."""
+    num_sigmas: Annotated[int, Range(min=2)] = 6
+    """Values of the blur's sigma, from 0 to the run's largest, at least 2."""
+    scenario: JitterScenario = None
+    """Row of table S2 whose target jitter gives the ranges.
+    Default: the run's own jitter, or that of `default` if the run has none."""
+    num_shown: Annotated[int, Range(min=0)] = 3
+    """Images with a figure, sampled with the seed; 0: no figures."""
+    distance: Distance = "pooled"
+    """Features that are compared: `pooled`, averaged over tokens, or `per_token`."""
+    encoder: EncoderName = "teacher"
+    """Encoder of the source: `teacher` (target encoder) or `student` (context encoder)."""
+    batch_size: Annotated[int, Range(min=1)] = 256
+    """Views embedded and predicted at a time. Lower it when the device runs out of memory."""
+
+
+@dataclass(frozen=True)
+class CorruptionSettings(EvalSettings):
+    """MRR from corrupted sources, by corruption and strength. Writes RUN/eval/corruptions.png next to the JSON."""
+
+    bank: BankSettings = field(default_factory=lambda: BankSettings(num_images=24))
+    num_queries: Annotated[int, Range(min=2)] = 16
+    """Views of each bank that are queried, 2 to --bank.num-views.
+    The bank is random, so fewer queries only increase the variance."""
+    blur_sigmas: Annotated[tuple[float, ...], Range(above=0)] = OP["blur"].levels
+    """Sigmas of the blur to undo, in pixels of the view."""
+    strengths: Annotated[tuple[float, ...], Range(above=0, max=1)] = (0.5, 1.0)
+    """Changes of brightness, contrast, saturation and hue to undo, as shares (0 to 1) of the bank's range."""
+    num_shown: Annotated[int, Range(min=0)] = 4
+    """Images in the figure, sampled with the seed. It shows each corruption at its greatest strength. 0: no figure."""
+    distance: Distance = "pooled"
+    """Features that are compared: `pooled`, averaged over tokens, or `per_token`."""
+    encoder: EncoderName = "teacher"
+    """Encoder of the source: `teacher` (target encoder) or `student` (context encoder)."""
+
+
+@dataclass(frozen=True)
+class ExplorerSettings(EvalSettings):
+    """Data of the explorer on report.html: a grid of actions on a few images. Writes RUN/eval/explorer.*."""
+
+    num_images: Annotated[int, Range(min=1)] = 6
+    """Held-out images, sampled with the seed."""
+    num_values: Annotated[int, Range(min=2, max=MAX_VALUES)] = 5
+    """Values of each jitter component over its range, 2 to 7. The views are all combinations, num_values⁴."""
+    scenario: JitterScenario = None
+    """Row of table S2 whose target jitter the grid covers.
+    Default: the run's own jitter, or that of `default` if the run has none."""
+    blur_sigma: Annotated[float, Range(above=0)] = 1.0
+    """Sigma of the blurred source, in pixels of the view."""
+    explained_variance: Annotated[float, Range(above=0, max=1)] = 0.9995
+    """Share of the squared distances, 0 to 1, that the stored PCA components explain."""
+    batch_size: Annotated[int, Range(min=1)] = 256
+    """Views embedded and predicted at a time. Lower it when the device runs out of memory."""
+
+
+@dataclass(frozen=True)
+class SimilaritySettings(EvalSettings):
+    """Cosine similarity of augmented views within and between images. Writes RUN/eval/similarity.png."""
+
+    num_images: Annotated[int, Range(min=2)] = 128
+    """Held-out images, at least 2."""
+    num_views: Annotated[int, Range(min=2)] = 16
+    """Augmented views of each image, at least 2. The paper uses 16."""
+    num_shown: Annotated[int, Range(min=1)] = 8
+    """Images in the figure, the first of --num-images."""
+    encoder: EncoderName = "teacher"
+    """`teacher`: the target encoder. `student`: the context encoder."""
+    scenario: JitterScenario = None
+    """Row of table S2 whose source view is the augmentation. Use the same one for all runs that you compare.
+    Default: the run's own source view, or that of `default` if the run has no jitter."""
+    batch_size: Annotated[int, Range(min=1)] = 256
+    """Views embedded at a time. Lower it when the device runs out of memory."""
+
+
+@dataclass(frozen=True)
+class LabelledImageSettings:
+    """Options of evaluators that fit a classifier to labelled images."""
+
+    label: str = LABEL
+    """Label column of the shards."""
+    train: str | None = None
+    """Split that the classifier is fitted on. Default: the run's training split (data.train)."""
+    train_images: Annotated[int | None, Range(min=2)] = None
+    """Number of training images, the first of the split; None: all."""
+    val_images: Annotated[int | None, Range(min=2)] = None
+    """Number of held-out images, the first of the split; None: all."""
+
+
+@dataclass(frozen=True)
+class LinearSettings(LabelledImageSettings):
+    """Data and L2 penalties of the linear classifier."""
+
+    train_images: int | None = 256
+    """Number of training images, the first of the split; None: all."""
+    val_images: int | None = 128
+    """Number of held-out images, the first of the split; None: all."""
+    l2: Annotated[tuple[float, ...], Range(above=0)] = (1e-3, 1e-2, 1e-1, 1.0)
+    """L2 penalties to select from, by accuracy on a fifth of the training images. The penalty is l2 / 2 · ‖weight‖²."""
+
+
+@dataclass(frozen=True)
+class MarginalisationSettings(EvalSettings):
+    """Retrieval and linear accuracy of means of N predictions. Writes RUN/eval/marginalisation.png next to the JSON."""
+
+    predictions: Annotated[tuple[int, ...], Range(min=1)] = (1, 8, 16, 32, 128)
+    """Values of N, the number of averaged predictions, in rising order. The largest determines the cost."""
+    bank: BankSettings = field(default_factory=lambda: BankSettings(num_images=24))
+    nearest: Annotated[int, Range(min=1)] = 5
+    """Number of nearest views whose jitter strength is averaged."""
+    linear: bool = True
+    """Fit and evaluate linear classifiers, which requires labels."""
+    probe: LinearSettings = field(default_factory=LinearSettings)
+
+
+@dataclass(frozen=True)
+class FeatureMapSettings(EvalSettings):
+    """Attention and PCA maps of patch features. Writes RUN/eval/feature-maps.png and feature-maps-attention.png."""
+
+    num_images: Annotated[int, Range(min=1)] = 6
+    """Held-out images, sampled with the seed."""
+    keys: tuple[str, ...] = ()
+    """Sample keys of the images to show, instead of random ones."""
+    pca: Literal["together", "each"] = "together"
+    """`together`: one PCA of all shown images, so that their colours are comparable. `each`: one PCA per image."""
+    query: Annotated[tuple[float, float], Range(min=0, below=1)] = (0.5, 0.5)
+    """Patch whose attention to the others is shown: y and x from the upper left corner, as shares of the image."""
+    scenario: JitterScenario = None
+    """Row of table S2 whose target jitter gives the strong action.
+    Default: the run's own jitter, or that of `default` if the run has none."""
+
+
+@dataclass(frozen=True)
+class KNNSettings(LabelledImageSettings, EvalSettings):
+    """Accuracy of k-nearest-neighbour classification with the features of both encoders."""
+
+    k: Annotated[tuple[int, ...], Range(min=1)] = (10, 20, 100)
+    """Numbers of neighbours, in rising order."""
+    temperature: Annotated[float, Range(above=0)] = 0.07
+    """Temperature of the votes, above 0. With a small value the nearest neighbours decide."""
+    batch_size: Annotated[int, Range(min=1)] = 256
+    """Held-out images compared with all training images at a time. Lower it when the device runs out of memory."""
+
+
+@dataclass(frozen=True)
+class WorldModelSettings(EvalSettings):
+    """Run all evaluators of the world model (mrr to knn) one after another, with their default options."""
+
+    label: str = LABEL
+    """Label column for the evaluators that need labels: `marginalisation` (linear accuracy) and `knn`."""
