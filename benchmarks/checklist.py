@@ -7,8 +7,8 @@ fails or is interrupted does not stop the others. OUT/checklist.json is updated 
 to resume: checks that passed are not repeated; checks that failed or were interrupted start from the beginning.
 Compiled kernels are cached in the system's temporary folder.
 
---only takes names and groups; the checks that a check needs (data, train) run before it. Groups 1 to 4, in this order,
-take one call of nine minutes each on a machine with one GPU; groups 5 and 6 take several calls:
+--only takes names and groups; the checks that a check needs (data, train) run before it. Each of groups 1 to 4, in
+this order, fits into nine minutes on a machine with one GPU; groups 5 and 6 take longer and can be resumed:
   1  data, train, parity, no-waiting: correctness
   2  step, all: speed
   3  resume, mrr, linear, segmentation: exact resume, and evaluation of a trained model
@@ -49,7 +49,7 @@ NOT_ALL = 3
 
 @dataclass(frozen=True)
 class ChecklistOptions:
-    out: Annotated[Path, tyro.conf.Positional]
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder for logs and results."""
     only: tuple[str, ...] = ()
     """Names of checks and groups to run. Default: all."""

@@ -62,6 +62,7 @@ class KernelsOptions:
     """Times of the training step's kernels."""
 
     what: Annotated[tuple[What, ...], tyro.conf.Positional] = ("products", "attention", "mlp")
+    """Kernels to time; default: all three groups."""
     tilings: bool = False
     """Also measure tilings other than the default."""
     json: Path | None = None

@@ -2,7 +2,8 @@
 
 python benchmarks/parity.py [--device cuda] [--shards DIR] [--json FILE]
 
-Differences are in grey levels (0 to 255), over all pixels of a batch. `make test` holds the means below 1.
+Differences are in grey levels (0 to 255), over all pixels of a batch. `make test` checks that
+the mean difference of each op from the replay is below 1.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from iwm.training.train_state import TrainState
 
 @dataclass(frozen=True)
 class ScalingOptions(StepOptions):
-    """Images per second of N processes over N times one process, and the cost of their all-reduce; under torchrun."""
+    """Weak scaling, under torchrun: images/s of N processes relative to N times one, and the all-reduce's cost."""
 
     images: Annotated[int | None, Range(min=1)] = None
     """Batch size per process, for any number of processes. None: --data.global-batch-size, at most 256."""
@@ -150,8 +150,8 @@ def summarised(processes: list[Ways], images: int, sent: int) -> dict[str, Any]:
     step, apart, exchange = (
         np.mean([getattr(p, name) for p in processes], axis=0) for name in ("together", "beside", "all_reduce")
     )
-    shown = [max(0.0, float(s - a)) for s, a in zip(step, apart, strict=True)]
-    hidden = [max(0.0, 1 - s / float(e)) for s, e in zip(shown, exchange, strict=True)]
+    exposed = [max(0.0, float(s - a)) for s, a in zip(step, apart, strict=True)]
+    hidden = [max(0.0, 1 - s / float(e)) for s, e in zip(exposed, exchange, strict=True)]
     perfect = [n * rate for rate in alone]
     return {
         "images_per_second": {
@@ -165,7 +165,7 @@ def summarised(processes: list[Ways], images: int, sent: int) -> dict[str, Any]:
         "gradient_bytes": sent,
         "all_reduce_ms": percentiles(list(1e3 * exchange)),
         "bus_bandwidth_gb": percentiles([1e-9 * all_reduce_traffic(sent, n) / float(e) for e in exchange]),
-        "exchange_shown_ms": percentiles([1e3 * s for s in shown]),
+        "exchange_exposed_ms": percentiles([1e3 * s for s in exposed]),
         "exchange_hidden": percentiles(hidden),
     }
 
@@ -193,6 +193,6 @@ def show(result: dict[str, Any], console: Console) -> None:
     console.print(
         f"A step all-reduces {sent:.1f} MiB of gradients: {exchange:.3g} ms alone "
         f"({result['bus_bandwidth_gb']['median']:.3g} GB/s of bus bandwidth). It adds "
-        f"{result['exchange_shown_ms']['median']:.3g} ms to the step, including waiting for other processes; "
+        f"{result['exchange_exposed_ms']['median']:.3g} ms to the step, including waiting for other processes; "
         f"{result['exchange_hidden']['median']:.0%} of it is hidden"
     )

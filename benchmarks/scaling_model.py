@@ -60,13 +60,13 @@ class Prediction(NamedTuple):
     """Time of the step without the all-reduce."""
     exchange: float
     """Time of the all-reduce without the step."""
-    shown: float
+    exposed: float
     """Time of the all-reduce after the end of the backward pass."""
 
     @property
     def efficiency(self) -> float:
         """Images per second per GPU, relative to one GPU with the same batch size."""
-        return self.alone / (self.alone + self.shown + TAKEN * (self.exchange - self.shown))
+        return self.alone / (self.alone + self.exposed + TAKEN * (self.exchange - self.exposed))
 
 
 def parameters(module: nn.Module, trained: bool) -> int:
@@ -151,17 +151,17 @@ def predict(work: ModelWork, gpus: int, images: int) -> Prediction:
     buckets = math.ceil(size / BUCKET)
     per_bucket = all_reduce(size // buckets, gpus)
     backward = work.backward * (alone - update_seconds(work.trained, work.target))
-    shown = max(per_bucket, buckets * per_bucket - backward * (1 - 1 / buckets))
-    return Prediction(alone, buckets * per_bucket, shown)
+    exposed = max(per_bucket, buckets * per_bucket - backward * (1 - 1 / buckets))
+    return Prediction(alone, buckets * per_bucket, exposed)
 
 
 GPUS = (8, 16, 64, 128, 512)
-Aim = Literal["must", "lead"]
-AIMS: dict[str, dict[Aim, float]] = {
-    "iwm_b16_equi_18x384": {"must": 2400.0, "lead": 3000.0},
-    "iwm_l16_equi_36x512": {"must": 770.0, "lead": 900.0},
+Target = Literal["minimum", "goal"]
+TARGETS: dict[str, dict[Target, float]] = {
+    "iwm_b16_equi_18x384": {"minimum": 2400.0, "goal": 3000.0},
+    "iwm_l16_equi_36x512": {"minimum": 770.0, "goal": 900.0},
 }
-"""Target rates of one H100 on resident batches (images per second). These are aims, not measurements."""
+"""Target rates of one H100 on resident batches (images per second). These are targets, not measurements."""
 PAPER_BATCH = Config().data.global_batch_size
 IMAGENET_BYTES = 147_897_477_120 / 1_281_167
 """Mean bytes per image: size of ILSVRC2012_img_train.tar over its number of images."""
@@ -177,12 +177,12 @@ def model(recipe: str) -> WorldModel:
         return WorldModel(RECIPES[recipe]())
 
 
-def work(recipe: str, aim: Aim) -> ModelWork:
-    """Return size and speed of a recipe on a GPU that reaches its aim."""
+def work(recipe: str, target: Target) -> ModelWork:
+    """Return size and speed of a recipe on a GPU that reaches its target."""
     built, flops = model(recipe), training_flops(RECIPES[recipe]())
     # Two thirds of the trained parts' FLOPs are backward; the target encoder has no backward pass.
     backward = 2 / 3 * (flops.context_encoder + flops.predictor) / flops.total
-    return ModelWork(parameters(built, True), parameters(built, False), AIMS[recipe][aim], backward)
+    return ModelWork(parameters(built, True), parameters(built, False), TARGETS[recipe][target], backward)
 
 
 def sizes() -> str:
@@ -212,35 +212,37 @@ def efficiency(each: int | None) -> str:
     each: batch size per GPU; None: the paper's global batch size divided by the number of GPUs.
     """
     rows = []
-    for recipe, aims in AIMS.items():
-        works = [work(recipe, aim) for aim in aims]
+    for recipe, targets in TARGETS.items():
+        works = [work(recipe, target) for target in targets]
         for gpus in GPUS:
             images = each or PAPER_BATCH // gpus
             predicted = [predict(one, gpus, images) for one in works]
             row = [f"`{recipe}`", f"{gpus}", f"{images}", f"{1e3 * predicted[0].exchange:.1f}"]
             for p in predicted:
-                row += [f"{1e3 * p.alone:.1f}", f"{1e3 * p.shown:.1f}", f"{p.efficiency:.2f}"]
+                row += [f"{1e3 * p.alone:.1f}", f"{1e3 * p.exposed:.1f}", f"{p.efficiency:.2f}"]
             rows.append(row)
-    heads = [f"{aim}: {what}" for aim in ("must", "lead") for what in ("step, ms", "shown, ms", "efficiency")]
+    heads = [
+        f"{target}: {what}" for target in ("minimum", "goal") for what in ("step, ms", "exposed, ms", "efficiency")
+    ]
     return table(["recipe", "GPUs", "images each", "all-reduce, ms", *heads], rows)
 
 
 def inputs() -> str:
-    """Return the table of the input rate that a node needs where each GPU reaches its aim."""
+    """Return the table of the input rate that a node needs where each GPU reaches its target."""
     rows = []
-    for recipe, aims in AIMS.items():
-        for aim, rate in aims.items():
+    for recipe, targets in TARGETS.items():
+        for target, rate in targets.items():
             images = GPUS_PER_NODE * rate
             rows.append(
                 [
-                    f"`{recipe}`, {aim}",
+                    f"`{recipe}`, {target}",
                     f"{images:,.0f}",
                     f"{images * IMAGENET_BYTES / 1e9:.2f}",
                     f"{images * RESIZED_BYTES / 1e9:.2f}",
                     f"{rate / IMAGES_PER_CORE:.1f}",
                 ]
             )
-    heads = ["aim", f"images/s, {GPUS_PER_NODE} GPUs", "ImageNet as it is, GB/s", "--resize 320, GB/s"]
+    heads = ["target", f"images/s, {GPUS_PER_NODE} GPUs", "ImageNet as it is, GB/s", "--resize 320, GB/s"]
     return table([*heads, "cores per GPU, if a CPU made the views"], rows)
 
 

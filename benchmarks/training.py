@@ -59,7 +59,7 @@ class InterferenceOptions(StepOptions):
 
 @dataclass(frozen=True)
 class AllOptions(StepOptions):
-    """All of these and the pipeline alone, their ratios and the bottleneck, the pipeline's operators and baselines."""
+    """Pipeline, model, interference and end-to-end in turns: rates, ratios and the bottleneck; also baselines."""
 
     baselines: bool = True
     """Also measure each operator of the pipeline, JPEG decoding alone, and torchvision's loader."""

@@ -85,7 +85,7 @@ class CropSettings:
     photometric: PhotometricConfig = NO_PHOTOMETRIC
     """Photometric ops after the flip; the attentive probe uses those of pretraining's source view."""
     jitter_impl: JitterImpl = "linear"
-    """Implementation of the jitter. A pretraining run has its own in views.jitter_impl."""
+    """Implementation of the jitter, as views.jitter_impl in pretraining. The run's own setting is not used."""
     rand_augment: str | None = None
     """timm's RandAugment string, for example `rand-m9-mstd0.5-inc1`, applied last. None disables it."""
 
@@ -120,7 +120,7 @@ class SegmentationCrops:
     photometric: PhotometricConfig = DISTORTION
     """Photometric ops of the image."""
     jitter_impl: JitterImpl = "linear"
-    """Implementation of the jitter. A pretraining run has its own in views.jitter_impl."""
+    """Implementation of the jitter, as views.jitter_impl in pretraining. The run's own setting is not used."""
     ignore_index: int = 255
     """Class id (0 to 255, as in the shards) of pixels that are ignored; also used outside the image."""
 

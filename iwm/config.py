@@ -38,8 +38,8 @@ class DataConfig:
     """Maximum number of images per process in one forward and backward pass. None: one pass per step.
     Gradients are accumulated over the passes of a step."""
     num_threads: Annotated[int, Range(min=0)] = 0
-    """CPU threads of each process's input pipeline. 0: the process's share of the available cores.
-    Where the model is on a GPU, two of these are left to torch's operators."""
+    """CPU threads of each process's input pipeline.
+    0: the process's share of the available cores, less two for torch's operators where the model is on a GPU."""
     prefetch_queue_depth: Annotated[int, Range(min=1)] = 2
     """Number of batches prepared in advance."""
     hw_decoder_load: Annotated[float, Range(min=0, max=1)] = GPU_DECODER.hw_decoder_load
@@ -50,7 +50,7 @@ class DataConfig:
     Wider images cost a reallocation."""
     decoder_height_hint: Annotated[int, Range(min=0)] = GPU_DECODER.height_hint
     """On a GPU: image height (pixels) for which decoder memory is allocated in advance.
-    The command `benchmarks/throughput.py tune` measures the last five options and prints the best values."""
+    `benchmarks/throughput.py tune` prints these hints and the best threads, queue depth and decoder load."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class OptimConfig:
     weight_decay: float = 0.04
     """Weight decay at the start. A cosine changes it to final_weight_decay."""
     final_weight_decay: float = 0.4
-    """Weight decay at the end of the schedule. Biases, norms, positions and single tokens are never decayed."""
+    """Weight decay at the end of the schedule. Biases, norms and the mask token are never decayed."""
     grad_clip: float | None = None
     """Maximum global gradient norm. None: no clipping, as in the paper."""
     ema_momentum: float = 0.996
@@ -191,7 +191,7 @@ class TrainConfig:
     """Device of the model. `auto`: a GPU if there is one, else the CPU."""
     num_threads: Annotated[int, Range(min=0)] = 0
     """Threads of torch's CPU operators in each process.
-    With 0, there are 2 where the model is on a GPU, else the process's share of the cores.
+    0: two threads where the model is on a GPU, else the process's share of the cores.
     On a CPU small models are faster with 1 thread: their operators are too short to parallelise.
     The pipeline then uses the other cores."""
     precision: Literal["bf16", "fp32"] = "bf16"

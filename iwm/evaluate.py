@@ -1,7 +1,7 @@
-"""Evaluate a checkpoint: python iwm/evaluate.py PROTOCOL --checkpoint RUN_OR_FILE [--SECTION.FIELD VALUE ...]
+"""Evaluate a checkpoint: python iwm/evaluate.py NAME --checkpoint RUN_OR_FILE [--SECTION.FIELD VALUE ...]
 
-Writes RUN/eval/PROTOCOL.json, prints its tables and regenerates RUN/report.html. Protocols that train (linear,
-attentive, …) also run under torchrun and save their training in RUN/eval/PROTOCOL/; rerun the same command to resume.
+Writes RUN/eval/NAME.json, prints its tables and regenerates RUN/report.html. Downstream protocols (linear, attentive,
+…) also run under torchrun and save checkpoints and metrics in RUN/eval/NAME/; rerun the same command to resume.
 `table` prints the paper's downstream tables with your results: python iwm/evaluate.py table --runs RUN [RUN ...]
 """
 

@@ -151,10 +151,8 @@ def _write_page(run: Path) -> None:
 def evaluate_everything(settings: WorldModelSettings) -> None:
     """Run every evaluator. One that is invalid for the run or its data is reported and skipped.
 
-    Raises ConfigError at the end if one was skipped, and at once for --output.
+    Raises ConfigError at the end if one was skipped.
     """
-    if settings.output is not None:
-        raise ConfigError("--output: every evaluator writes its own file in RUN/eval; omit this option")
     common = {field.name: getattr(settings, field.name) for field in fields(EvalSettings)}
     context, skipped = _load_context(settings), []
     try:

@@ -35,7 +35,7 @@ VIT_L = EncoderConfig(embed_dim=1024, depth=24, num_heads=16)
 
 
 def demo() -> Config:
-    """Demo on the embedded data at 32 px: minutes on two CPU cores, yet large enough to learn actions."""
+    """Demo on tiles of scikit-image's photographs at 32 px: small, yet large enough to learn actions."""
     return Config(
         data=DataConfig(shards=Path("data/demo/shards"), global_batch_size=64),
         views=Views(size=32),

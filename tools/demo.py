@@ -42,7 +42,7 @@ EXPECTED = {"at least": 0.25, "at most": 0.035}
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """Train and evaluate a small Image World Model on generated data in under ten minutes."""
+    """Train and evaluate a small Image World Model on tiles of scikit-image's photographs."""
 
     out: Path = Path("runs/demo")
     """Folder of the run. The report is report.html in it."""

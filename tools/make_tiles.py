@@ -32,9 +32,9 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"}
 class MakeTiles:
     """Options of the command."""
 
-    photographs: Annotated[Path, tyro.conf.Positional]
+    photographs: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PHOTOGRAPHS")]
     """Folder of photographs."""
-    out: Annotated[Path, tyro.conf.Positional]
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Output folder; it must not exist."""
     count: int = 4000
     """Total number of tiles, divided evenly among the photographs."""

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 from playwright.sync_api import Browser, sync_playwright
@@ -31,9 +32,9 @@ class NoBrowser(UserError):
 class Screenshot:
     """Options of the command."""
 
-    page: tyro.conf.Positional[Path]
+    page: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PAGE")]
     """HTML file."""
-    out: tyro.conf.Positional[Path]
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """PNG file to write; its folder is created."""
     part: str | None = None
     """CSS selector of the part to capture, for example `.explorer`. Default: the whole page."""

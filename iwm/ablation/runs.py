@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from iwm.ablation.studies import AblationStudy, Variant
-from iwm.evaluation.settings import BankSettings
+from iwm.evaluation.settings import BankSize
 from iwm.report.runs import is_up_to_date
 from iwm.training.distributed import cores_per_process
 from iwm.training.runtime import StopFlag
@@ -66,7 +66,7 @@ def plan(
     out: Path,
     training: Callable[[Variant], Sequence[str]],
     common: str,
-    bank: BankSettings,
+    bank: BankSize,
 ) -> dict[tuple[Variant, int], PlannedRun]:
     """Return the run of every variant and seed.
 
@@ -97,7 +97,7 @@ def mrr_file(scenario: str) -> str:
     return f"mrr-{scenario}"
 
 
-def _mrr(scenario: str, bank: BankSettings) -> Evaluation:
+def _mrr(scenario: str, bank: BankSize) -> Evaluation:
     sizes = (
         "--bank.num-images",
         str(bank.num_images),
@@ -106,7 +106,7 @@ def _mrr(scenario: str, bank: BankSettings) -> Evaluation:
         "--bank.batch-size",
         str(bank.batch_size),
     )
-    settings = {"bank": asdict(replace(bank, scenario=scenario))}
+    settings = {"bank": {**asdict(bank), "scenario": scenario}}
     return Evaluation("mrr", mrr_file(scenario), ("--bank.scenario", scenario, *sizes), settings)
 
 

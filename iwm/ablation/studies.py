@@ -16,7 +16,7 @@ import tyro
 from dali_pipelines.augmentations import DESTRUCTIVE_OPS, SCENARIOS, PhotometricConfig
 from iwm.config import ActionConfig, Config
 from iwm.evaluation.paper_results import TABLE_1, TABLE_2, TABLE_S2
-from iwm.evaluation.settings import JITTER_SCENARIOS, BankSettings
+from iwm.evaluation.settings import JITTER_SCENARIOS, BankSize
 from iwm.ranges import Range
 from iwm.recipes import RECIPES
 
@@ -137,8 +137,8 @@ class AblateOptions:
     """Number of runs that train in parallel."""
     processes: Annotated[int, Range(min=1)] = 1
     """Processes of each run (torchrun's --nproc_per_node)."""
-    bank: BankSettings = field(default_factory=BankSettings)
-    """Banks that runs are evaluated on. The study determines their scenario."""
+    bank: BankSize = field(default_factory=BankSize)
+    """Banks that runs are evaluated on: each on that of its own jitter and on that of --common."""
 
     @property
     def folder(self) -> Path:

@@ -88,10 +88,6 @@ def _checked(
     check_ranges(options)
     if not options.seeds:
         raise ConfigError("--seeds: name at least one seed")
-    if options.bank.scenario is not None:
-        raise ConfigError(
-            "--bank.scenario: variants are evaluated on their own bank and on that of --common; omit this option"
-        )
     shared = (*threads_per_job(options.jobs), *training)
     runs = plan(
         study, options.seeds, out=options.folder, common=options.common, bank=options.bank,

@@ -40,8 +40,8 @@ class DataSettings(EvalData):
     label: str = LABEL
     """Label column of the shards."""
     num_threads: Annotated[int, Range(min=0)] = 0
-    """CPU threads of each process's pipeline. 0: the available cores, divided among the machine's processes.
-    Where the model is on a GPU, two of these are left to torch's operators."""
+    """CPU threads of each process's pipeline.
+    0: the process's share of the available cores, less two for torch's operators where the model is on a GPU."""
     prefetch_queue_depth: Annotated[int, Range(min=1)] = 2
     """Batches prepared ahead."""
 
@@ -51,6 +51,9 @@ class TrainSettings(EvalSettings):
     """Options of all protocols that train. Rerun the same command to resume an interrupted training."""
 
     data: DataSettings = field(default_factory=DataSettings)
+    seed: Annotated[int, Range(min=0)] = 0
+    """Seed of the sample order and the augmentations, and of the heads of probes.
+    Where `--seeds` exists, it seeds heads and random predictors."""
     external: ExternalModel = field(default_factory=ExternalModel)
     epochs: Annotated[float, Range(above=0)] = 90.0
     """Length of training (epochs)."""
@@ -63,7 +66,7 @@ class TrainSettings(EvalSettings):
     micro_batch_size: Annotated[int | None, Range(min=1)] = None
     """Images per process in one pass; gradients are accumulated over passes.
     None: on a GPU, as many as fit into its free memory, which is measured before training.
-    On a CPU, None is the whole share of a process."""
+    On a CPU: the process's whole share of the batch, in one pass."""
     weight_decay: Annotated[float, Range(min=0)] = 0.0
     """Weight decay of the optimiser."""
     num_threads: Annotated[int, Range(min=0)] = 0

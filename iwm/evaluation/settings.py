@@ -47,7 +47,7 @@ class EvalSettings:
     checkpoint: Path
     """Run folder, whose newest complete checkpoint is loaded, or one checkpoint file."""
     output: Path | None = None
-    """JSON file to write. Default: RUN/eval/PROTOCOL.json."""
+    """JSON file to write. Default: RUN/eval/NAME.json."""
     data: EvalData = field(default_factory=EvalData)
     seed: Annotated[int, Range(min=0)] = 0
     """Seed of all random values. With the same seed, all models are evaluated on the same views and actions."""
@@ -58,18 +58,24 @@ class EvalSettings:
 
 
 @dataclass(frozen=True)
-class BankSettings:
-    """Bank of augmented views in which predictions are ranked."""
+class BankSize:
+    """Size of the banks of augmented views in which predictions are ranked."""
 
     num_images: Annotated[int, Range(min=2)] = 64
     """Held-out images, at least 2. Each has its own bank; the standard error is over images."""
     num_views: Annotated[int, Range(min=2)] = 256
     """Jittered views per image, at least 2. Chance depends on it: compare only scores of the same bank size."""
+    batch_size: Annotated[int, Range(min=1)] = 256
+    """Views embedded and predicted at a time. Lower it when the device runs out of memory."""
+
+
+@dataclass(frozen=True)
+class BankSettings(BankSize):
+    """Bank of augmented views in which predictions are ranked."""
+
     scenario: JitterScenario = None
     """Row of table S2 whose target jitter the bank is sampled from. Use the same one for all runs that you compare.
     Default: the run's own jitter, or that of `default` if the run has none."""
-    batch_size: Annotated[int, Range(min=1)] = 256
-    """Views embedded and predicted at a time. Lower it when the device runs out of memory."""
 
 
 def bank_augmentation(views: Views, scenario: str | None = None) -> PhotometricConfig:
@@ -178,7 +184,7 @@ class SimilaritySettings(EvalSettings):
     encoder: EncoderName = "teacher"
     """`teacher`: the target encoder. `student`: the context encoder."""
     scenario: JitterScenario = None
-    """Row of table S2 whose source view is the augmentation. Use the same one for all runs that you compare.
+    """Row of table S2 whose source augmentations make the views. Use the same one for all runs that you compare.
     Default: the run's own source view, or that of `default` if the run has no jitter."""
     batch_size: Annotated[int, Range(min=1)] = 256
     """Views embedded at a time. Lower it when the device runs out of memory."""
@@ -237,7 +243,7 @@ class FeatureMapSettings(EvalSettings):
     query: Annotated[tuple[float, float], Range(min=0, below=1)] = (0.5, 0.5)
     """Patch whose attention to the others is shown: y and x from the upper left corner, as shares of the image."""
     scenario: JitterScenario = None
-    """Row of table S2 whose target jitter gives the strong action.
+    """Row of table S2 whose target jitter limits the action shown: least brightness, most of the other ops.
     Default: the run's own jitter, or that of `default` if the run has none."""
 
 
@@ -257,5 +263,7 @@ class KNNSettings(LabelledImageSettings, EvalSettings):
 class WorldModelSettings(EvalSettings):
     """Run all evaluators of the world model (mrr to knn) one after another, with their default options."""
 
+    output: tyro.conf.Suppress[None] = None
+    """Each evaluator writes its own file in RUN/eval."""
     label: str = LABEL
     """Label column for the evaluators that need labels: `marginalisation` (linear accuracy) and `knn`."""

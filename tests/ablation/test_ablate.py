@@ -89,7 +89,6 @@ def _read(path: Path) -> dict[str, Any]:
         (["conditioning", "demo", "--jobs", "0"], "--jobs"),
         (["conditioning", "demo", "--common", "destructive"], "'destructive' is not a scenario with jitter"),
         (["conditioning", "demo", "--", "--predictor.embed-dim", "97"], "predictor.embed_dim 97"),
-        (["conditioning", "demo", "--bank.scenario", "strong"], "--bank.scenario"),
     ],
 )
 def test_a_mistake_ends_with_one_line_before_anything_is_trained(

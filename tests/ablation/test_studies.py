@@ -9,7 +9,7 @@ import pytest
 from dali_pipelines.augmentations import SCENARIOS
 from iwm.ablation.runs import plan
 from iwm.ablation.studies import STUDIES, AblationStudy, Variant
-from iwm.evaluation.settings import BankSettings
+from iwm.evaluation.settings import BankSize
 from iwm.recipes import RECIPES, parse
 
 
@@ -63,7 +63,7 @@ def test_arms_of_the_same_options_share_a_run_and_others_never_share_a_folder(tm
         out=tmp_path,
         training=lambda trial: trial.options,
         common="default",
-        bank=BankSettings(num_images=4),
+        bank=BankSize(num_images=4),
     )
     first, second, third = (runs[trial, 0] for trial in study.variants)
     assert first == third

@@ -63,10 +63,10 @@ def test_one_gpu_steps_at_its_rate_and_small_batches_pay_for_the_update() -> Non
 def test_an_exchange_is_hidden_behind_a_long_backward_pass_but_for_its_last_bucket() -> None:
     buckets = -(-4 * SMALL.trained // BUCKET)
     long = predict(SMALL, 64, 2048)
-    assert long.shown == pytest.approx(long.exchange / buckets)
+    assert long.exposed == pytest.approx(long.exchange / buckets)
     short = predict(SMALL, 64, 4)
     assert short.exchange == long.exchange
-    assert short.shown > short.exchange - 0.6 * short.alone
+    assert short.exposed > short.exchange - 0.6 * short.alone
     assert short.efficiency < 0.3 < 0.99 < long.efficiency
 
 
