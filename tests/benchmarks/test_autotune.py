@@ -32,7 +32,7 @@ from rich.console import Console
 
 from dali_pipelines.augmentations import Views
 from dali_pipelines.loader import ViewLoader
-from iwm import train
+from iwm import recipes
 from tests.dali_pipelines.pipeline_shards import jpeg, photographs_and_noise, write_split
 
 QUIET = Console(quiet=True)
@@ -72,7 +72,7 @@ def test_training_takes_the_options_that_are_printed(shards: Path, monkeypatch: 
     assert [list(sweep["images_per_second"]) for sweep in result["sweeps"]] == [["1", "2"], ["1", "2", "3", "4"]]
     assert all(len(turns) == 2 for sweep in result["sweeps"] for turns in sweep["images_per_second"].values())
     printed = next(line for line in console.file.getvalue().splitlines() if line.startswith("iwm/train.py "))
-    data = train.parse(printed.split()[1:]).config.data
+    data = recipes.parse(printed.split()[1:]).config.data
     assert {name: getattr(data, name) for name in result["data"]} == result["data"]
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch._dynamo.utils import counters
 
-from iwm import evaluate
+from iwm import protocols
 from iwm.training.runtime import StopFlag
 from tests.downstream.conftest import settings_for
 from tests.training.graphs import CountGraphs
@@ -29,10 +29,10 @@ if __name__ == "__main__":
     def counting() -> Iterator[StopFlag]:
         yield count
 
-    evaluate.stop_on_signal = counting  # a generator with the same interface
+    protocols.stop_on_signal = counting  # a generator with the same interface
     torch.compile = partial(torch.compile, backend=backend)  # Module.compile uses it too
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(given).items()}
     settings = settings_for(name, Path(run), **options, output=Path(output), compile="yes")
-    evaluate.train_and_evaluate(name, settings)
+    protocols.train_and_evaluate(name, settings)
     total, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
     print(json.dumps({"graphs": count.graphs, "total": total, "breaks": breaks}))

@@ -14,7 +14,7 @@ import pytest
 import timm
 import torch
 
-from iwm import evaluate
+from iwm import evaluate, protocols
 from iwm.config import ActionConfig, Config, DataConfig
 from iwm.downstream import trainer
 from iwm.downstream.trials import FinetunedEncoder
@@ -250,8 +250,8 @@ def test_a_device_that_runs_out_of_memory_is_told_with_what_helps(
 
 
 def test_a_batch_that_processes_cannot_share_is_told(monkeypatch: pytest.MonkeyPatch, told: Told, run: Path) -> None:
-    opened = evaluate.open_run
-    monkeypatch.setattr(evaluate, "open_run", lambda *given: opened(*given[:-1], replace(given[-1], size=2)))
+    opened = protocols.open_run
+    monkeypatch.setattr(protocols, "open_run", lambda *given: opened(*given[:-1], replace(given[-1], size=2)))
     line = told("linear", "--checkpoint", run, "--batch-size", 21)
     assert "--batch-size 21 cannot be split over 2 processes; choose a multiple of 2" in line
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
-from iwm import evaluate
+from iwm import protocols
 from iwm.downstream import context, experiment
 from iwm.downstream.progress import TrainPlan
 from iwm.training.distributed import DistEnv
@@ -78,7 +78,7 @@ def test_epochs_are_as_many_steps_however_a_batch_is_split(
 ) -> None:
     """2.5 epochs of 120 images in steps of 50 are 6 steps; the micro-batch size may change when training resumes."""
     opened = context.open_run
-    monkeypatch.setattr(evaluate, "open_run", lambda *given: opened(*given[:-1], replace(given[-1], size=processes)))
+    monkeypatch.setattr(protocols, "open_run", lambda *given: opened(*given[:-1], replace(given[-1], size=processes)))
     monkeypatch.setattr(DistEnv, "sum", lambda self, values: values * self.size)
     monkeypatch.setattr(DistEnv, "gather", lambda self, value: [value] * self.size)
     plan = planned("linear", lrs=(1.0,), epochs=2.5, batch_size=50, micro_batch_size=micro_batch)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from iwm import evaluate
+from iwm import protocols
 from iwm.downstream import experiment
 from iwm.downstream.progress import TrainPlan
 from iwm.downstream.tasks import CachedFeatures
@@ -137,7 +137,7 @@ def stopping_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
         yield After()
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "stop_on_signal", stop_flag)
+        patch.setattr(protocols, "stop_on_signal", stop_flag)
         yield
 
 

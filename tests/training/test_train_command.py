@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dali_pipelines.augmentations import SCENARIOS
-from iwm import train
+from iwm import recipes, train
 from iwm.recipes import RECIPES
 from shards.errors import run_command
 
@@ -18,12 +18,12 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 
 def test_fields_override_the_scenario_and_the_scenario_the_recipe() -> None:
-    command = train.parse(["iwm_b16_equi_18x384", "--scenario", "strong", "--views.source.hue", "0.3"])
+    command = recipes.parse(["iwm_b16_equi_18x384", "--scenario", "strong", "--views.source.hue", "0.3"])
     assert command.run_dir == Path("runs/iwm_b16_equi_18x384-strong")
     assert command.config.views.source.brightness == SCENARIOS["strong"].source.brightness
     assert command.config.views.source.hue == 0.3
     assert command.config.predictor.depth == 18
-    plain = train.parse(["demo"])
+    plain = recipes.parse(["demo"])
     assert plain.config == RECIPES["demo"]()
     assert plain.run_dir == Path("runs/demo")
 
@@ -39,7 +39,7 @@ def test_fields_override_the_scenario_and_the_scenario_the_recipe() -> None:
 )
 def test_unknown_names_are_refused(arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        train.parse(arguments)
+        recipes.parse(arguments)
     assert stop.value.code == 2
     assert named in capsys.readouterr().err
 
