@@ -8,19 +8,20 @@ cores and the GPU's memory. A turn is measured after the pipeline has settled.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from environment import BenchmarkError, lookup
 from loader_rates import LoaderSettings, LoaderSetup, model_rate, rate, usual_sides
+from options import TuneOptions
 from rich.console import Console
 from rich.table import Table
 from synthetic_data import generated_shards
 
-from iwm.ranges import Range, check_ranges
+from iwm.ranges import check_ranges
 from iwm.recipes import RECIPES, with_scenario
 from iwm.training.distributed import loader_threads
 from iwm.training.runtime import select_device
@@ -30,37 +31,6 @@ PAPER = "iwm_b16_equi_18x384"
 """Default recipe."""
 
 SHARE = "hw_decoder_load"
-
-
-@dataclass(frozen=True)
-class TuneOptions:
-    """Find the pipeline's settings for this machine and print them as options of iwm/train.py.
-
-    The machine should be idle otherwise.
-    """
-
-    recipe: str | None = None
-    """Recipe whose views and batch size are used (iwm/recipes.py). None: the paper's, A.1."""
-    scenario: str | None = None
-    """Row of table S2 that replaces the recipe's colour augmentations."""
-    shards: Path | None = None
-    """Folder of shards. None: the recipe's; without a recipe, generated shards as in mode `data`."""
-    split: str = "train"
-    """Split of the shards."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device of the pipeline."""
-    batch_size: Annotated[int | None, Range(min=1)] = None
-    """Batch size per process (images). None: the recipe's, divided by the processes, at most 256 (64 on a CPU)."""
-    processes: Annotated[int, Range(min=1)] = 1
-    """Number of training processes that will share this machine's cores (one per GPU)."""
-    model_rate: Annotated[float | None, Range(above=0)] = None
-    """On a GPU: training rate of one process (images/s), for which the decoder's share is chosen. None: measured."""
-    seconds: Annotated[float, Range(above=0)] = 1.0
-    """Duration of one measurement (seconds)."""
-    repeats: Annotated[int, Range(min=1)] = 5
-    """Number of measurements of each candidate."""
-    json: Path | None = None
-    """File for all results (JSON)."""
 
 
 class SettingSweep(NamedTuple):

@@ -6,65 +6,28 @@ import hashlib
 import importlib
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from baselines import jpeg_decode, torchvision_loader
 from environment import BenchmarkError, lookup
 from loader_rates import LoaderSetup, batches
+from options import Baseline, LoaderOptions
 from rich.console import Console
 from rich.table import Table
 from synthetic_data import GENERATED, generated_shards
 from timing import Rate, Stream, measure, paired_ratio, percentiles
 
-from dali_pipelines.augmentations import SCENARIOS, JitterImpl, Views
-from iwm.ranges import Range, check_ranges
+from dali_pipelines.augmentations import SCENARIOS, Views
+from iwm.ranges import check_ranges
 from iwm.recipes import RECIPES
 from iwm.training.runtime import select_device
 from shards.format import MANIFEST, load_manifest
-
-
-@dataclass(frozen=True)
-class LoaderOptions:
-    """Images per second of the data pipeline alone.
-
-    The loaders are measured in turns, each in its own process, on the same number of cores and the same JPEGs.
-    """
-
-    recipe: str | None = None
-    """Recipe whose views are measured (iwm/recipes.py). None: the paper's views, A.1."""
-    scenario: str | None = None
-    """Row of table S2 that replaces the recipe's colour augmentations."""
-    size: Annotated[int | None, Range(min=1)] = None
-    """Side of the views (pixels). None: the recipe's."""
-    colour: JitterImpl | None = None
-    """Implementation of the colour jitter. None: the recipe's."""
-    shards: Path | None = None
-    """Folder of shards. None: generate 1,200 JPEGs of 500×375 in data/benchmark, from scikit-image's photographs."""
-    split: str = "train"
-    """Split of the shards."""
-    baseline: tuple[Literal[Baseline, "all", "none"], ...] = ("torchvision",)
-    """One or several baselines. `torchvision`: DataLoader and transforms v2, on Pillow images and on tensors.
-    `webdataset`: its own loader with the same transforms.
-    `ffcv`: without hue, grayscale, blur and solarize, which it lacks.
-    `decode`: JPEG decoding alone, the limit. `all`: all installed ones. `none`: DALI alone."""
-    device: Device = "cpu"
-    """Device of the DALI pipeline; baselines run on the CPU."""
-    cores: Annotated[int, Range(min=1)] = 1
-    """CPU cores that each loader is pinned to, and number of its worker threads or processes."""
-    batch_size: Annotated[int, Range(min=1)] = 64
-    """Batch size (images)."""
-    seconds: Annotated[float, Range(above=0)] = 10.0
-    """Duration of one measurement (seconds), without the warm-up, which takes a fifth more."""
-    repeats: Annotated[int, Range(min=1)] = 3
-    """Number of measurements of each loader."""
-    json: Path | None = None
-    """File for all results (JSON)."""
 
 
 def run(options: LoaderOptions, console: Console) -> dict[str, Any]:
@@ -178,8 +141,6 @@ def show(result: dict[str, Any], options: LoaderOptions, console: Console) -> No
             console.print(f"dali reaches {limit['median']:.2f} of {DECODE}, the limit")
 
 
-Device = Literal["cpu", "cuda"]
-Baseline = Literal["torchvision", "webdataset", "ffcv", "decode"]
 DECODE = "JPEG decode alone"
 """Name of JPEG decoding alone in tables and results."""
 

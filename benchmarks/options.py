@@ -1,4 +1,4 @@
-"""Options of the modes that run training steps: all fields of a recipe, and the measurement's length."""
+"""Options of the modes of throughput.py, and their defaults, which depend on the recipe and on the GPU."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
-import torch
 import tyro
 from environment import BenchmarkError, lookup
-from rich.console import Console
-from synthetic_data import GENERATED, generated_shards
+from synthetic_data import GENERATED
 
-from dali_pipelines.augmentations import SCENARIOS
+from dali_pipelines.augmentations import SCENARIOS, JitterImpl
 from iwm.config import Config
 from iwm.ranges import Range, check_ranges
 from iwm.recipes import RECIPES, with_scenario
-from iwm.training.distributed import DistEnv
-from shards.format import load_manifest
+
+Device = Literal["cpu", "cuda"]
+
+Baseline = Literal["torchvision", "webdataset", "ffcv", "decode"]
+
 
 BATCH_EACH = 256
 """Default maximum batch size per process (images): an eighth of the paper recipes' 2,048."""
@@ -55,21 +56,115 @@ class StepOptions:
         self.config.check()
         check_ranges(self)
 
-    def prepare(self, dist: DistEnv, console: Console) -> None:
-        """Generate the default shards if they are used. All processes must call this first.
 
-        Raises BenchmarkError where the shards have fewer images than one step needs.
-        """
-        data = self.config.data
-        if dist.is_main and data.shards == GENERATED / "shards":
-            generated_shards(console)
-        dist.gather("shards generated")
-        samples = load_manifest(data.shards, data.train).samples
-        if samples < data.global_batch_size:
-            raise BenchmarkError(
-                f"--data.global-batch-size {data.global_batch_size}: "
-                f"{data.shards} has only {samples} images in '{data.train}'; choose at most {samples}"
-            )
+@dataclass(frozen=True)
+class ModelOptions(StepOptions):
+    """Training steps on resident batches, each with its own masks."""
+
+    baselines: bool = False
+    """Also measure a plain eager step, and a step written as in I-JEPA's public code."""
+
+
+@dataclass(frozen=True)
+class EndToEndOptions(StepOptions):
+    """Training with pipeline and model, as iwm/train.py runs them."""
+
+
+@dataclass(frozen=True)
+class InterferenceOptions(StepOptions):
+    """Training steps on resident batches, without and with the pipeline running concurrently."""
+
+
+@dataclass(frozen=True)
+class AllOptions(StepOptions):
+    """Pipeline, model, interference and end-to-end in turns: rates, ratios and the bottleneck; also baselines."""
+
+    baselines: bool = True
+    """Also measure each operator of the pipeline, JPEG decoding alone, and torchvision's loader."""
+    plot: Path | None = None
+    """File for a plot of each stage against its limit (.png or .svg)."""
+
+    def check(self) -> None:
+        super().check()
+        if self.plot is not None and self.plot.suffix not in (".png", ".svg"):
+            raise BenchmarkError(f"--plot {self.plot}: the name must end in .png or .svg")
+
+
+@dataclass(frozen=True)
+class ScalingOptions(StepOptions):
+    """Weak scaling, under torchrun: images/s of N processes relative to N times one, and the all-reduce's cost."""
+
+    images: Annotated[int | None, Range(min=1)] = None
+    """Batch size per process, for any number of processes. None: --data.global-batch-size, at most 256."""
+
+
+@dataclass(frozen=True)
+class LoaderOptions:
+    """Images per second of the data pipeline alone.
+
+    The loaders are measured in turns, each in its own process, on the same number of cores and the same JPEGs.
+    """
+
+    recipe: str | None = None
+    """Recipe whose views are measured (iwm/recipes.py). None: the paper's views, A.1."""
+    scenario: str | None = None
+    """Row of table S2 that replaces the recipe's colour augmentations."""
+    size: Annotated[int | None, Range(min=1)] = None
+    """Side of the views (pixels). None: the recipe's."""
+    colour: JitterImpl | None = None
+    """Implementation of the colour jitter. None: the recipe's."""
+    shards: Path | None = None
+    """Folder of shards. None: generate 1,200 JPEGs of 500×375 in data/benchmark, from scikit-image's photographs."""
+    split: str = "train"
+    """Split of the shards."""
+    baseline: tuple[Literal[Baseline, "all", "none"], ...] = ("torchvision",)
+    """One or several baselines. `torchvision`: DataLoader and transforms v2, on Pillow images and on tensors.
+    `webdataset`: its own loader with the same transforms.
+    `ffcv`: without hue, grayscale, blur and solarize, which it lacks.
+    `decode`: JPEG decoding alone, the limit. `all`: all installed ones. `none`: DALI alone."""
+    device: Device = "cpu"
+    """Device of the DALI pipeline; baselines run on the CPU."""
+    cores: Annotated[int, Range(min=1)] = 1
+    """CPU cores that each loader is pinned to, and number of its worker threads or processes."""
+    batch_size: Annotated[int, Range(min=1)] = 64
+    """Batch size (images)."""
+    seconds: Annotated[float, Range(above=0)] = 10.0
+    """Duration of one measurement (seconds), without the warm-up, which takes a fifth more."""
+    repeats: Annotated[int, Range(min=1)] = 3
+    """Number of measurements of each loader."""
+    json: Path | None = None
+    """File for all results (JSON)."""
+
+
+@dataclass(frozen=True)
+class TuneOptions:
+    """Find the pipeline's settings for this machine and print them as options of iwm/train.py.
+
+    The machine should be idle otherwise.
+    """
+
+    recipe: str | None = None
+    """Recipe whose views and batch size are used (iwm/recipes.py). None: the paper's, A.1."""
+    scenario: str | None = None
+    """Row of table S2 that replaces the recipe's colour augmentations."""
+    shards: Path | None = None
+    """Folder of shards. None: the recipe's; without a recipe, generated shards as in mode `data`."""
+    split: str = "train"
+    """Split of the shards."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device of the pipeline."""
+    batch_size: Annotated[int | None, Range(min=1)] = None
+    """Batch size per process (images). None: the recipe's, divided by the processes, at most 256 (64 on a CPU)."""
+    processes: Annotated[int, Range(min=1)] = 1
+    """Number of training processes that will share this machine's cores (one per GPU)."""
+    model_rate: Annotated[float | None, Range(above=0)] = None
+    """On a GPU: training rate of one process (images/s), for which the decoder's share is chosen. None: measured."""
+    seconds: Annotated[float, Range(above=0)] = 1.0
+    """Duration of one measurement (seconds)."""
+    repeats: Annotated[int, Range(min=1)] = 5
+    """Number of measurements of each candidate."""
+    json: Path | None = None
+    """File for all results (JSON)."""
 
 
 StepOptionsT = TypeVar("StepOptionsT", bound=StepOptions)
@@ -80,8 +175,11 @@ def default_options(kind: type[StepOptionsT], arguments: Sequence[str]) -> StepO
 
     Raises BenchmarkError where the recipe or scenario does not exist.
     """
+    import torch  # not at the top: this module is also imported for the options alone
+
+    gpu = torch.cuda.is_available()
     first = ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe", default="iwm_b16_equi_18x384" if torch.cuda.is_available() else "demo")
+    first.add_argument("--recipe", default="iwm_b16_equi_18x384" if gpu else "demo")
     first.add_argument("--scenario")
     first.add_argument("--shards", type=Path)
     chosen = first.parse_known_args(arguments)[0]
@@ -101,5 +199,5 @@ def default_options(kind: type[StepOptionsT], arguments: Sequence[str]) -> StepO
         recipe=chosen.recipe,
         scenario=chosen.scenario,
         shards=chosen.shards,
-        seconds=60.0 if torch.cuda.is_available() else 6.0,
+        seconds=60.0 if gpu else 6.0,
     )

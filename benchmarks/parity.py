@@ -8,13 +8,11 @@ the mean difference of each op from the replay is below 1.
 
 from __future__ import annotations
 
-import dali_pipelines.command  # noqa: F401  # isort: skip  # first: it exits with a message if DALI is missing
-
 import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import tyro
@@ -27,9 +25,11 @@ from torch import Tensor
 
 from dali_pipelines import replay
 from dali_pipelines.augmentations import NO_PHOTOMETRIC, SINGLE_OP, SOURCE, JitterImpl, PhotometricConfig, Views
-from dali_pipelines.loader import ViewBatch, ViewLoader
 from iwm.training.runtime import select_device
 from shards.errors import run_command
+
+if TYPE_CHECKING:
+    from dali_pipelines.loader import ViewBatch
 
 DEFINITIONS: tuple[JitterImpl, ...] = ("linear", "torchvision")
 
@@ -65,10 +65,10 @@ def one_batch(
     folder: Path, options: ParityOptions, source: PhotometricConfig, colour: JitterImpl, device: str
 ) -> ViewBatch:
     """Return one batch whose target has no colour augmentation, so that it is the input of the source's."""
+    from dali_pipelines.loader import ViewLoader  # not at the top: run_command reports a missing DALI
+
     views = Views(size=options.size, source=source, target=NO_PHOTOMETRIC, jitter_impl=colour)
-    loader = ViewLoader(folder, options.split, views, batch_size=options.images, seed=0, device=device)
-    batch = next(loader)
-    return ViewBatch(batch.source.clone(), batch.target.clone(), batch.params.clone(), None, batch.keys)
+    return next(ViewLoader(folder, options.split, views, batch_size=options.images, seed=0, device=device)).clone()
 
 
 def measured(options: ParityOptions, folder: Path) -> list[dict[str, Any]]:

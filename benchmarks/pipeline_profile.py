@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from loaders import Device, LoaderWork, loader_baselines
+from loaders import LoaderWork, loader_baselines
+from options import Device
 from rich.console import Console
 from timing import measure, percentiles
 

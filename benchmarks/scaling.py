@@ -6,35 +6,27 @@ torchrun --nproc_per_node N benchmarks/throughput.py scaling [--recipe R]
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed
 from environment import BenchmarkError
-from options import BATCH_EACH, StepOptions
+from options import BATCH_EACH, ScalingOptions
 from rich.console import Console
 from rich.table import Table
 from scaling_model import BUCKET, all_reduce_traffic, gradient_bytes, parameters
 from step_modes import open_model, resident_batches, take_step
+from synthetic_data import prepare_shards
 from timing import MIN_STEPS, paired_ratio, percentiles, timed
 
 from iwm.models.world_model import WorldModel
-from iwm.ranges import Range
 from iwm.training.distributed import DistEnv, init_distributed
 from iwm.training.optim import build_optimizer
 from iwm.training.step import Gradient
 from iwm.training.train_state import TrainState
-
-
-@dataclass(frozen=True)
-class ScalingOptions(StepOptions):
-    """Weak scaling, under torchrun: images/s of N processes relative to N times one, and the all-reduce's cost."""
-
-    images: Annotated[int | None, Range(min=1)] = None
-    """Batch size per process, for any number of processes. None: --data.global-batch-size, at most 256."""
 
 
 def run(options: ScalingOptions, console: Console) -> dict[str, Any]:
@@ -60,7 +52,7 @@ def run(options: ScalingOptions, console: Console) -> dict[str, Any]:
         options = replace(
             options, config=replace(config, data=replace(config.data, global_batch_size=images * dist.size))
         )
-        options.prepare(dist, console)
+        prepare_shards(options.config.data, dist, console)
         result = measure(options, dist, console)
     show(result, console)
     return result

@@ -11,14 +11,19 @@ import subprocess
 import sys
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import skimage
 from environment import BenchmarkError
 from PIL import Image
 from rich.console import Console
 
+from iwm.config import DataConfig
 from shards.errors import run_command
-from shards.format import MANIFEST
+from shards.format import MANIFEST, load_manifest
+
+if TYPE_CHECKING:
+    from iwm.training.distributed import DistEnv
 
 _NAMES = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png", "retina.jpg")
 PHOTOGRAPHS = tuple(Path(skimage.__file__).parent / "data" / name for name in _NAMES)
@@ -79,6 +84,22 @@ def _run(tool: object, *arguments: object) -> None:
     command = [sys.executable, str(TOOLS / str(tool)), *map(str, arguments)]
     if (code := subprocess.run(command, check=False).returncode) != 0:
         raise BenchmarkError(f"{' '.join(command)} ended with code {code}; see its message above")
+
+
+def prepare_shards(data: DataConfig, dist: DistEnv, console: Console) -> None:
+    """Generate the default shards if they are used. All processes must call this first.
+
+    Raises BenchmarkError where the shards have fewer images than one step needs.
+    """
+    if dist.is_main and data.shards == GENERATED / "shards":
+        generated_shards(console)
+    dist.gather("shards generated")
+    samples = load_manifest(data.shards, data.train).samples
+    if samples < data.global_batch_size:
+        raise BenchmarkError(
+            f"--data.global-batch-size {data.global_batch_size}: "
+            f"{data.shards} has only {samples} images in '{data.train}'; choose at most {samples}"
+        )
 
 
 def main() -> None:

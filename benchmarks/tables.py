@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from environment import BenchmarkError
 from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -224,12 +223,6 @@ def bars(result: Mapping[str, Any]) -> list[RateBar]:
         RateBar("model while the pipeline runs", rate["interference"], rate["model"], "of the model alone"),
         RateBar("end to end", rate["end-to-end"], min(rate["data"], rate["model"]), "of the slower of the two alone"),
     ]
-
-
-def check_name(file: Path) -> None:
-    """Raise BenchmarkError unless the name ends in .png or .svg."""
-    if file.suffix not in (".png", ".svg"):
-        raise BenchmarkError(f"--plot {file}: the name must end in .png or .svg")
 
 
 def draw(result: Mapping[str, Any], file: Path) -> None:

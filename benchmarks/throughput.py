@@ -9,45 +9,41 @@ torchrun --nproc_per_node N benchmarks/throughput.py scaling [--recipe R] [--ima
 
 from __future__ import annotations
 
-import dali_pipelines.command  # noqa: F401  # isort: skip  # first: it exits with a message if DALI is missing
-
 import json
 import sys
-from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
-import autotune
-import loaders
-import scaling
-import training
 import tyro
-from autotune import TuneOptions
 from environment import check_writable, environment_info
-from loaders import LoaderOptions
-from options import default_options
+from options import (
+    AllOptions,
+    EndToEndOptions,
+    InterferenceOptions,
+    LoaderOptions,
+    ModelOptions,
+    ScalingOptions,
+    TuneOptions,
+    default_options,
+)
 from rich.console import Console
-from scaling import ScalingOptions
-from tables import draw
-from training import AllOptions, EndToEndOptions, InterferenceOptions, ModelOptions
 
 from shards.errors import run_command
 
-ModeRunner = Callable[[Any, Console], dict[str, Any]]
 
-
-def modes(arguments: list[str]) -> dict[str, tuple[Any, ModeRunner]]:
-    """Return each mode's default options and its runner, which prints tables and returns the results for --json.
+def modes(arguments: list[str]) -> dict[str, tuple[Any, str]]:
+    """Return each mode's default options and the module whose `run` prints its tables and returns its results.
 
     Raises BenchmarkError where the recipe or scenario does not exist.
     """
     return {
-        "data": (LoaderOptions(), loaders.run),
-        "model": (default_options(ModelOptions, arguments), training.run),
-        "end-to-end": (default_options(EndToEndOptions, arguments), training.run),
-        "interference": (default_options(InterferenceOptions, arguments), training.run),
-        "all": (default_options(AllOptions, arguments), training.run),
-        "tune": (TuneOptions(), autotune.run),
-        "scaling": (default_options(ScalingOptions, arguments), scaling.run),
+        "data": (LoaderOptions(), "loaders"),
+        "model": (default_options(ModelOptions, arguments), "training"),
+        "end-to-end": (default_options(EndToEndOptions, arguments), "training"),
+        "interference": (default_options(InterferenceOptions, arguments), "training"),
+        "all": (default_options(AllOptions, arguments), "training"),
+        "tune": (TuneOptions(), "autotune"),
+        "scaling": (default_options(ScalingOptions, arguments), "scaling"),
     }
 
 
@@ -63,10 +59,11 @@ def main() -> None:
     for option, file in (("--json", options.json), ("--plot", getattr(options, "plot", None))):
         if file is not None:
             check_writable(option, file)
-    run = next(run for begin, run in choices.values() if type(begin) is type(options))
-    result = {"mode": arguments[0], **run(options, console), "machine": environment_info()}
+    # Imported late: DALI and timm take seconds to import, and a mistyped option must fail before.
+    module = import_module(next(module for begin, module in choices.values() if type(begin) is type(options)))
+    result = {"mode": arguments[0], **module.run(options, console), "machine": environment_info()}
     if isinstance(options, AllOptions) and options.plot is not None and not console.quiet:
-        draw(result, options.plot)
+        import_module("tables").draw(result, options.plot)
         console.print(f"drawn to {options.plot}", soft_wrap=True)
     if options.json is not None and not console.quiet:
         options.json.write_text(json.dumps(result, indent=1) + "\n")

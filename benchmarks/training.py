@@ -6,16 +6,15 @@ Measurements are taken in turns. Under torchrun every process measures its share
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from baselines import ijepa_step, plain_step
 from environment import BenchmarkError
-from options import StepOptions
+from options import AllOptions, EndToEndOptions, InterferenceOptions, ModelOptions, StepOptions
 from pipeline_profile import pipeline_limits, pipeline_stages
 from rich.console import Console
 from step_modes import (
@@ -31,46 +30,13 @@ from step_modes import (
     resident_batches,
     token_counts,
 )
-from tables import check_name, limit, ratios, show_pipeline, show_together, show_training
+from synthetic_data import prepare_shards
+from tables import limit, ratios, show_pipeline, show_together, show_training
 from timing import Measured, Repeat, compiled_graphs, interleave, paired_ratio, percentiles, release_memory, traced
 
 from iwm.config_io import to_dict
 from iwm.models.flops import measure_matmul_flops, training_flops
 from iwm.training.distributed import DistEnv, init_distributed, loader_threads
-
-
-@dataclass(frozen=True)
-class ModelOptions(StepOptions):
-    """Training steps on resident batches, each with its own masks."""
-
-    baselines: bool = False
-    """Also measure a plain eager step, and a step written as in I-JEPA's public code."""
-
-
-@dataclass(frozen=True)
-class EndToEndOptions(StepOptions):
-    """Training with pipeline and model, as iwm/train.py runs them."""
-
-
-@dataclass(frozen=True)
-class InterferenceOptions(StepOptions):
-    """Training steps on resident batches, without and with the pipeline running concurrently."""
-
-
-@dataclass(frozen=True)
-class AllOptions(StepOptions):
-    """Pipeline, model, interference and end-to-end in turns: rates, ratios and the bottleneck; also baselines."""
-
-    baselines: bool = True
-    """Also measure each operator of the pipeline, JPEG decoding alone, and torchvision's loader."""
-    plot: Path | None = None
-    """File for a plot of each stage against its limit (.png or .svg)."""
-
-    def check(self) -> None:
-        super().check()
-        if self.plot is not None:
-            check_name(self.plot)
-
 
 MEASURED: dict[type[StepOptions], tuple[str, ...]] = {
     ModelOptions: ("model",),
@@ -90,7 +56,7 @@ def run(options: StepOptions, console: Console) -> dict[str, Any]:
     config = options.config
     with init_distributed(config.train) as dist:
         console.quiet = not dist.is_main
-        options.prepare(dist, console)
+        prepare_shards(options.config.data, dist, console)
         rivals = (
             (plain_step.baseline_step, ijepa_step.baseline_step)
             if isinstance(options, ModelOptions) and options.baselines

@@ -17,7 +17,6 @@ import torch
 from autotune import (
     LoaderSetup,
     SettingSweep,
-    TuneOptions,
     choose,
     choose_share,
     decoder_share,
@@ -28,6 +27,7 @@ from autotune import (
 )
 from environment import BenchmarkError
 from loader_rates import usual_sides
+from options import TuneOptions
 from rich.console import Console
 
 from dali_pipelines.augmentations import Views

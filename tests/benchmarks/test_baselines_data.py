@@ -15,7 +15,8 @@ import torch
 from baselines import jpeg_decode, webdataset_loader
 from baselines.jpeg_decode import stored_images
 from environment import BenchmarkError
-from loaders import LoaderOptions, LoaderWork, chosen_baselines, loader_baselines
+from loaders import LoaderWork, chosen_baselines, loader_baselines
+from options import LoaderOptions
 from PIL import Image
 from rich.console import Console
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 from environment import BenchmarkError
+from options import ScalingOptions
 from rich.console import Console
-from scaling import ScalingOptions, Ways, run, summarised
+from scaling import Ways, run, summarised
 
 from iwm.models.world_model import WorldModel
 from iwm.recipes import demo

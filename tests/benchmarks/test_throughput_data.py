@@ -13,7 +13,8 @@ import pytest
 import torch
 from baselines.torchvision_loader import TwoViews, Variant
 from environment import BenchmarkError
-from loaders import LoaderOptions, fastest, over_each, run
+from loaders import fastest, over_each, run
+from options import LoaderOptions
 from rich.console import Console
 from timing import Rate
 
