@@ -23,7 +23,7 @@ def main() -> None:
     cut = arguments.index("--") if "--" in arguments else len(arguments)
     options = tyro.cli(AblateOptions, args=arguments[:cut], description=__doc__, prog="iwm/ablate.py")
     # Imported late: torch takes seconds to import, and a mistyped option must fail at once.
-    from iwm.ablation.study import ablate
+    from iwm.ablation.ablate import ablate
     from iwm.training.runtime import stop_on_signal
 
     with stop_on_signal() as stop:
