@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from environment import BenchmarkError, lookup
-from loader_rates import LoaderSettings, LoaderSetup, model_rate, rate, usual_sides
+from loader_rates import LoaderSettings, LoaderSetup, decoder_size_hint, model_rate, rate
 from options import TuneOptions
 from rich.console import Console
 from rich.table import Table
@@ -52,7 +52,7 @@ def run(options: TuneOptions, console: Console) -> dict[str, Any]:
     chosen: dict[str, int | float] = {}
     model = None
     if work.device.type == "cuda":
-        width, height = usual_sides(work.folder, work.split)
+        width, height = decoder_size_hint(work.folder, work.split)
         chosen |= {"decoder_width_hint": width, "decoder_height_hint": height}
         model = options.model_rate or model_rate(options.recipe or PAPER, work, console)
     sweeps: list[dict[str, Any]] = []
@@ -92,7 +92,9 @@ def loader_setup(options: TuneOptions, console: Console) -> LoaderSetup:
     batch = options.batch_size or max(1, min(share, 256 if device.type == "cuda" else 64))
     samples = load_manifest(folder, options.split).samples
     if samples < batch:
-        raise BenchmarkError(f"--batch-size {batch}: {folder} has only {samples} images in '{options.split}'")
+        raise BenchmarkError(
+            f"--batch-size {batch}: {folder} has only {samples} images in '{options.split}'; choose at most {samples}"
+        )
     return LoaderSetup(folder, options.split, config.views, batch, device, loader_threads(device, options.processes))
 
 

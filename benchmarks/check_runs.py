@@ -58,10 +58,10 @@ def run_check(words: list[str], log: Path, seconds: float, stop: StopFlag, envir
 def check_environ(out: Path) -> dict[str, str]:
     """Return the environment, with the project first in PYTHONPATH and this OUT's cache folder of compiled kernels."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    return {**os.environ, "PYTHONPATH": path, "TORCHINDUCTOR_CACHE_DIR": str(kernels(out))}
+    return {**os.environ, "PYTHONPATH": path, "TORCHINDUCTOR_CACHE_DIR": str(kernel_cache_dir(out))}
 
 
-def kernels(out: Path) -> Path:
+def kernel_cache_dir(out: Path) -> Path:
     """Return the cache folder of compiled kernels. It is outside OUT, which users copy and archive."""
     name = hashlib.sha256(str(out).encode()).hexdigest()[:12]
     return Path(tempfile.gettempdir()) / f"iwm-checklist-{os.getuid()}-{name}"

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from check_runs import PASSED, RUNNING, CheckResults, check_environ, clear, clear_since, kernels, run_check
+from check_runs import PASSED, RUNNING, CheckResults, check_environ, clear, clear_since, kernel_cache_dir, run_check
 from checks import Check, all_needed, checks, in_order, select_checks
 from clocks import GpuMonitor, gpu_monitor
 from environment import BenchmarkError, check_writable, environment_info
@@ -73,13 +73,13 @@ def run(options: ChecklistOptions, all_checks: dict[str, Check], console: Consol
     names = in_order(selected, all_checks)
     check_writable("OUT", out / "checklist.json")
     with only_one(out), stop_on_signal() as stop, gpu_monitor(out / "gpu.csv") as (watch, no_clocks):
-        dist = environment_info()
-        outcomes = CheckResults(out / "checklist.json", options.tiny, dist)
+        machine = environment_info()
+        outcomes = CheckResults(out / "checklist.json", options.tiny, machine)
         outcomes.resume(options.fresh)
         if options.fresh:
             outcomes.forget(name for name in all_checks if {name, *all_needed(name, all_checks)} & set(selected))
-        if dist["commit"] == "unknown" or dist["commit"].endswith("+"):
-            say(console, f"commit {dist['commit']}: code changes since the last call cannot be detected")
+        if machine["commit"] == "unknown" or machine["commit"].endswith("+"):
+            say(console, f"commit {machine['commit']}: code changes since the last call cannot be detected")
         if no_clocks:
             say(console, f"clocks and power are not recorded: {no_clocks}")
         call, over = CheckSession(out, all_checks, outcomes, watch, stop, console), False
@@ -126,7 +126,7 @@ class CheckSession:
             return False
         if before is not None and before["ended"] == RUNNING:
             say(self.console, f"{name}: was interrupted before; it starts from the beginning")
-            clear_since(kernels(self.out), before["began"])
+            clear_since(kernel_cache_dir(self.out), before["began"])
         clear(check.makes)
         clock, start = time.time(), time.monotonic()
         self.outcomes.record(name, {"ended": RUNNING, "began": clock})
@@ -136,7 +136,7 @@ class CheckSession:
         seconds = round(time.monotonic() - start, 1)
         over = ended.startswith("stopped") and not self.stop and left <= limit
         if ended.startswith("stopped"):
-            clear_since(kernels(self.out), clock)
+            clear_since(kernel_cache_dir(self.out), clock)
             ended += ": time limit --total-minutes reached" if over else ""
         outcome: dict[str, Any] = {"ended": ended, "seconds": seconds, "began": clock, "gpu": self.watch.summary()}
         if name == "train":

@@ -89,7 +89,7 @@ def checks(out: Path, tiny: bool) -> dict[str, Check]:
     sweep = ["--recipe", recipe, "--shards", shards, *["--seconds", "0.2", "--repeats", "1"]]
     if not tiny:
         sweep = ["--recipe", recipe, "--shards", shards, "--repeats", "3"]
-    # The mode's defaults would take nine measurements of 24 s. The pipeline on a GPU needs all cores.
+    # The mode's defaults would take nine measurements of 12 s. The pipeline on a GPU needs all cores.
     colour = ["--device", device, "--colour", "torchvision", "--cores", str(len(os.sched_getaffinity(0)))]
     colour += ["--seconds", "1" if tiny else "3", "--repeats", "1" if tiny else "3"]
 

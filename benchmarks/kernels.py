@@ -201,7 +201,7 @@ MEASURES: dict[What, Callable[[KernelsOptions], Iterable[Row]]] = {
 def main() -> None:
     options = tyro.cli(KernelsOptions, description=__doc__, prog="benchmarks/kernels.py")
     if not torch.cuda.is_available():
-        raise BenchmarkError("torch sees no GPU here, and kernels are timed on one")
+        raise BenchmarkError("torch sees no GPU, which this benchmark needs; run it on a machine with a CUDA GPU")
     if options.json is not None:
         check_writable("--json", options.json)
     lines: list[Row] = [{"device": torch.cuda.get_device_name(), "torch": torch.__version__}]

@@ -40,7 +40,7 @@ def kill_once(run: Path, words: list[str]) -> str | None:
     over = process.poll() is not None
     process.kill()
     process.wait()
-    return None if over else checkpoints.list_checkpoints(run)[-1].name
+    return None if over else checkpoints.list_checkpoints(run)[0].name
 
 
 def _wait(process: subprocess.Popen[bytes], until: Callable[[], bool]) -> None:
@@ -54,12 +54,12 @@ def main() -> int:
         return 2
     out, words = Path(sys.argv[1]), sys.argv[2:]
     if out.exists():
-        print(f"benchmarks/kill_and_compare.py: {out} is there already; name a new folder", file=sys.stderr)
+        print(f"benchmarks/kill_and_compare.py: {out} already exists; choose another folder", file=sys.stderr)
         return 2
     subprocess.run(command(out / "whole", words), check=True)
     newest = kill_once(out / "cut", words)
     if newest is None:
-        print(f"benchmarks/kill_and_compare.py: {out / 'cut'} was over before it could be killed; give it more steps "
+        print(f"benchmarks/kill_and_compare.py: {out / 'cut'} ended before it could be killed; give it more steps "
               "after its first checkpoint (--schedule.steps, --log.checkpoint-interval)", file=sys.stderr)  # fmt: skip
         return 1
     print(f"killed with {newest} as its newest checkpoint")

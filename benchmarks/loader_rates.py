@@ -84,7 +84,7 @@ def rate(work: LoaderSetup, settings: LoaderSettings, seconds: float, pause: flo
         return images / (time.perf_counter() - start)
 
 
-def usual_sides(folder: Path, split: str, images: int = 2000) -> tuple[int, int]:
+def decoder_size_hint(folder: Path, split: str, images: int = 2000) -> tuple[int, int]:
     """Return the width and height that 99% of the images do not exceed (pixels), from the headers of `images` images.
 
     The decoder allocates memory for this size once; the rare larger image costs a reallocation.

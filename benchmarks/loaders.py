@@ -39,14 +39,15 @@ def run(options: LoaderOptions, console: Console) -> dict[str, Any]:
     samples = load_manifest(folder, options.split).samples
     if samples < options.batch_size:
         raise BenchmarkError(
-            f"--batch-size {options.batch_size}: {folder} has only {samples} images in '{options.split}'"
+            f"--batch-size {options.batch_size}: {folder} has only {samples} images in '{options.split}'; "
+            f"choose at most {samples}"
         )
     available = sorted(os.sched_getaffinity(0))
     if options.cores > len(available):
-        raise BenchmarkError(f"--cores {options.cores}: this process may use {len(available)}")
+        raise BenchmarkError(f"--cores {options.cores}: this process may use {len(available)}; lower --cores")
     select_device(options.device, "--device")
     work = LoaderWork(folder, options.split, views, options.batch_size, options.cores)
-    contenders = loader_baselines(work, options.device, baselines, console)
+    contenders = measured_loaders(work, options.device, baselines, console)
     turns: dict[str, list[list[Rate]]] = {name: [] for name in contenders}
     for turn in range(options.repeats):
         for name, contender in contenders.items():
@@ -156,7 +157,7 @@ class LoaderWork(NamedTuple):
     """Number of worker threads or processes."""
 
 
-class LoaderBaseline(NamedTuple):
+class MeasuredLoader(NamedTuple):
     """One loader that is measured."""
 
     stream: Stream
@@ -164,12 +165,12 @@ class LoaderBaseline(NamedTuple):
     """True where it makes both complete views, so that its rate is comparable with DALI's."""
 
 
-def loader_baselines(
+def measured_loaders(
     work: LoaderWork, device: str, baselines: tuple[Baseline, ...], console: Console
-) -> dict[str, LoaderBaseline]:
+) -> dict[str, MeasuredLoader]:
     """Return the loaders by name, `dali` first. Raises BenchmarkError where a baseline is not installed."""
     setup = LoaderSetup(work.folder, work.split, work.views, work.batch_size, torch.device(device), work.cores)
-    chosen = {"dali": LoaderBaseline(partial(batches, setup, {}), True)}
+    chosen = {"dali": MeasuredLoader(partial(batches, setup, {}), True)}
     for baseline in baselines:
         if not installed(baseline):
             raise BenchmarkError(f"--baseline {baseline}: {how_to_install(baseline)}")
@@ -193,23 +194,23 @@ def how_to_install(baseline: Baseline) -> str:
     return f"the package {baseline} is not installed here ({INSTALL[baseline]})"
 
 
-def _torchvision(work: LoaderWork, console: Console) -> dict[str, LoaderBaseline]:
+def _torchvision(work: LoaderWork, console: Console) -> dict[str, MeasuredLoader]:
     folder, split, views, batch, cores = work
     variants: tuple[torchvision_loader.Variant, ...] = ("pil", "tensor")
     return {
-        f"torchvision {variant}": LoaderBaseline(
+        f"torchvision {variant}": MeasuredLoader(
             partial(torchvision_loader.batches, folder, split, views, variant, batch, cores), True
         )
         for variant in variants
     }
 
 
-def _webdataset(work: LoaderWork, console: Console) -> dict[str, LoaderBaseline]:
+def _webdataset(work: LoaderWork, console: Console) -> dict[str, MeasuredLoader]:
     loader = importlib.import_module("baselines.webdataset_loader")
-    return {"webdataset": LoaderBaseline(partial(loader.batches, *work), True)}
+    return {"webdataset": MeasuredLoader(partial(loader.batches, *work), True)}
 
 
-def _ffcv(work: LoaderWork, console: Console) -> dict[str, LoaderBaseline]:
+def _ffcv(work: LoaderWork, console: Console) -> dict[str, MeasuredLoader]:
     loader = importlib.import_module("baselines.ffcv_loader")
     shards = f"{work.split} of {(work.folder / MANIFEST).read_text()}"
     file = GENERATED / f"ffcv-{hashlib.sha256(shards.encode()).hexdigest()[:16]}.beton"
@@ -221,18 +222,18 @@ def _ffcv(work: LoaderWork, console: Console) -> dict[str, LoaderBaseline]:
         spec.jitter_probability == 0 and not spec.destructive for spec in (work.views.source, work.views.target)
     )
     stream = partial(loader.batches, file, work.views, work.batch_size, work.cores)
-    return {"ffcv" if whole else "ffcv, part of the jitter": LoaderBaseline(stream, whole)}
+    return {"ffcv" if whole else "ffcv, part of the jitter": MeasuredLoader(stream, whole)}
 
 
-def _decode(work: LoaderWork, console: Console) -> dict[str, LoaderBaseline]:
+def _decode(work: LoaderWork, console: Console) -> dict[str, MeasuredLoader]:
     return {
-        DECODE: LoaderBaseline(
+        DECODE: MeasuredLoader(
             partial(jpeg_decode.batches, work.folder, work.split, work.batch_size, work.cores), False
         )
     }
 
 
-BASELINES: dict[Baseline, Callable[[LoaderWork, Console], dict[str, LoaderBaseline]]] = {
+BASELINES: dict[Baseline, Callable[[LoaderWork, Console], dict[str, MeasuredLoader]]] = {
     "torchvision": _torchvision,
     "webdataset": _webdataset,
     "ffcv": _ffcv,

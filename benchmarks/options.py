@@ -35,7 +35,7 @@ class StepOptions:
     recipe: Annotated[str, tyro.conf.arg(metavar="|".join(RECIPES))]
     """Recipe. Default: iwm_b16_equi_18x384 on a GPU, else demo, with at most 256 images per step on each process."""
     scenario: Annotated[str | None, tyro.conf.arg(metavar="|".join(SCENARIOS))] = None
-    """Row of table S2 that replaces the recipe's colour augmentations."""
+    """Row of table S2 that replaces the recipe's photometric augmentations."""
     shards: Path | None = None
     """Folder of shards (short for --data.shards). None: generate shards in data/benchmark.
     These have 1,200 JPEGs of 500×375, cut from scikit-image's photographs."""
@@ -108,7 +108,7 @@ class LoaderOptions:
     recipe: str | None = None
     """Recipe whose views are measured (iwm/recipes.py). None: the paper's views, A.1."""
     scenario: str | None = None
-    """Row of table S2 that replaces the recipe's colour augmentations."""
+    """Row of table S2 that replaces the recipe's photometric augmentations."""
     size: Annotated[int | None, Range(min=1)] = None
     """Side of the views (pixels). None: the recipe's."""
     colour: JitterImpl | None = None
@@ -146,7 +146,7 @@ class TuneOptions:
     recipe: str | None = None
     """Recipe whose views and batch size are used (iwm/recipes.py). None: the paper's, A.1."""
     scenario: str | None = None
-    """Row of table S2 that replaces the recipe's colour augmentations."""
+    """Row of table S2 that replaces the recipe's photometric augmentations."""
     shards: Path | None = None
     """Folder of shards. None: the recipe's; without a recipe, generated shards as in mode `data`."""
     split: str = "train"

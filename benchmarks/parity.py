@@ -31,7 +31,7 @@ from shards.errors import run_command
 if TYPE_CHECKING:
     from dali_pipelines.loader import ViewBatch
 
-DEFINITIONS: tuple[JitterImpl, ...] = ("linear", "torchvision")
+JITTER_IMPLS: tuple[JitterImpl, ...] = ("linear", "torchvision")
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def one_batch(
 def measured(options: ParityOptions, folder: Path) -> list[dict[str, Any]]:
     """Return a row per jitter implementation and op: the pipeline against the replay and, on a GPU, against the CPU."""
     rows = []
-    for colour in DEFINITIONS:
+    for colour in JITTER_IMPLS:
         for op, spec in {
             "none (decode, crop, resize)": NO_PHOTOMETRIC,
             **SINGLE_OP,

@@ -1,8 +1,8 @@
 """Profile of the two-view pipeline: time per stage, its limit (JPEG decoding) and baselines.
 
 The real graph is truncated after each stage, and the differences are the stages' times. The first stages are built from
-the pipeline's own functions. A cut between colour ops is the whole pipeline with probability 0 for the later ops, for
-which DALI's graph leaves them out. Mode `all` uses short measurements; mode `data` compares loaders with care.
+the pipeline's own functions. A cut between colour ops is the whole pipeline with probability 0 for the later ops, which
+DALI then leaves out of its graph. Mode `all` uses short measurements; mode `data` compares loaders with care.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from loaders import LoaderWork, loader_baselines
+from loaders import LoaderWork, measured_loaders
 from options import Device
 from rich.console import Console
 from timing import measure, percentiles
@@ -62,7 +62,7 @@ def stage_times(
     Times are CPU time on a CPU and wall time on a GPU; their sum is the whole pipeline's. The measurement runs in its
     own process, pinned to as many cores as `threads`. Each pipeline is built for its turn and freed after it, because
     on a GPU each takes gigabytes; this adds to `seconds`. Stages of probability 0 in these views are left out. Work
-    that both views share (planes, mean grey) counts to the first colour op. Raises ShardError.
+    that both views share (planes, mean grey) is attributed to the first colour op. Raises ShardError.
     """
     cores = sorted(os.sched_getaffinity(0))[:threads]
     work = partial(_stage_times, folder, split, views, device, cores, batch, seconds)
@@ -123,12 +123,12 @@ def geometry(source: DataSource, views: Views, until: str, backend: Backend) -> 
     """Build the beginning of `two_views`, up to and including a stage."""
     encoded = read(source, shuffle_buffer=min(ENCODED, source.samples), seed=0, prefetch=AHEAD)
     if until == "read":
-        return encoded.jpeg, encoded.sample_info
+        return encoded.jpeg, encoded.source_info
     crop = draw_crop(encoded.jpeg, views.crop_scale, views.crop_ratio, views.flip_probability)
     box = decode_crop(encoded.jpeg, crop, backend, GpuDecoder())
     if until == "decode":
-        return box, encoded.sample_info
-    return resize_box(box, crop, views.size, backend), encoded.sample_info
+        return box, encoded.source_info
+    return resize_box(box, crop, views.size, backend), encoded.source_info
 
 
 def colour_cuts(views: Views) -> list[tuple[str, Views]]:
@@ -145,7 +145,7 @@ def colour_cuts(views: Views) -> list[tuple[str, Views]]:
 def _prefixes(whole: PhotometricConfig) -> Iterator[tuple[str, PhotometricConfig]]:
     """Yield the ops of positive probability, each with the configuration up to and including it."""
     spec = whole.without_destructive()
-    # By twos, as the linear definition applies them.
+    # In pairs, as the linear implementation applies them.
     for end in range(2, len(JITTER_FIELDS) + 2, 2) if whole.jitter_probability > 0 else ():
         yield ", ".join(JITTER_FIELDS[end - 2 : end]), spec.with_fields(dict.fromkeys(JITTER_FIELDS[end:], 0.0))
     for op in DESTRUCTIVE_OPS:
@@ -176,7 +176,7 @@ def _seconds(build: Build, batches: int, on_gpu: bool) -> float:
 
 
 def _cpu_seconds_at_rest() -> float:
-    """Return this process's CPU time when the pipeline's prefetch queue is full, as before and after each window."""
+    """Wait until the pipeline's prefetch queue is full, and return this process's CPU time (seconds)."""
     looks_at_rest = 0
     while looks_at_rest < 2:
         time.sleep(0.005)
@@ -208,7 +208,7 @@ def pipeline_limits(config: Config, device: torch.device, threads: int, console:
     cores = sorted(os.sched_getaffinity(0))[:threads]
     batch, backend = min(config.data.global_batch_size, BATCH), kind(device)
     work = LoaderWork(config.data.shards, config.data.train, config.views, batch, len(cores))
-    others = loader_baselines(work, backend, ("torchvision", "decode"), console)
+    others = measured_loaders(work, backend, ("torchvision", "decode"), console)
     limits = {}
     for name in [name for name in others if name != "dali"]:
         with console.status(f"loader alone: {name}"):

@@ -18,14 +18,14 @@ from options import BATCH_EACH, ScalingOptions
 from rich.console import Console
 from rich.table import Table
 from scaling_model import BUCKET, all_reduce_traffic, gradient_bytes, parameters
-from step_modes import open_model, resident_batches, take_step
+from step_modes import new_train_state, resident_batches, take_step
 from synthetic_data import prepare_shards
 from timing import MIN_STEPS, paired_ratio, percentiles, timed
 
 from iwm.models.world_model import WorldModel
 from iwm.training.distributed import DistEnv, init_distributed
 from iwm.training.optim import build_optimizer
-from iwm.training.step import Gradient
+from iwm.training.step import ForwardBackward
 from iwm.training.train_state import TrainState
 
 
@@ -73,7 +73,7 @@ class Ways(NamedTuple):
 
 def measure(options: ScalingOptions, dist: DistEnv, console: Console) -> dict[str, Any]:
     """Measure all ways in turns, `--repeats` times."""
-    state = open_model(options.config, dist)
+    state = new_train_state(options.config, dist)
     single = by_itself(state)
     batches = resident_batches(state)
     gradient = [torch.zeros(n, device=dist.device) for n in bucket_sizes(state.model)]
@@ -85,19 +85,19 @@ def measure(options: ScalingOptions, dist: DistEnv, console: Console) -> dict[st
     }
     with console.status("warming up"):
         timed(steps_of["beside"], options.warmup, dist.device)
-        slowest = max(dist.gather(max(timed(steps_of["together"], options.warmup, dist.device)[-MIN_STEPS:])))
+        slowest = max(dist.all_gather(max(timed(steps_of["together"], options.warmup, dist.device)[-MIN_STEPS:])))
     # The three ways that train share the time; an all-reduce is a small part of a step.
     steps = max(MIN_STEPS, int(options.seconds / (3 * options.repeats * slowest)))
     ways = Ways([], [], [], [])
     for turn in range(options.repeats):
         for name, step in steps_of.items():
             with console.status(f"turn {turn + 1} of {options.repeats}: {name}"):
-                dist.gather(f"ready for {name}")
+                dist.all_gather(f"ready for {name}")
                 takes_part = name != "alone" or dist.is_main
                 seconds = sum(timed(step, steps, dist.device)) / steps if takes_part else float("nan")
                 getattr(ways, name).append(seconds)
     images = state.micro_batch * state.accumulation
-    processes = [Ways(*process) for process in dist.gather(tuple(ways))]
+    processes = [Ways(*process) for process in dist.all_gather(tuple(ways))]
     return {
         "recipe": options.recipe,
         "processes": dist.size,
@@ -113,7 +113,7 @@ def by_itself(state: TrainState) -> TrainState:
     dist = replace(state.dist, size=1)
     model = WorldModel(state.config).setup(dist.device, compiled=state.config.train.compile)
     optimizer, _ = build_optimizer(model, state.config.optim, dist.device)
-    return replace(state, dist=dist, model=model, gradient=Gradient(model, model), optimizer=optimizer)
+    return replace(state, dist=dist, model=model, forward_backward=ForwardBackward(model, model), optimizer=optimizer)
 
 
 def bucket_sizes(model: WorldModel) -> list[int]:
@@ -152,13 +152,13 @@ def summarised(processes: list[Ways], images: int, sent: int) -> dict[str, Any]:
             "together": percentiles(together),
         },
         "efficiency": paired_ratio(together, perfect),
-        "efficiency_without_exchange": paired_ratio(beside, perfect),
+        "efficiency_without_communication": paired_ratio(beside, perfect),
         "step_ms": {"beside": percentiles(list(1e3 * apart)), "together": percentiles(list(1e3 * step))},
         "gradient_bytes": sent,
         "all_reduce_ms": percentiles(list(1e3 * exchange)),
         "bus_bandwidth_gb": percentiles([1e-9 * all_reduce_traffic(sent, n) / float(e) for e in exchange]),
-        "exchange_exposed_ms": percentiles([1e3 * s for s in exposed]),
-        "exchange_hidden": percentiles(hidden),
+        "all_reduce_exposed_ms": percentiles([1e3 * s for s in exposed]),
+        "all_reduce_overlapped": percentiles(hidden),
     }
 
 
@@ -170,7 +170,7 @@ def show(result: dict[str, Any], console: Console) -> None:
     table.add_column("")
     for column in ("images/s", "p10", "p90", f"of {n} × alone"):
         table.add_column(column, justify="right")
-    efficiency = {"beside": result["efficiency_without_exchange"], "together": result["efficiency"]}
+    efficiency = {"beside": result["efficiency_without_communication"], "together": result["efficiency"]}
     for name, meaning in (
         ("alone", "one process, the others wait"),
         ("beside", f"{n} without communication"),
@@ -185,6 +185,6 @@ def show(result: dict[str, Any], console: Console) -> None:
     console.print(
         f"A step all-reduces {sent:.1f} MiB of gradients: {exchange:.3g} ms alone "
         f"({result['bus_bandwidth_gb']['median']:.3g} GB/s of bus bandwidth). It adds "
-        f"{result['exchange_exposed_ms']['median']:.3g} ms to the step, including waiting for other processes; "
-        f"{result['exchange_hidden']['median']:.0%} of it is hidden"
+        f"{result['all_reduce_exposed_ms']['median']:.3g} ms to the step, including waiting for other processes; "
+        f"{result['all_reduce_overlapped']['median']:.0%} of it is hidden"
     )

@@ -21,7 +21,7 @@ from threading import Event, Semaphore
 from typing import NamedTuple
 
 import torch
-from timing import StepTimings, watch
+from timing import StepTimings, time_steps
 
 from dali_pipelines.loader import ViewBatch
 from iwm.config import Config
@@ -31,7 +31,7 @@ from iwm.training.step import prepare_masks, train_step
 from iwm.training.train_state import TrainState, build_train_state
 
 
-def open_model(config: Config, dist: DistEnv) -> TrainState:
+def new_train_state(config: Config, dist: DistEnv) -> TrainState:
     """Return a new training state. Raises ConfigError and ShardError as training does."""
     with TemporaryDirectory() as nothing_to_resume:
         return build_train_state(config, Path(nothing_to_resume), dist)
@@ -51,22 +51,22 @@ def take_step(state: TrainState, batches: Sequence[ViewBatch]) -> None:
     """Run one optimiser step as in training, with the masks of that step."""
     s = state
     masks = [prepare_masks(s.config, s.dist, s.step, part, s.micro_batch) for part in range(s.accumulation)]
-    train_step(s.model, s.gradient, s.optimizer, batches, masks, s.schedules.values_at(s.step))
+    train_step(s.model, s.forward_backward, s.optimizer, batches, masks, s.schedules.values_at(s.step))
     s.step += 1
 
 
 def measure_data(state: TrainState, steps: int) -> StepTimings:
-    """Measure A: the pipeline makes the batches of each step, and nothing else runs."""
-    return watch(lambda: _next_batches(state), steps, state.dist.device)
+    """Measure mode `data`: the pipeline makes the batches of each step, and nothing else runs."""
+    return time_steps(lambda: _next_batches(state), steps, state.dist.device)
 
 
 def measure_model(state: TrainState, batches: Sequence[ViewBatch], steps: int) -> StepTimings:
-    """Measure B: training steps on resident batches, each with its own masks; the pipeline is idle."""
-    return watch(lambda: take_step(state, batches), steps, state.dist.device)
+    """Measure mode `model`: training steps on resident batches, each with its own masks; the pipeline is idle."""
+    return time_steps(lambda: take_step(state, batches), steps, state.dist.device)
 
 
 def measure_end_to_end(state: TrainState, steps: int) -> StepTimings:
-    """Measure C: training as in iwm/training/loop.py between two lines of metrics."""
+    """Measure mode `end-to-end`: training as in iwm/training/loop.py between two lines of metrics."""
     waited = 0.0
 
     def step() -> None:
@@ -76,14 +76,15 @@ def measure_end_to_end(state: TrainState, steps: int) -> StepTimings:
         waited += time.perf_counter() - start
         take_step(state, batches)
 
-    return watch(step, steps, state.dist.device)._replace(waited=waited)
+    return time_steps(step, steps, state.dist.device)._replace(waited=waited)
 
 
 def measure_interference(state: TrainState, batches: Sequence[ViewBatch], steps: int) -> StepTimings:
-    """Measure D: training steps on resident batches while the pipeline makes as many batches as they would use.
+    """Measure mode `interference`: steps on resident batches while the pipeline makes as many as they would use.
 
-    Those batches are discarded, and no step waits for them. The slowdown from B to D is the cost of the pipeline's
-    concurrent work; the further slowdown to C is waiting for data. Raises ShardError as the loader does.
+    Those batches are discarded, and no step waits for them. The slowdown from `model` to `interference` is the cost of
+    the pipeline's concurrent work; the further slowdown to `end-to-end` is waiting for data. Raises ShardError as the
+    loader does.
     """
     device, wanted, over = state.dist.device, Semaphore(0), Event()
 
@@ -100,7 +101,7 @@ def measure_interference(state: TrainState, batches: Sequence[ViewBatch], steps:
     with ThreadPoolExecutor(1) as thread:
         pipeline = thread.submit(make_and_drop)
         try:
-            window = watch(step, steps, device)
+            window = time_steps(step, steps, device)
         finally:
             over.set()
             wanted.release()
@@ -117,8 +118,8 @@ def measure_updates(state: TrainState, steps: int) -> dict[str, StepTimings]:
     momentum = state.schedules.values_at(state.step).ema
     set_lr_wd(state.optimizer, lr=0.0, weight_decay=0.0)
     return {
-        "optimiser": watch(lambda: step_if_finite(state.optimizer, finite), steps, device),
-        "ema": watch(lambda: state.model.update_target(momentum), steps, device),
+        "optimiser": time_steps(lambda: step_if_finite(state.optimizer, finite), steps, device),
+        "ema": time_steps(lambda: state.model.update_target(momentum), steps, device),
     }
 
 
@@ -139,10 +140,10 @@ def token_counts(state: TrainState, steps: int = 20) -> dict[str, dict[str, floa
     predictor = []
     for masks in drawn:
         places = masks.predicted.numel() + masks.predicted.shape[:2].numel() * s.model.predictor.num_action_tokens
-        if masks.rows is None:
+        if masks.predictor is None:
             predictor.append((places, places))
         else:
-            predictor.append((len(masks.rows.token_index), int((masks.rows.token_index < places).sum())))
+            predictor.append((len(masks.predictor.token_index), int((masks.predictor.token_index < places).sum())))
     return {
         name: {
             "processed": sum(processed for processed, _ in counts) / images,
@@ -171,4 +172,4 @@ MakeBaseline = Callable[[Config, DistEnv, Sequence[ViewBatch]], BaselineStep]
 def measure_baseline(dist: DistEnv, contender: BaselineStep, steps: int) -> StepTimings:
     """Measure steps of a baseline in the same way as the model's steps."""
     numbers = count()
-    return watch(lambda: contender.step(next(numbers)), steps, dist.device)
+    return time_steps(lambda: contender.step(next(numbers)), steps, dist.device)

@@ -93,7 +93,7 @@ def prepare_shards(data: DataConfig, dist: DistEnv, console: Console) -> None:
     """
     if dist.is_main and data.shards == GENERATED / "shards":
         generated_shards(console)
-    dist.gather("shards generated")
+    dist.all_gather("shards generated")
     samples = load_manifest(data.shards, data.train).samples
     if samples < data.global_batch_size:
         raise BenchmarkError(

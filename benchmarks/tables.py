@@ -37,7 +37,7 @@ def show_pipeline(result: Mapping[str, Any], console: Console) -> None:
 def show_together(result: Mapping[str, Any], console: Console) -> None:
     """Print the ratios and the bottleneck."""
     console.print(_ratios(result))
-    console.print(f"[bold]Bottleneck of this machine:[/] {result['limit']}\n", highlight=False, soft_wrap=True)
+    console.print(f"[bold]Bottleneck of this machine:[/] {result['bottleneck']}\n", highlight=False, soft_wrap=True)
 
 
 def _title(result: Mapping[str, Any]) -> str:
@@ -113,7 +113,7 @@ def _operators(result: Mapping[str, Any]) -> Table:
 
 
 def _stages(result: Mapping[str, Any]) -> Table:
-    table = _table("the pipeline's operators, on one core", "ms per image, median (p10–p90)")
+    table = _table("the pipeline's stages (on a CPU: on one core)", "ms per image, median (p10–p90)")
     for name, ms in result["pipeline_stages"].items():
         # Each value is a difference of two measurements, which for a cheap operator may be below their noise.
         table.add_row(name, _spread(ms) if ms["p10"] > 0 else f"within the noise of {_number(ms['p90'] - ms['p10'])}")
@@ -173,13 +173,13 @@ def ratios(rates: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
     }
 
 
-def limit(rates: Mapping[str, float], per_cpu_second: Mapping[str, float] | None) -> str:
+def bottleneck(rates: Mapping[str, float], per_cpu_second: Mapping[str, float] | None) -> str:
     """Return one sentence that names the bottleneck.
 
     rates: images/s of each mode. per_cpu_second: on a CPU also images per second of CPU time.
     """
     a, b, c, d = (rates[name] for name in ("data", "model", "end-to-end", "interference"))
-    alone = f"alone the pipeline makes {a:,.0f} images/s and the model takes {b:,.0f}, end to end it is {c:,.0f}"
+    alone = f"alone the pipeline makes {a:,.0f} images/s and the model takes {b:,.0f}; end to end they reach {c:,.0f}"
     if per_cpu_second is None:
         if c >= (1 - NOISE) * b:
             return f"the model: {alone}."
@@ -188,7 +188,7 @@ def limit(rates: Mapping[str, float], per_cpu_second: Mapping[str, float] | None
         return f"both share the machine: the pipeline's work costs the model {1 - d / b:.0%} of its speed; {alone}."
     # Both use every core, so an image costs the CPU time of both. This is the pipeline's share.
     share = per_cpu_second["model"] / (per_cpu_second["data"] + per_cpu_second["model"])
-    together = f"{alone}, where {a * b / (a + b):,.0f} would be the two by turns"
+    together = f"{alone}; one after the other they would reach {a * b / (a + b):,.0f}"
     if share <= 0.25:
         return f"the model, with {1 - share:.0%} of the cores' time: {together}."
     if share >= 0.75:

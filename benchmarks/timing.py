@@ -45,11 +45,11 @@ class StepTimings(NamedTuple):
 
 
 def timed(step: Callable[[], object], steps: int, device: torch.device) -> list[float]:
-    """Return the seconds of each of `steps` consecutive calls, as measured by `watch`."""
-    return watch(step, steps, device).steps
+    """Return the seconds of each of `steps` consecutive calls, as measured by `time_steps`."""
+    return time_steps(step, steps, device).steps
 
 
-def watch(step: Callable[[], object], steps: int, device: torch.device) -> StepTimings:
+def time_steps(step: Callable[[], object], steps: int, device: torch.device) -> StepTimings:
     """Time `steps` consecutive calls of `step`.
 
     On a GPU, events are recorded between the steps. The host synchronises only before the first and after the last, so
@@ -159,12 +159,12 @@ def interleave(
             say(f"turn {turn + 1} of {repeats}: {name}")
             window_of(settling)
             if name not in steps:
-                slowest = max(dist.gather(window_of(settling).seconds / settling))
+                slowest = max(dist.all_gather(window_of(settling).seconds / settling))
                 steps[name] = max(MIN_STEPS, math.ceil(seconds / repeats / slowest))
             forget_peak(dist.device)
             window = window_of(steps[name])
-            peak = max(dist.gather(peak_gib(dist.device)))
-            rate = sum(dist.gather(images * len(window.steps) / window.seconds))
+            peak = max(dist.all_gather(peak_gib(dist.device)))
+            rate = sum(dist.all_gather(images * len(window.steps) / window.seconds))
             turns[name].append(Repeat(window, rate, images * len(window.steps) / window.cpu_seconds, peak))
         between()
     return turns

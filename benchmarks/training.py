@@ -26,12 +26,12 @@ from step_modes import (
     measure_interference,
     measure_model,
     measure_updates,
-    open_model,
+    new_train_state,
     resident_batches,
     token_counts,
 )
 from synthetic_data import prepare_shards
-from tables import limit, ratios, show_pipeline, show_together, show_training
+from tables import bottleneck, ratios, show_pipeline, show_together, show_training
 from timing import Measured, Repeat, compiled_graphs, interleave, paired_ratio, percentiles, release_memory, traced
 
 from iwm.config_io import to_dict
@@ -89,7 +89,7 @@ def together(result: dict[str, Any], options: AllOptions, dist: DistEnv, console
         {name: mode[rate]["median"] for name, mode in result["modes"].items()}
         for rate in ("images_per_second", "images_per_cpu_second")
     )
-    added |= {"ratios": ratios(rates), "limit": limit(clock, None if dist.device.type == "cuda" else cpu)}
+    added |= {"ratios": ratios(rates), "bottleneck": bottleneck(clock, None if dist.device.type == "cuda" else cpu)}
     show_together(added, console)
     return added
 
@@ -106,7 +106,7 @@ def measure(
     --profile traces the last mode. All processes must call this; each returns the whole result.
     """
     config, device = options.config, dist.device
-    state = open_model(config, dist)
+    state = new_train_state(config, dist)
     batches = resident_batches(state)
     with console.status("warming up"):
         first = measure_model(state, batches, 1)

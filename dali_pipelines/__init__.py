@@ -1,4 +1,4 @@
-"""DALI pipelines that decode shards, make views of images and record every sampled parameter.
+"""DALI pipelines that decode shards and make views, crops and full images; two_views records its sampled parameters.
 
 Importing this package sets GOMP_SPINCOUNT where neither it nor OMP_WAIT_POLICY is set. In this process it takes effect
 only if torch is not loaded yet. Without it, torch's waiting CPU threads spin for a long time and take cores from the

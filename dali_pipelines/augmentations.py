@@ -97,7 +97,7 @@ OPS: tuple[Op, ...] = (
 )
 """All ops in the order in which they are applied, jitter first: the layout of params and of actions."""
 
-OP: dict[str, Op] = {op.name: op for op in OPS}
+OP_BY_NAME: dict[str, Op] = {op.name: op for op in OPS}
 
 JITTER_OPS: tuple[Op, ...] = tuple(op for op in OPS if op.kind == "jitter")
 DESTRUCTIVE_OPS: tuple[Op, ...] = tuple(op for op in OPS if op.kind == "destructive")
@@ -148,7 +148,7 @@ class PhotometricConfig:
             if op.drawn_from is not None:
                 low, high = self.value_range(op)
                 if not 0 < low <= high:
-                    raise AugmentationError(f"{op.drawn_from} {low} {high} must be two increasing numbers above 0")
+                    raise AugmentationError(f"{op.drawn_from} {low} {high} must be MIN MAX with 0 < MIN <= MAX")
 
     def without_destructive(self) -> PhotometricConfig:
         """Return the same settings without the destructive ops."""
@@ -174,7 +174,7 @@ class PhotometricConfig:
     def jitter_range(self, name: str) -> tuple[float, float]:
         """Return the bounds of the uniform range of brightness, contrast, saturation (factors) or hue (turns)."""
         strength: float = getattr(self, name)
-        return (max(0.0, 1.0 - strength), 1.0 + strength) if OP[name].is_factor else (-strength, strength)
+        return (max(0.0, 1.0 - strength), 1.0 + strength) if OP_BY_NAME[name].is_factor else (-strength, strength)
 
     @property
     def destructive(self) -> bool:
@@ -188,7 +188,7 @@ class PhotometricConfig:
 
 
 NO_PHOTOMETRIC = replace(PhotometricConfig().without_destructive(), jitter_probability=0.0)
-"""I-JEPA's views, which are only cropped. Strengths stay those of the paper, so that actions can be scaled."""
+"""I-JEPA's views, cropped and flipped only. Strengths stay those of the paper, so that actions can be scaled."""
 
 
 _IDENTITY_OPS = NO_PHOTOMETRIC.with_fields(dict.fromkeys(JITTER_FIELDS, 0.0))
@@ -233,9 +233,9 @@ class Views:
 def check_crop(scale: tuple[float, float], ratio: tuple[float, float], flip: float) -> None:
     """Raise AugmentationError, which names the field, where the settings of crop or flip are out of range."""
     if not 0 < scale[0] <= scale[1] <= 1:
-        raise AugmentationError(f"crop_scale {scale[0]} {scale[1]} must be two increasing shares, above 0 and up to 1")
+        raise AugmentationError(f"crop_scale {scale[0]} {scale[1]} must be MIN MAX with 0 < MIN <= MAX <= 1")
     if not 0 < ratio[0] <= ratio[1]:
-        raise AugmentationError(f"crop_ratio {ratio[0]} {ratio[1]} must be two increasing numbers above 0")
+        raise AugmentationError(f"crop_ratio {ratio[0]} {ratio[1]} must be MIN MAX with 0 < MIN <= MAX")
     if not 0 <= flip <= 1:
         raise AugmentationError(f"flip_probability {flip} must be from 0 to 1")
 

@@ -127,7 +127,7 @@ class SegmentationCrops:
     def check(self) -> None:
         """Raise AugmentationError, which names the field, where a value is out of range."""
         if not 0 < self.scale[0] <= self.scale[1]:
-            raise AugmentationError("scale must be two increasing numbers above 0")
+            raise AugmentationError(f"scale {self.scale[0]} {self.scale[1]} must be MIN MAX with 0 < MIN <= MAX")
         if not 0 <= self.flip_probability <= 1:
             raise AugmentationError(f"flip_probability {self.flip_probability} must be from 0 to 1")
         self.photometric.check()

@@ -49,10 +49,10 @@ class LoaderStateError(UserError):
 class ResumableLoader(ABC, Generic[SettingsT, BatchT]):
     """Endless batches of a split, reshuffled each epoch. A subclass defines the pipeline and the batches.
 
-    Each rank samples its own augmentations; all ranks use the same order of the tars. An epoch has `steps_per_epoch`
+    Each rank samples its own augmentations; all ranks use the same order of the tars. An epoch has `batches_per_epoch`
     batches on every rank, and each sample once, on one rank. Where the numbers do not divide evenly, the rank's last
     sample is repeated (with new augmentations) to pad its last batch, and one more batch where another rank has one
-    more. This gives steps_per_epoch · batch_size · world_size - samples_per_epoch repetitions over all ranks.
+    more. This gives batches_per_epoch · batch_size · world_size - samples_per_epoch repetitions over all ranks.
 
     Raises ShardError where the shards differ from their manifest, lack the requested label column or masks, or are
     fewer than the ranks, and LoaderStateError where `state` has other settings. `next` raises ShardError where an image
@@ -84,7 +84,10 @@ class ResumableLoader(ABC, Generic[SettingsT, BatchT]):
         decoder: GpuDecoder = GPU_DECODER,
         state: dict[str, Any] | None = None,
     ) -> None:
-        """`shuffle_buffer`: number of encoded images in the buffer that samples are drawn from. `decoder`: for GPUs."""
+        """Open the shards and build the pipeline.
+
+        `shuffle_buffer`: number of encoded images in the buffer that samples are drawn from. `decoder`: for GPUs.
+        """
         options = pipeline_options(
             device,
             batch_size=batch_size,
@@ -94,7 +97,7 @@ class ResumableLoader(ABC, Generic[SettingsT, BatchT]):
         )
         source = open_source(folder, split, label=label, masks=self.masks, rank=rank, world_size=world_size)
         self.samples_per_epoch = source.manifest.samples
-        self.steps_per_epoch = -(-source.most_samples // batch_size)
+        self.batches_per_epoch = -(-source.most_samples // batch_size)
         self._source = source
         self._identity = {
             "shards": source.fingerprint,
@@ -174,8 +177,8 @@ class ViewLoader(ResumableLoader[Views, ViewBatch]):
     settings_name = "views"
 
     def batch(self, outputs: list[Tensor]) -> ViewBatch:
-        source, target, params, origins, *codes = outputs
-        keys = SampleKeys(origins)
+        source, target, params, source_info, *codes = outputs
+        keys = SampleKeys(source_info)
         label = parse_labels(codes[0], keys, self._source).to(params.device, non_blocking=True) if codes else None
         return ViewBatch(source, target, params, label, keys)
 
@@ -195,8 +198,8 @@ class CropLoader(ResumableLoader[CropSettings, LabelledBatch]):
     settings_name = "crops"
 
     def batch(self, outputs: list[Tensor]) -> LabelledBatch:
-        images, origins, codes = outputs
-        keys = SampleKeys(origins)
+        images, source_info, codes = outputs
+        keys = SampleKeys(source_info)
         labels = parse_labels(codes, keys, self._source).to(images.device, non_blocking=True)
         return LabelledBatch(images, labels, keys)
 
@@ -218,5 +221,5 @@ class SegmentationLoader(ResumableLoader[SegmentationCrops, SegmentationBatch]):
     masks = True
 
     def batch(self, outputs: list[Tensor]) -> SegmentationBatch:
-        images, masks, origins = outputs
-        return SegmentationBatch(images, masks[..., 0], SampleKeys(origins))
+        images, masks, source_info = outputs
+        return SegmentationBatch(images, masks[..., 0], SampleKeys(source_info))

@@ -25,8 +25,8 @@ from shards.errors import ShardError
 class SampleKeys(Sequence[str]):
     """Keys of a batch's samples, decoded on access from the reader's source info."""
 
-    def __init__(self, origins: UInt8[Tensor, "b n"]) -> None:
-        self._origins = origins
+    def __init__(self, source_info: UInt8[Tensor, "b n"]) -> None:
+        self._source_info = source_info
 
     @overload
     def __getitem__(self, index: int) -> str: ...
@@ -34,13 +34,13 @@ class SampleKeys(Sequence[str]):
     def __getitem__(self, index: slice) -> SampleKeys: ...
     def __getitem__(self, index: int | slice) -> str | SampleKeys:
         if isinstance(index, slice):
-            return SampleKeys(self._origins[index])
-        origin = self._origins[index].numpy().tobytes().rstrip(b"\0").decode()
+            return SampleKeys(self._source_info[index])
+        source_info = self._source_info[index].numpy().tobytes().rstrip(b"\0").decode()
         # "tar:offset:KEY.jpg": a key has no dot; key and offset have no colon.
-        return origin.rpartition(":")[2].partition(".")[0]
+        return source_info.rpartition(":")[2].partition(".")[0]
 
     def __len__(self) -> int:
-        return len(self._origins)
+        return len(self._source_info)
 
     def __repr__(self) -> str:
         return f"SampleKeys({list(self)})"

@@ -41,10 +41,10 @@ def two_views(
     reader_prefetch: int,
     decoder: GpuDecoder,
 ) -> tuple[DataNode, ...]:
-    """Make the pipeline with outputs source and target (uint8 HWC), params (float32 [len(PARAMS)]), origin, and label.
+    """Make the pipeline with outputs source, target (uint8 HWC), params (float32 [len(PARAMS)]), source_info, label.
 
-    The label exists only where the source has a label column. Origin and label are in CPU memory, the others in the
-    memory of `backend`.
+    The label exists only where the source has a label column. source_info and label are in CPU memory, the
+    others in the memory of `backend`.
     """
     encoded = read(source, shuffle_buffer=shuffle_buffer, seed=shuffle_seed, prefetch=reader_prefetch)
     crop = draw_crop(encoded.jpeg, views.crop_scale, views.crop_ratio, views.flip_probability)
@@ -58,7 +58,7 @@ def two_views(
     if backend == "gpu":
         params = params.gpu()
     source_view, target_view = (photometric.contiguous(view, backend) for view in (source_view, target_view))
-    outputs = (source_view, target_view, params, encoded.sample_info)
+    outputs = (source_view, target_view, params, encoded.source_info)
     return outputs if encoded.label is None else (*outputs, encoded.label)
 
 
@@ -70,7 +70,7 @@ def _params(crop: Crop, target: PhotometricParams, source: PhotometricParams) ->
 
 
 def labelled_crops(source: DataSource, crops: CropSettings, **settings: Any) -> Pipeline:
-    """Make the pipeline with outputs images (uint8 HWC, in the memory of `backend`), origin and label (CPU memory).
+    """Make the pipeline with outputs images (uint8 HWC, memory of `backend`), source_info and label (CPU memory).
 
     `settings`: keywords of `_labelled_crops` and of every DALI pipeline. Raise AugmentationError for invalid settings,
     and ValueError for a source without labels.
@@ -103,14 +103,14 @@ def _labelled_crops(
     if layers is not None:
         drawn_layers = rand_augment.sample(layers)
         image = rand_augment.apply(image, drawn_layers, layers.increasing, crops.size, crops.interpolation, backend)
-    return photometric.contiguous(image, backend), encoded.sample_info, encoded.label
+    return photometric.contiguous(image, backend), encoded.source_info, encoded.label
 
 
 @pipeline_def(exec_dynamic=True)
 def centre_crops(
     source: DataSource, size: int, *, backend: Backend, reader_prefetch: int, decoder: GpuDecoder
 ) -> tuple[DataNode, ...]:
-    """Make the pipeline with outputs images (uint8 HWC, size×size), origin, and label where the source has one.
+    """Make the pipeline with outputs images (uint8 HWC, size×size), source_info, and label where the source has one.
 
     Resize the shorter side to ceil(size · 256 / 224), with antialiasing, and crop the centre. The boxes equal those of
     torchvision's Resize and CenterCrop: sides are rounded down, margins are rounded to even.
@@ -123,7 +123,7 @@ def centre_crops(
     surplus = resized - size
     margin = (surplus + surplus // 2 % 2) // 2
     image = fn.slice(image, start=margin, shape=[size, size], axes=[0, 1])
-    outputs = (image, encoded.sample_info)
+    outputs = (image, encoded.source_info)
     return outputs if encoded.label is None else (*outputs, encoded.label)
 
 
@@ -132,7 +132,7 @@ LONGEST = 4
 
 
 def segmentation_crops(source: DataSource, crops: SegmentationCrops, **settings: Any) -> Pipeline:
-    """Make the pipeline with outputs images (uint8 HWC), masks (uint8 HWC, one channel) and origin (CPU memory).
+    """Make the pipeline with outputs images (uint8 HWC), masks (uint8 HWC, one channel) and source_info (CPU memory).
 
     `settings`: keywords of `_segmentation_crops` and of every DALI pipeline. Images and masks are in the memory of its
     `backend`. Raise AugmentationError for invalid settings.
@@ -162,7 +162,7 @@ def _segmentation_crops(
     return (
         _padded(image, crops.size, MEAN_COLOUR),
         _padded(mask, crops.size, (float(crops.ignore_index),)),
-        encoded.sample_info,
+        encoded.source_info,
     )
 
 
@@ -170,9 +170,9 @@ def _segmentation_crops(
 def full_images(
     source: DataSource, *, backend: Backend, reader_prefetch: int, decoder: GpuDecoder
 ) -> tuple[DataNode, ...]:
-    """Make the pipeline with outputs images, masks and origin as in segmentation_crops, but at their full size."""
+    """Make the pipeline with outputs images, masks and source_info as in segmentation_crops, but at their full size."""
     encoded = read(source, shuffle_buffer=0, seed=0, prefetch=reader_prefetch)
-    return decode_full(encoded.jpeg, backend, decoder), _decode_mask(encoded.mask, backend), encoded.sample_info
+    return decode_full(encoded.jpeg, backend, decoder), _decode_mask(encoded.mask, backend), encoded.source_info
 
 
 def _decode_mask(png: DataNode, backend: Backend) -> DataNode:

@@ -98,7 +98,7 @@ class EncodedSample(NamedTuple):
     """ASCII digits, uint8 [n], padded with zeros to the batch's longest."""
     mask: DataNode | None
     """An encoded PNG, uint8 [n]."""
-    sample_info: DataNode
+    source_info: DataNode
     """ASCII "tar:offset:KEY.jpg", uint8 [n], padded with zeros to the batch's longest."""
 
 
@@ -130,12 +130,12 @@ def read(source: DataSource, *, shuffle_buffer: int, seed: int, prefetch: int) -
         **order,
     )
     if source.component is None:
-        return EncodedSample(components, None, None, _sample_info(components))
+        return EncodedSample(components, None, None, _source_info(components))
     jpeg, extra = components
     if source.component == MASK:
-        return EncodedSample(jpeg, None, extra, _sample_info(jpeg))
-    return EncodedSample(jpeg, fn.pad(extra, fill_value=0), None, _sample_info(jpeg))
+        return EncodedSample(jpeg, None, extra, _source_info(jpeg))
+    return EncodedSample(jpeg, fn.pad(extra, fill_value=0), None, _source_info(jpeg))
 
 
-def _sample_info(jpeg: DataNode) -> DataNode:
+def _source_info(jpeg: DataNode) -> DataNode:
     return fn.pad(fn.get_property(jpeg, key="source_info"), fill_value=0)

@@ -45,22 +45,22 @@ def sample_photometric(spec: PhotometricConfig, n: int, generator: torch.Generat
 
 
 def apply_photometric(
-    images: UInt8[Tensor, "b h w 3"], params: Float[Tensor, "b p"], colour: JitterImpl
+    images: UInt8[Tensor, "b h w 3"], params: Float[Tensor, "b p"], jitter_impl: JitterImpl
 ) -> UInt8[Tensor, "b h w 3"]:
     """Apply each row of `params` (PHOTOMETRIC_FIELDS) to its image, in that order. `images` is not changed.
 
     Autocast is disabled: matrix products in bf16 would change colours by whole grey levels.
     """
     with torch.autocast(images.device.type, enabled=False):
-        return _apply_photometric(images, params.to(images.device), colour)
+        return _apply_photometric(images, params.to(images.device), jitter_impl)
 
 
 def _apply_photometric(
-    images: UInt8[Tensor, "b h w 3"], params: Float[Tensor, "b p"], colour: JitterImpl
+    images: UInt8[Tensor, "b h w 3"], params: Float[Tensor, "b p"], jitter_impl: JitterImpl
 ) -> UInt8[Tensor, "b h w 3"]:
     values = dict(zip(PHOTOMETRIC_FIELDS, params.float()[..., None, None, None].unbind(1), strict=True))
     x = images.float()
-    x = _jitter_linear(x, values) if colour == "linear" else _jitter_torchvision(x, values)
+    x = _jitter_linear(x, values) if jitter_impl == "linear" else _jitter_torchvision(x, values)
     for op in DESTRUCTIVE_OPS:
         x = DESTRUCTIVE_MATHS[op.name](x, values[op.field])
     return x.to(torch.uint8)
@@ -71,10 +71,8 @@ def _jitter_linear(x: Float[Tensor, "b h w 3"], values: dict[str, Tensor]) -> Fl
     x = (values["brightness"] * (centre + values["contrast"] * (x - centre))).round().clamp(0, 255)
     thirds = torch.arange(3, device=x.device) / 3
     angles = 2 * torch.pi * (values["hue"].flatten(1) + thirds)
-    same, next_one, last = ((1 + 2 * values["saturation"].flatten(1) * angles.cos()) / 3).unbind(1)
-    circulant = torch.stack([same, next_one, last, last, same, next_one, next_one, last, same], dim=1).unflatten(
-        1, (3, 3)
-    )
+    same, after, before = ((1 + 2 * values["saturation"].flatten(1) * angles.cos()) / 3).unbind(1)
+    circulant = torch.stack([same, after, before, before, same, after, after, before, same], dim=1).unflatten(1, (3, 3))
     return torch.einsum("bij,bhwj->bhwi", circulant, x).round().clamp(0, 255)
 
 

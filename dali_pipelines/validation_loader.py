@@ -70,9 +70,9 @@ class ValidationLoader:
     def __iter__(self) -> Iterator[ValidationBatch]:
         pipeline = self._build()
         for start in range(0, self.samples, self._batch_size):
-            images, origins, *codes = run_pipeline(pipeline, self._source.folder)
+            images, source_info, *codes = run_pipeline(pipeline, self._source.folder)
             valid = min(self._batch_size, self.samples - start)
-            keys, labels = SampleKeys(origins[:valid]), None
+            keys, labels = SampleKeys(source_info[:valid]), None
             if codes:
                 labels = parse_labels(codes[0][:valid], keys, self._source).to(images.device, non_blocking=True)
             yield ValidationBatch(images[:valid], labels, keys)
@@ -121,5 +121,5 @@ class FullImageLoader:
     def __iter__(self) -> Iterator[FullImage]:
         pipeline = self._build()
         for _ in range(len(self)):
-            image, mask, origin = run_pipeline(pipeline, self._source.folder)
-            yield FullImage(image[0], mask[0, ..., 0], SampleKeys(origin)[0])
+            image, mask, source_info = run_pipeline(pipeline, self._source.folder)
+            yield FullImage(image[0], mask[0, ..., 0], SampleKeys(source_info)[0])

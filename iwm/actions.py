@@ -4,7 +4,7 @@ It encodes the change from source to target view. Layout, in order:
 
 | entry | meaning | range |
 | --- | --- | --- |
-| brightness, contrast, saturation, hue | change from source to target, divided by the strength | [-2, 2] |
+| brightness, contrast, saturation, hue | source to target, over the larger strength | [-2, 2]; more for `log_ratio` |
 | source_grayscale, source_blur, source_solarize | 1 where the op was applied to the source | {0, 1} |
 | target_grayscale, target_blur, target_solarize | 1 where applied to the target; only if targets have them | {0, 1} |
 

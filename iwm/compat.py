@@ -24,8 +24,8 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 """True where Triton came with torch, as it does with torch's builds for CUDA."""
 
 
-def allow_graphs(limit: int) -> None:
-    """Set the number of compiled graphs per function in this process, beyond which torch runs without compiling.
+def set_recompile_limit(limit: int) -> None:
+    """Set the number of compiled graphs per function beyond which torch runs the function uncompiled.
 
     The limit holds for all functions, because torch 2.11 has no such option of torch.compile.
     """
@@ -38,7 +38,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def computed_in(x: Tensor) -> torch.dtype:
-    """The precision of a matrix product of x: autocast's where it is on."""
+def matmul_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype of matrix products of x: autocast's where it is on, else that of x."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

@@ -30,7 +30,7 @@ class DataConfig:
     train: str = "train"
     """Split used for training."""
     val: str | None = "val"
-    """Split of held-out images. MRR, feature deviation and RankMe are measured on them during training.
+    """Split of held-out images. MRR, feature_std and RankMe are measured on them during training.
     None: these are not measured."""
     global_batch_size: Annotated[int, Range(min=1)] = 2048
     """Images per optimiser step, over all processes. The paper does not state it; 2,048 is that of I-JEPA."""
@@ -102,7 +102,7 @@ class ActionConfig:
 
 @dataclass(frozen=True)
 class MaskingConfig:
-    """Masks: patches that are dropped from the source and predicted (A.1)."""
+    """Masks: patches that are hidden from the context encoder and predicted (A.1)."""
 
     type: Literal["iwm", "ijepa"] = "iwm"
     """Kind of masks. `iwm`: the union of the blocks is dropped and predicted in one pass.
@@ -202,6 +202,7 @@ class TrainConfig:
     attention_impl: AttentionImpl = "auto"
     """Attention kernels.
     `triton`: the project's kernels for bf16 sequences of at most 256 tokens on a GPU, otherwise as `sdpa`.
+    Dense passes without gradients with heads wider than 32 also run as `sdpa`.
     `sdpa`: torch's scaled_dot_product_attention. `eager`: matmul, softmax, matmul; faster on a CPU.
     `auto`: `triton` on a Hopper GPU, where the kernels were measured, `sdpa` on other GPUs, `eager` on a CPU."""
     activation_checkpointing: bool = False
@@ -230,7 +231,7 @@ class LogConfig:
     """Metrics, checkpoints and validation during training."""
 
     interval: Annotated[int, Range(min=1)] = 50
-    """Interval between two lines of metrics.jsonl (optimiser steps). The host waits for the device only then."""
+    """Interval between two lines of metrics.jsonl (optimiser steps). Reading the metrics waits for the device."""
     checkpoint_interval: Annotated[int, Range(min=1)] = 1000
     """Interval between two checkpoints (optimiser steps)."""
     keep_last_k: Annotated[int, Range(min=1)] = 2
@@ -239,7 +240,7 @@ class LogConfig:
     """Interval between checkpoints that are never deleted (optimiser steps).
     None: only the newest keep_last_k are kept."""
     eval_interval: int = 1000
-    """Interval between two measurements of MRR, feature deviation and RankMe on held-out images (optimiser steps)."""
+    """Interval between two measurements of MRR, feature_std and RankMe on held-out images (optimiser steps)."""
     eval_images: int = 16
     """Number of held-out images for MRR."""
     eval_bank_size: int = 64
@@ -304,7 +305,7 @@ class Config:
         )
         _need(
             c.masking.block_scale[0] <= c.masking.block_scale[1],
-            f"masking.block_scale {c.masking.block_scale[0]} {c.masking.block_scale[1]}: must be two increasing shares",
+            f"masking.block_scale {c.masking.block_scale[0]} {c.masking.block_scale[1]} must be MIN MAX, MIN <= MAX",
         )
         _need(
             c.train.parallel == "ddp" or c.optim.implementation != "apex",

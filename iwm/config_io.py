@@ -23,7 +23,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def from_dict(raw: dict[str, Any]) -> Config:
-    """Return the configuration of `to_dict`. Raises ConfigError, which names unknown keys and wrong types."""
+    """Rebuild a configuration from `to_dict`'s result. Raises ConfigError, which names unknown keys and wrong types."""
     try:
         return _converter.structure(raw, Config)
     except ClassValidationError as error:

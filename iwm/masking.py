@@ -36,7 +36,7 @@ class Masks(NamedTuple):
 def sample_masks(masking: MaskingConfig, grid: int, seed: int, step: int, index: Int64[Tensor, "b"]) -> Masks:
     """Sample masks of grid×grid patches for the samples `index` of the global batch of `step`, on index's device.
 
-    Every sample keeps at least one visible patch.
+    At least one patch stays visible, unless all blocks but the last cover the grid (`iwm`, large block_scale).
     """
     k = masking.num_blocks
     draws = hashed_uniform(seed, step, index, 4 * k + 3)
@@ -82,9 +82,9 @@ class PackedMasks(NamedTuple):
     predicted: Bool[Tensor, "b m n"]
     context: Packing
     """Packing of each image's visible patches (the context encoder's input), in grids of n."""
-    rows: Packing | None
-    """Packing of the predictor's input in each of the b · m predictions, in grids of n patches and the extra tokens
-    after them; None where it is all tokens, as for `iwm`."""
+    predictor: Packing | None
+    """Packing of the predictor's b · m input sequences, each n patches and then the action tokens; None where every
+    sequence is complete, so that nothing is packed (`iwm`)."""
 
     def to(self, device: torch.device) -> PackedMasks:
         """Copy to the device without making the host wait."""
@@ -92,14 +92,14 @@ class PackedMasks(NamedTuple):
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> PackedMasks:
         """Apply `function` to each tensor and return the new masks."""
-        rows = None if self.rows is None else Packing(*map(function, self.rows))
+        predictor = None if self.predictor is None else Packing(*map(function, self.predictor))
         return PackedMasks(
-            function(self.visible), function(self.predicted), Packing(*map(function, self.context)), rows
+            function(self.visible), function(self.predicted), Packing(*map(function, self.context)), predictor
         )
 
     def tensors(self) -> list[Tensor]:
         """Return all tensors, in order."""
-        return [self.visible, self.predicted, *self.context, *(self.rows or ())]
+        return [self.visible, self.predicted, *self.context, *(self.predictor or ())]
 
 
 def pack_masks(masks: Masks, sizes: MaskBufferSizes | None, extra: int) -> PackedMasks:
@@ -112,15 +112,15 @@ def pack_masks(masks: Masks, sizes: MaskBufferSizes | None, extra: int) -> Packe
     seen = (masks.visible[:, None] | masks.predicted).flatten(0, 1)
     if seen.all():
         return PackedMasks(masks.visible, masks.predicted, context, None)
-    rows = pack_tokens(F.pad(seen, (0, extra), value=True), sizes.rows if sizes else None)
-    return PackedMasks(masks.visible, masks.predicted, context, rows)
+    predictor = pack_tokens(F.pad(seen, (0, extra), value=True), sizes.predictor if sizes else None)
+    return PackedMasks(masks.visible, masks.predicted, context, predictor)
 
 
 class MaskBufferSizes(NamedTuple):
     """Static buffer sizes of PackedMasks."""
 
     context: BufferSize
-    rows: BufferSize
+    predictor: BufferSize
 
 
 @lru_cache

@@ -1,4 +1,4 @@
-"""Packing: rows of different lengths in one buffer of fixed size, almost without padding.
+"""Sequence packing: the visible tokens of all images in one buffer, almost without padding.
 
 The number of visible patches differs from image to image (103 to 109 of 196 on average, standard deviation 14). Padding
 rows to a common width would process twice the patches; cutting them to the shortest row would discard a third of them.
@@ -23,7 +23,7 @@ more; pack_tokens then enlarges the buffer."""
 
 
 class Packing(NamedTuple):
-    """Index of the tokens of a grid of `rows` × `places` in a buffer.
+    """Packing of the True entries of a mask [sequences, positions], in row-major order, into a buffer of t tokens.
 
     Tokens beyond the grid's own are padding: they form separate sequences, are computed, and affect no result.
     """
@@ -33,9 +33,9 @@ class Packing(NamedTuple):
     cu_seqlens: Int32[Tensor, "s1"]
     """Start of each sequence and end of the last: the rows of the grid, then the padding sequences."""
     padded_index: Int64[Tensor, "t"]
-    """Position of each token in the flattened `padding_mask`."""
-    padding_mask: Bool[Tensor, "s w"]
-    """True where an entry of the sequences, padded to one width, is a token; for attention without variable lengths."""
+    """Position of each token in the flattened `token_mask`."""
+    token_mask: Bool[Tensor, "s w"]
+    """True for tokens, False for padding, in sequences padded to one width; for attention without cu_seqlens."""
 
     def to(self, device: torch.device) -> Packing:
         """Copy to the device without making the host wait."""

@@ -75,7 +75,7 @@ def ijepa_b16_12x384() -> Config:
 
 
 def iwm_b16_inv_12x384() -> Config:
-    """IWM-Inv 12×384: the paper's invariant model (tables 2, 4 and 8; 'default' row of table S2)."""
+    """IWM-Inv 12×384: the paper's invariant model (tables 2, 4, 8), solarize 0.2 (A.1; 0.1 with --scenario default)."""
     return Config(predictor=PredictorConfig(embed_dim=384, depth=12))
 
 
@@ -109,7 +109,7 @@ RECIPES: dict[str, Callable[[], Config]] = {
 
 
 def with_scenario(config: Config, scenario: str) -> Config:
-    """Return the recipe with the colour augmentations of a row of table S2 (SCENARIOS).
+    """Return the recipe with the photometric augmentations of a row of table S2 (SCENARIOS).
 
     Crop, flip and size stay the recipe's.
     """
@@ -126,7 +126,7 @@ class TrainOptions:
     """Folder of the run, for checkpoints, metrics.jsonl, config.yaml and TensorBoard files.
     The default is runs/RECIPE[-SCENARIO]."""
     scenario: Annotated[str | None, tyro.conf.arg(metavar="|".join(SCENARIOS))] = None
-    """Row of table S2 that replaces the recipe's colour augmentations. --views.* then overrides single fields."""
+    """Row of table S2 that replaces the recipe's photometric augmentations. --views.* then overrides single fields."""
 
 
 def parse(arguments: list[str], description: str = "") -> TrainOptions:

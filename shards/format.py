@@ -238,9 +238,14 @@ def load_rejections(folder: Path, split: str) -> list[RejectionRecord]:
 
 def _read(path: Path) -> list[dict[str, str]]:
     try:
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        return [{field: str(row[field]) for field in ("split", "path", "reason")} for row in rows]
+        lines = path.read_text().splitlines()
     except FileNotFoundError:
         raise ShardError(f"{path} is missing: remake the split with tools/make_shards.py") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ShardError(f"{path} has a malformed line ({error}); delete that line") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            rows.append({field: str(row[field]) for field in ("split", "path", "reason")})
+        except (ValueError, KeyError, TypeError) as error:
+            raise ShardError(f"{path}, line {number}: malformed ({error}); delete this line") from error
+    return rows

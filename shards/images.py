@@ -117,7 +117,7 @@ def _jpeg_to_baseline(data: bytes, rules: ImageOptions) -> EncodedImage:
         image = Image.fromarray(255 - inks if header.adobe else inks, "CMYK").convert("RGB")
     else:
         pixels = jpeg.decode(data, "RGB", at_least)
-        if header.is_baseline_rgb and target == header.size:
+        if header.is_baseline_ycbcr and target == header.size:
             return EncodedImage(data, header.size, header.size)
         image = Image.fromarray(pixels)
     sizes = (header.size, target)

@@ -42,7 +42,7 @@ class JpegHeader(NamedTuple):
     """True where Adobe's marker is present; CMYK values are then stored inverted."""
 
     @property
-    def is_baseline_rgb(self) -> bool:
+    def is_baseline_ycbcr(self) -> bool:
         """True for the form used in shards, which every decoder reads alike: baseline, one YCbCr scan, upright."""
         return self.baseline and self.colorspace == "YCbCr" and self.scan_components == 3 and self.orientation == 1
 

@@ -153,7 +153,10 @@ class TarReader:
             else:
                 data = os.pread(self._tar(reference.path), reference.size, reference.offset)
         if len(data) != reference.size:
-            raise ShardError(f"{reference.path} has changed since the run began ({reference.name}); {_REMEDY}")
+            raise ShardError(
+                f"{reference.path} has changed since the run began ({reference.name}); restore it and rerun the same "
+                "command, or start over with --overwrite"
+            )
         return data
 
     def _tar(self, path: str) -> int:

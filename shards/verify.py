@@ -68,7 +68,7 @@ def _check_ends(tar: Path, entries: list[Entry]) -> None:
                 raise ShardError(f"{tar} has no member {entry.name} where its index points: {REMEDY}")
 
 
-class Checked(NamedTuple):
+class CheckReport(NamedTuple):
     """Progress report of a check: samples checked since the last report, problems found, keys of the shard."""
 
     samples: int
@@ -94,7 +94,7 @@ def verify_shards(folder: Path, *, decode: bool, workers: int | None, console: C
     for manifest in splits:
         seen: set[str] = set()
         before = len(problems)
-        problems += _check_sums(folder, manifest)
+        problems += _check_totals(folder, manifest)
         reports = run_tasks(
             partial(_check_shard, folder, manifest.columns, manifest.masks, decode),
             manifest.shards,
@@ -102,7 +102,7 @@ def verify_shards(folder: Path, *, decode: bool, workers: int | None, console: C
             name=lambda shard: shard.name,
         )
         with closing(reports):
-            show_progress(_collect(reports, seen, problems), manifest.samples, console, bad="problems")
+            show_progress(_collect(reports, manifest.split, seen, problems), manifest.samples, console, bad="problems")
         found = len(problems) - before
         console.print(
             f"{manifest.split}: {len(manifest.shards)} shards, {manifest.samples:,} samples, "
@@ -111,16 +111,19 @@ def verify_shards(folder: Path, *, decode: bool, workers: int | None, console: C
     return problems
 
 
-def _collect(reports: Iterable[Checked], seen: set[str], problems: list[str]) -> Iterator[ProgressCount]:
+def _collect(
+    reports: Iterable[CheckReport], split: str, seen: set[str], problems: list[str]
+) -> Iterator[ProgressCount]:
     for report in reports:
-        duplicates = [key for key in report.keys if key in seen]
-        seen.update(report.keys)
-        found = report.problems + [f"key '{key}' occurs in two shards" for key in duplicates]
+        duplicates: list[str] = []
+        for key in report.keys:
+            (duplicates.append if key in seen else seen.add)(key)
+        found = report.problems + [f"{split}: key '{key}' occurs twice; remake the split" for key in duplicates]
         problems += found
         yield ProgressCount(report.samples, len(found))
 
 
-def _check_sums(folder: Path, manifest: Manifest) -> list[str]:
+def _check_totals(folder: Path, manifest: Manifest) -> list[str]:
     """Check the totals in the manifest and look for unlisted files; return the problems."""
     split = f"manifest.json, split '{manifest.split}'"
     problems: list[str] = []
@@ -143,7 +146,7 @@ def _check_sums(folder: Path, manifest: Manifest) -> list[str]:
 
 def _check_shard(
     folder: Path, columns: list[Column], masks: bool, decode: bool, shard: Shard
-) -> Generator[Checked, None, None]:
+) -> Generator[CheckReport, None, None]:
     """Check one shard, in a worker process; yield progress with the problems found."""
     tar, index = folder / shard.name, folder / shard.index
     try:
@@ -166,12 +169,12 @@ def _check_shard(
         entries = [(entry.name, entry.offset, entry.size) for sample in samples for entry in sample]
         if entries != list(list_members(tar)):
             problems.append(f"{index} does not describe the members of {tar}: {REMEDY}")
-            yield Checked(shard.samples, problems, [])
+            yield CheckReport(shard.samples, problems, [])
             return
     except (ShardError, OSError) as error:
-        yield Checked(shard.samples, [str(error)], [])
+        yield CheckReport(shard.samples, [str(error)], [])
         return
-    yield Checked(0, problems, [sample[0].key for sample in samples])
+    yield CheckReport(0, problems, [sample[0].key for sample in samples])
     expected = ["jpg", *(column.component for column in columns), *(["mask.png"] if masks else [])]
     found: list[str] = []
     with open(tar, "rb") as file:
@@ -179,7 +182,7 @@ def _check_shard(
             for problem in _check_sample(file.fileno(), sample, expected, columns, decode):
                 found.append(f"{tar}, sample {sample[0].key}: {problem}")
             if number % 100 == 0 or number == len(samples):
-                yield Checked((number - 1) % 100 + 1, found, [])
+                yield CheckReport((number - 1) % 100 + 1, found, [])
                 found = []
 
 
@@ -198,7 +201,7 @@ def _check_sample(
             yield f"label {label!r} ({column.component}) is not an index into {len(column.classes)} classes"
     if decode:
         try:
-            if not jpeg.read_header(content["jpg"]).is_baseline_rgb:
+            if not jpeg.read_header(content["jpg"]).is_baseline_ycbcr:
                 yield "its jpg is not a baseline, upright, YCbCr JPEG"
             height, width, _ = jpeg.decode(content["jpg"]).shape
         except RejectedSample as reason:

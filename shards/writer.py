@@ -1,6 +1,6 @@
 """Shard writing in worker processes, and the working folder of an unfinished split.
 
-A shard is read, converted, written to a tar with its index, and hashed; only then its files get their final names.
+A shard is read, converted, written to a tar with its index, and hashed; only then do its files get their final names.
 Until the split is complete, OUT has a hidden folder with the settings and one record per finished shard.
 """
 
@@ -144,7 +144,7 @@ class ShardTask(NamedTuple):
 
 
 def write_shard(job: ShardJob, task: ShardTask) -> Generator[ProgressCount, None, None]:
-    """Write one shard and its record in the working folder; yield the progress since the last report.
+    """Write one shard to OUT, and its record to the working folder; yield the progress since the last report.
 
     Raise ShardError for a source file that cannot be read and for a write error.
     """

@@ -31,7 +31,7 @@ from iwm.config import (
     TrainConfig,
 )
 from iwm.evaluation.corruptions import make_corruptions
-from iwm.evaluation.explorer import corrupted_views
+from iwm.evaluation.explorer import source_params
 from iwm.evaluation.parameter_sweep import change_in_words, make_sweeps
 from iwm.evaluation.settings import CorruptionSettings, SweepSettings
 from iwm.masking import Masks, pack_masks
@@ -41,7 +41,7 @@ from iwm.models.world_model import WorldModel
 from iwm.recipes import RECIPES
 from iwm.training.distributed import DistEnv
 from iwm.training.optim import ScheduleValues, build_optimizer
-from iwm.training.step import Gradient, prepare_masks, sample_step_masks, train_step
+from iwm.training.step import ForwardBackward, prepare_masks, sample_step_masks, train_step
 
 NEW = PhotometricConfig(1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, (0.1, 2.0), 0.0, gamma=0.4, posterize_probability=0.5)
 VIEWS = Views(size=48, source=NEW, target=replace(NO_PHOTOMETRIC, gamma=0.4))
@@ -92,7 +92,7 @@ def check_evaluation() -> None:
     assert (change_in_words("gamma", 1.2), change_in_words("posterize", 1.0)) == ("×1.20", "on")
     corruptions = make_corruptions(views, CorruptionSettings(checkpoint=checkpoint))
     assert {"gamma", "posterize"} <= {corruption.op for corruption in corruptions}
-    assert list(corrupted_views(1.0)) == ["clean", "grayscale", "blur", "solarize", "posterize"]
+    assert list(source_params(1.0)) == ["clean", "grayscale", "blur", "solarize", "posterize"]
     assert [name for name, _ in colour_cuts(VIEWS)][-2:] == ["source: gamma", "source: posterize"]
     assert {"gamma", "posterize"} <= set(SINGLE_OP)
     with pytest.raises(ConfigError, match="gamma, posterize"):
@@ -122,7 +122,7 @@ def check_conditioning(batch: ViewBatch) -> None:
         optimizer, _ = build_optimizer(model, config.optim, dist.device)
         masks = [prepare_masks(config, dist, 0, 0, len(batch.source))]
         values = ScheduleValues(lr=1e-2, weight_decay=0.0, ema=0.99)
-        result = train_step(model, Gradient(model, model), optimizer, [batch], masks, values)
+        result = train_step(model, ForwardBackward(model, model), optimizer, [batch], masks, values)
         assert not result.skipped
         assert (predictor.action_token.weight != before).any(dim=1)[[4, 8]].all(), "neither gamma nor posterize"
 

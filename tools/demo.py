@@ -1,4 +1,4 @@
-"""Demo: photographs → shards → pretraining → MRR with its controls → grids, explorer, maps → report.
+"""Demo: photographs → shards → pretraining → MRR with its controls → sweeps, explorer, feature maps → report.
 
     python tools/demo.py [--out runs/demo] [--data data/demo]        # the command of `make demo`
 

@@ -44,7 +44,7 @@ class DownstreamStage:
     title: str
     arguments: str
     at_least: float
-    """Lower bound of the best trial's accuracy or mIoU (0 to 1) in the last epoch. The demo's is well above it."""
+    """Lower bound (0 to 1) of every accuracy or mIoU in the summary, at the last epoch. The demo's is well above it."""
 
 
 COLOUR = "--data.label colour"

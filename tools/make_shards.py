@@ -39,7 +39,7 @@ class Stopped(KeyboardInterrupt):
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; returns its exit status: 0 fine, 1 an error or a failed check, 128 + signal when stopped."""
+    """Run the command and return its exit code: 0 success, 1 error or failed check, 128 + N stopped by signal N."""
     console = Console(highlight=False, markup=False, soft_wrap=True)
     errors = Console(highlight=False, markup=False, soft_wrap=True, stderr=True)
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -54,7 +54,10 @@ def _photograph(path: Path) -> Image.Image:
 
 
 def make_tile(index: int, *, paths: list[Path], options: MakeTiles) -> None:
-    """Write tile `index`: a box of the tile's aspect, from half the tile's size (enlarged) to the largest that fits."""
+    """Write tile `index`: a random crop of the tile's aspect ratio, resized to the tile's size.
+
+    The crop's scale is log-uniform, from half the tile's size (upscaled) to the largest that fits.
+    """
     path = paths[index % len(paths)]
     photograph = _photograph(path)
     rng = np.random.default_rng([options.seed, index])
@@ -71,7 +74,9 @@ def main() -> None:
     options = tyro.cli(MakeTiles, description=__doc__)
     paths = sorted(path for path in options.photographs.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not paths:
-        raise UserError(f"{options.photographs} holds no photographs ({', '.join(sorted(SUFFIXES))})")
+        raise UserError(
+            f"{options.photographs} has no photographs; name a folder of {', '.join(sorted(SUFFIXES))} files"
+        )
     if options.out.exists():
         raise UserError(f"{options.out} exists already; delete it or name another folder")
     (options.out / CLASS).mkdir(parents=True)

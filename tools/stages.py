@@ -61,9 +61,9 @@ def run_child(command: list[str]) -> int:
 
 
 def run_tool(name: str, work: Callable[[], int]) -> int:
-    """The tool's exit code: `work`'s, 1 with one line for a stage that failed, 130 where it was stopped.
+    """Run `work` and return the tool's exit code: that of `work`, 1 after an error, 130 after Ctrl-C or SIGTERM.
 
-    SIGTERM stops it as Ctrl-C does.
+    An error is printed in one line.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

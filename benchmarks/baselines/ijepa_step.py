@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from baselines.plain_step import attend, distributed, move_one_by_one, pick, read
+from baselines.plain_step import distributed, gather_patches, read, run_blocks, update_ema
 from jaxtyping import Bool, Float, Int64, UInt8
 from step_modes import BaselineStep
 from torch import Tensor, nn
@@ -68,14 +68,16 @@ class BlockwiseWorldModel(WorldModel):
         with torch.no_grad():
             features = self.target_encoder(target)
             features = F.layer_norm(features, features.shape[-1:])
-            targets = torch.cat([pick(features, block) for block in masks.queried])
+            targets = torch.cat([gather_patches(features, block) for block in masks.queried])
         action = action_from_params(params, self.action_spec)
-        context = attend(self.encoder.blocks, pick(self.encoder.embed(source), masks.visible))
+        context = run_blocks(self.encoder.blocks, gather_patches(self.encoder.embed(source), masks.visible))
         seen = self.predictor.predictor_embed(self.encoder.norm(context)) + self.predictor.pos_embed[masks.visible]
         queries = self.predictor.mask_queries(action).to(seen.dtype)
-        mask_tokens = torch.cat([pick(queries, block) for block in masks.queried])
+        mask_tokens = torch.cat([gather_patches(queries, block) for block in masks.queried])
         tokens = torch.cat((seen.repeat(blocks, 1, 1), mask_tokens), dim=1)
-        tokens = attend(self.predictor.blocks, self.predictor.append_action_tokens(tokens, action.repeat(blocks, 1)))
+        tokens = run_blocks(
+            self.predictor.blocks, self.predictor.append_action_tokens(tokens, action.repeat(blocks, 1))
+        )
         predicted = tokens[:, seen.shape[1] : seen.shape[1] + mask_tokens.shape[1]]
         predictions = self.predictor.predictor_proj(self.predictor.norm(predicted))
         return F.smooth_l1_loss(predictions.float(), targets.float())
@@ -107,7 +109,7 @@ def baseline_step(config: Config, dist: DistEnv, batches: Sequence[ViewBatch]) -
         scaler.update()
         gradient_norms(model.encoder)
         optimizer.zero_grad()
-        move_one_by_one(model.target_encoder, model.encoder, o.ema_momentum)
+        update_ema(model.target_encoder, model.encoder, o.ema_momentum)
 
     flops = [blockwise_flops(config, mask) for number in masks for mask in number]
     images = sum(len(batch.source) for batch in batches)

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dali_pipelines.loader import ViewBatch
 from iwm.actions import action_from_params
-from iwm.compat import computed_in
+from iwm.compat import matmul_dtype
 from iwm.config import Config
 from iwm.masking import Masks
 from iwm.models.flops import training_flops
@@ -43,7 +43,7 @@ class PaddedWorldModel(WorldModel):
         targets = self.target_features(target)
         action = action_from_params(params, self.action_spec)
         places, present = padded(masks.visible)
-        context = attend(self.encoder.blocks, pick(self.encoder.embed(source), places), present)
+        context = run_blocks(self.encoder.blocks, gather_patches(self.encoder.embed(source), places), present)
         seen = self.predictor.predictor_embed(self.encoder.norm(context)) + self.predictor.pos_embed[places]
         queries = self.predictor.mask_queries(action).to(seen.dtype)
         grid = torch.zeros_like(queries).scatter(1, places[..., None].expand_as(seen), seen)
@@ -54,7 +54,7 @@ class PaddedWorldModel(WorldModel):
     def predicted(self, tokens: Float[Tensor, "b s d"], present: Bool[Tensor, "b n"]) -> Float[Tensor, "b n e"]:
         """Run one pass of the predictor; action tokens, which follow those of the grid, are always present."""
         n = present.shape[1]
-        tokens = attend(self.predictor.blocks, tokens, F.pad(present, (0, tokens.shape[1] - n), value=True))
+        tokens = run_blocks(self.predictor.blocks, tokens, F.pad(present, (0, tokens.shape[1] - n), value=True))
         restored: Tensor = self.predictor.predictor_proj(self.predictor.norm(tokens[:, :n]))
         return restored
 
@@ -67,11 +67,11 @@ def padded(visible: Bool[Tensor, "b n"]) -> tuple[Int64[Tensor, "b w"], Bool[Ten
     return places, torch.arange(width, device=visible.device) < counts[:, None]
 
 
-def pick(tokens: Float[Tensor, "b n d"], places: Int64[Tensor, "b w"]) -> Float[Tensor, "b w d"]:
+def gather_patches(tokens: Float[Tensor, "b n d"], places: Int64[Tensor, "b w"]) -> Float[Tensor, "b w d"]:
     return tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
-def attend(
+def run_blocks(
     blocks: nn.ModuleList | nn.Sequential,
     tokens: Float[Tensor, "b t d"],
     present: Bool[Tensor, "b t"] | None = None,
@@ -80,14 +80,14 @@ def attend(
     mask = None if present is None else present[:, None, None]
     if mask is not None and not cast(Any, blocks[0]).attn.fused_attn:
         # timm's eager attention before 1.0.31 adds its mask to the scores, even a boolean one.
-        mask = torch.zeros_like(mask, dtype=computed_in(tokens)).masked_fill(~mask, -torch.inf)
+        mask = torch.zeros_like(mask, dtype=matmul_dtype(tokens)).masked_fill(~mask, -torch.inf)
     for block in blocks:
         tokens = block(tokens, attn_mask=mask)
     return tokens
 
 
 @torch.no_grad()
-def move_one_by_one(target: nn.Module, context: nn.Module, momentum: float) -> None:
+def update_ema(target: nn.Module, context: nn.Module, momentum: float) -> None:
     """Update the EMA of a target encoder in a loop over its parameters."""
     for slow, fast in zip(target.parameters(), context.parameters(), strict=True):
         slow.mul_(momentum).add_(fast, alpha=1 - momentum)
@@ -113,7 +113,7 @@ def baseline_step(config: Config, dist: DistEnv, batches: Sequence[ViewBatch]) -
         if o.grad_clip is not None:
             nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip, foreach=False)
         optimizer.step()
-        move_one_by_one(model.target_encoder, model.encoder, o.ema_momentum)
+        update_ema(model.target_encoder, model.encoder, o.ema_momentum)
 
     return BaselineStep("plain eager", step, training_flops(config).total, sum(len(batch.source) for batch in batches))
 

@@ -96,5 +96,5 @@ def _checked(
     for run in runs.values():
         command = parse(list(run.training))
         command.config.check()
-        bank_augmentation(command.config.views, options.common)
+        bank_augmentation(command.config.views, options.common, "--common")
     return runs

@@ -56,7 +56,7 @@ class PlannedRun:
 
 
 class AblationError(UserError):
-    """Failed run of a study; the message names the run and its log."""
+    """Failed or stopped run or study; the message names the log or the command to rerun."""
 
 
 def plan(

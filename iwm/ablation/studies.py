@@ -58,7 +58,7 @@ ROWS = {"jitter": "jitter", "default": "+ destructive", "strong": "+ strong jitt
 
 
 def conditioning(recipe: Config) -> AblationStudy:
-    """Return table 1, also with strong jitter and without jitter: all kinds of conditioning."""
+    """Return the study of table 1: every kind of conditioning, also with strong jitter and without jitter."""
     return AblationStudy(
         "Table 1: conditioning of the predictor",
         tuple(
@@ -76,7 +76,7 @@ def conditioning(recipe: Config) -> AblationStudy:
 
 
 def complexity(recipe: Config) -> AblationStudy:
-    """Return table 2: I-JEPA and two predictor depths, by complexity of the transformations."""
+    """Return the study of table 2: I-JEPA and two predictor depths, by complexity of the transformations."""
     shallow, deep = depths(recipe)
     ijepa = ("--action.conditioning", "none", "--masking.type", "ijepa", "--loss.type", "smooth_l1")
     columns: tuple[tuple[str, str, Callable[[str], tuple[str, ...]]], ...] = (
@@ -95,7 +95,7 @@ def complexity(recipe: Config) -> AblationStudy:
 
 
 def augmentation(recipe: Config) -> AblationStudy:
-    """Return table S2: six scenarios, two predictor depths."""
+    """Return the study of table S2: six scenarios, two predictor depths."""
     return AblationStudy(
         "Table S2: augmentations",
         tuple(

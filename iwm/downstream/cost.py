@@ -61,7 +61,7 @@ class MemoryNeed:
     """Peak memory of a pass in bytes, linear in the number of images."""
 
     fixed: int
-    """Bytes that do not depend on the number of images: weights cast to bf16, gradients of activations."""
+    """Bytes that do not depend on the number of images: weights cast to bf16, their new gradients."""
     image: int
     """Bytes per image."""
 
@@ -107,7 +107,9 @@ class LiveBytes(TorchDispatchMode):
         self.now -= count
 
 
-def memory_need(study: Study, trial: int, example: DummyBatch, *, share: int, bf16: bool, cached: bool) -> MemoryNeed:
+def memory_need(
+    study: Study, trial: int, example: MakeDummyBatch, *, share: int, bf16: bool, cached: bool
+) -> MemoryNeed:
     """Measure the memory of a trial's pass: the frozen encoders' forward pass, then the trial's forward and backward.
 
     Two passes are measured, of MEASURED_IMAGES images and of half as many. share: images of a process's step; where
@@ -127,7 +129,7 @@ def memory_need(study: Study, trial: int, example: DummyBatch, *, share: int, bf
     return MemoryNeed(max(0, few - counts[0] * image), image)
 
 
-def feature_bytes(study: Study, example: DummyBatch, *, bf16: bool) -> int:
+def feature_bytes(study: Study, example: MakeDummyBatch, *, bf16: bool) -> int:
     """Return the bytes of one image's cached features (tasks.CachedFeatures)."""
     pixels, _ = example(1)
     shared = study.shared_inputs(pixels)
@@ -142,7 +144,7 @@ def free_memory(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[0]
 
 
-def _peak(study: Study, trial: Trial, example: DummyBatch, count: int, bf16: bool, cached: bool) -> int:
+def _peak(study: Study, trial: Trial, example: MakeDummyBatch, count: int, bf16: bool, cached: bool) -> int:
     """Return the peak bytes of a pass of `count` images of each task."""
     pixels, targets = example(count)
     inputs: Tensor | SharedInputs = study.shared_inputs(pixels) if cached else pixels
@@ -172,11 +174,11 @@ def _untouched(trial: Trial, device: torch.device) -> Iterator[None]:
             buffer.copy_(before)
 
 
-DummyBatch = Callable[[int], tuple[Tensor, list[Tensor]]]
+MakeDummyBatch = Callable[[int], tuple[Tensor, list[Tensor]]]
 """Function from a number of images per task to the pixels of all tasks, concatenated, and the targets of each task."""
 
 
-def dummy_labelled_batch(pretrained: Pretrained, classes: Sequence[int], device: torch.device) -> DummyBatch:
+def dummy_labelled_batch(pretrained: Pretrained, classes: Sequence[int], device: torch.device) -> MakeDummyBatch:
     """Return a function that makes images with soft targets. classes: number of classes of each task."""
 
     def make(count: int) -> tuple[Tensor, list[Tensor]]:
@@ -187,7 +189,7 @@ def dummy_labelled_batch(pretrained: Pretrained, classes: Sequence[int], device:
     return make
 
 
-def dummy_masked_batch(pretrained: Pretrained, device: torch.device) -> DummyBatch:
+def dummy_masked_batch(pretrained: Pretrained, device: torch.device) -> MakeDummyBatch:
     """Return a function that makes images with masks of class 0."""
 
     def make(count: int) -> tuple[Tensor, list[Tensor]]:

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 from dali_pipelines.crops import CropSettings
 from iwm.config import ConfigError
 from iwm.downstream.context import RunContext, open_task
-from iwm.downstream.cost import DummyBatch, count_parameters, dummy_labelled_batch, images_per_second
+from iwm.downstream.cost import MakeDummyBatch, count_parameters, dummy_labelled_batch, images_per_second
 from iwm.downstream.micro_batch import choose_micro_batch, micro_batch_state, out_of_memory_error
 from iwm.downstream.progress import TrainPlan, TrainProgress
 from iwm.downstream.registry import PROTOCOLS
@@ -48,7 +48,7 @@ def run_trials(
     encoders: FrozenEncoders,
     stop: StopFlag,
     *,
-    example: DummyBatch,
+    example: MakeDummyBatch,
     shape: LrShape = "cosine",
     timed: bool = False,
     cached: Sequence[LabelColumn] = (),
@@ -149,7 +149,7 @@ def _plan(
         checkpoint_every=s.checkpoint_every,
         log_every=s.log_every,
         tensorboard=s.tensorboard,
-        split=micro_batch_state(context),
+        micro_batch_state=micro_batch_state(context),
         startup_messages=[
             f"{context.name}: {len(specs)} trials, {steps:,} steps of {s.batch_size * len(tasks):,} images, "
             f"{dist.size} processes on {dist.device.type}",
@@ -158,13 +158,13 @@ def _plan(
         best_metadata={
             "protocol": context.name,
             "settings": context.identity,
-            "facts": {name: spec.metadata for name, spec in specs.items()},
+            "trial_metadata": {name: spec.metadata for name, spec in specs.items()},
             **best_metadata,
         },
     )
 
 
-def _rates(context: RunContext, study: Study, example: DummyBatch | None) -> list[float | None]:
+def _rates(context: RunContext, study: Study, example: MakeDummyBatch | None) -> list[float | None]:
     trials = len(study.names)
     if example is None or not context.dist.is_main:
         return [None] * trials

@@ -47,7 +47,7 @@ from iwm.training.runtime import StopFlag
 
 
 def optimizer_of(trial: nn.Module, settings: FinetunedPredictorSettings, kind: PredictorInit) -> torch.optim.Optimizer:
-    """Return the optimiser of a trial on its device; a pretrained predictor has its own factor of the rate."""
+    """Return AdamW for a trial that is on its device; pretrained_lr_mult scales a pretrained predictor's rate."""
     share = settings.pretrained_lr_mult if kind == "pretrained" else 1.0
     return adamw(
         trial,
@@ -62,7 +62,8 @@ def predictor_of(
 ) -> Predictor | MaeDecoder:
     """Return a new predictor for a trial: a copy of the pretrained one, or one with random parameters.
 
-    shape: of a random predictor where the encoder has none. Raises ConfigError where there is no pretrained predictor.
+    shape: that of a random predictor, used only for an external encoder without a predictor. Raises ConfigError where
+    `kind` is "pretrained" and there is no pretrained predictor.
     """
     own = pretrained.predictor
     if kind == "pretrained":
@@ -106,7 +107,9 @@ def run_finetune_encoder(
     for seed in settings.seeds:
         torch.manual_seed(seed)
         head = LinearHead(encoder.embed_dim, len(names), std=FINETUNE_INIT_STD)
-        backbone = encoder.finetune_copy(drop_path=settings.drop_path, checkpointing=settings.activation_checkpointing)
+        backbone = encoder.finetune_copy(
+            drop_path=settings.drop_path, grad_checkpointing=settings.activation_checkpointing
+        )
         trial = FinetunedEncoder(backbone, head).to(device)
         scales = layer_decay_scales(trial, settings.layer_decay)
         optimizer = adamw(trial, settings.lr, settings.weight_decay, scales.__getitem__)
@@ -136,7 +139,7 @@ def run_finetune_predictor(
     ):
         predictor = predictor_of(pretrained, kind, seed, settings.random_predictor)
         predictor_backbone = PredictorBackbone(
-            predictor, output=output, drop_path=settings.drop_path, checkpointing=settings.activation_checkpointing
+            predictor, output=output, drop_path=settings.drop_path, grad_checkpointing=settings.activation_checkpointing
         )
         sampler = None
         if actions == "random":
@@ -179,14 +182,14 @@ def run_finetune_end_to_end(
     encoder = pretrained.encoder(settings.features)
     kinds = settings.predictors or (("pretrained",) if pretrained.predictor is not None else ("random",))
     column, crops = column_of(context), sized_crops(settings.crops, pretrained.img_size)
-    names, checkpointing = classes_of(column, context.dist).names, settings.activation_checkpointing
+    names, recompute = classes_of(column, context.dist).names, settings.activation_checkpointing
     specs = {}
     for kind, seed in product(kinds, settings.seeds):
         predictor = predictor_of(pretrained, kind, seed, settings.random_predictor)
-        predictor_backbone = PredictorBackbone(predictor, drop_path=settings.drop_path, checkpointing=checkpointing)
+        predictor_backbone = PredictorBackbone(predictor, drop_path=settings.drop_path, grad_checkpointing=recompute)
         head = attentive_head(predictor_backbone, pretrained, len(names), seed)
         trial = FinetunedEncoderPredictor(
-            encoder.finetune_copy(checkpointing=checkpointing), predictor_backbone, head
+            encoder.finetune_copy(grad_checkpointing=recompute), predictor_backbone, head
         ).to(device)
         shares = {"backbone": settings.encoder_lr_mult, "head": 1.0}
         shares["predictor_backbone"] = settings.predictor_lr_mult if kind == "pretrained" else 1.0

@@ -9,7 +9,7 @@ from typing import Any
 from iwm.config import ConfigError
 from iwm.downstream import cost
 from iwm.downstream.context import RunContext
-from iwm.downstream.cost import DummyBatch, MemoryNeed
+from iwm.downstream.cost import MakeDummyBatch, MemoryNeed
 from iwm.downstream.study import Study
 from iwm.downstream.tasks import LabelColumn
 from shards.format import load_manifest
@@ -23,7 +23,7 @@ MIB, GIB = 2**20, 2**30
 
 
 def choose_micro_batch(
-    context: RunContext, study: Study, example: DummyBatch, cached: Sequence[LabelColumn] = ()
+    context: RunContext, study: Study, example: MakeDummyBatch, cached: Sequence[LabelColumn] = ()
 ) -> tuple[RunContext, str]:
     """Choose the micro-batch size where --micro-batch-size is None; return the context with it, and a message.
 
@@ -53,12 +53,12 @@ def choose_micro_batch(
     if cached:
         later += _images(context, cached) * cost.feature_bytes(study, example, bf16=bf16)
     left = int(MEMORY_FRACTION * free) - later
-    images = min(dist.gather(largest_fitting(whole, needs, left)))
+    images = min(dist.all_gather(largest_fitting(whole, needs, left)))
     largest = max(needs, key=lambda need: need.of(whole))
     need = f"the largest trial needs {largest.image / MIB:,.0f} MiB per image"
-    available = f"of {free / GIB:,.1f} GiB that are free, {max(0, left) / GIB:,.1f} GiB are for a pass"
+    available = f"a pass may use {max(0, left) / GIB:,.1f} of {free / GIB:,.1f} GiB of free memory"
     if not images:
-        raise ConfigError(f"--micro-batch-size: none fits: {need}, and {available}; {_remedy(context)}")
+        raise ConfigError(f"--micro-batch-size: no size fits: {need}, and {available}; {_remedy(context)}")
     return _with(context, images), f"--micro-batch-size {images} of {whole}: {need}, and {available}"
 
 
@@ -89,10 +89,9 @@ def _initial_size(context: RunContext) -> int | None:
     last, whole = context.last, micro_batch_state(context)
     if last is None or last["identity"]["micro_batch_size"] is not None:
         return None
-    # An older last.pt has no split: None then meant the whole share.
-    split = last.get("split", whole | {"processes": len(last["ranks"])})
-    images: int = split["micro_batch_size"]
-    same = all(split[name] == whole[name] for name in ("processes", "device"))
+    saved = last["micro_batch_state"]
+    images: int = saved["micro_batch_size"]
+    same = all(saved[name] == whole[name] for name in ("processes", "device"))
     return images if same and context.micro_batch % images == 0 else None
 
 

@@ -27,15 +27,15 @@ def apply_mixup(
     mixing: MixupSettings,
     *,
     seed: int,
-    step: int,
+    pass_index: int,
     rank: int,
 ) -> tuple[UInt8[Tensor, "b h w 3"] | Float[Tensor, "b h w 3"], Float[Tensor, "b c"]]:
-    """Return augmented images and soft targets: erased first, then mixed with the flipped batch, as in timm and MAE.
+    """Return augmented images and soft targets: erased, then mixed with the batch in reverse order, as in timm and MAE.
 
     Pixels are grey levels: unchanged uint8 where nothing is erased or mixed, otherwise float. Erased pixels may be
-    outside 0 to 255: their noise is normal after normalisation by ImageNet's mean and standard deviation, whatever the
-    encoder's own are. Targets sum to 1. All samples are a function of (seed, step, rank). The host does not wait for
-    the device. Raises ConfigError for an odd batch that must be mixed.
+    outside 0 to 255: they are standard normal noise in pixels normalised by ImageNet's mean and standard deviation,
+    whatever the encoder's own are. Targets sum to 1. All random values are a function of (seed, pass_index, rank). The
+    host does not wait for the device. Raises ConfigError for an odd batch that must be mixed.
     """
     if not (mixing.random_erasing or mixing.mixes):
         return images, mixup_target(labels, classes, smoothing=mixing.label_smoothing)
@@ -44,7 +44,7 @@ def apply_mixup(
             f"mixup and cutmix pair the images of a pass, and {len(images)} images are an odd number; use an even "
             "--batch-size and --micro-batch-size, or --mixup.mixup 0 --mixup.cutmix 0"
         )
-    with _seeded(images.device, seed, step, rank):
+    with _seeded(images.device, seed, pass_index, rank):
         pixels = _erased(images, mixing) if mixing.random_erasing else images.float()
         if not mixing.mixes:
             return pixels, mixup_target(labels, classes, smoothing=mixing.label_smoothing)

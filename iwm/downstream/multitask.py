@@ -64,7 +64,7 @@ def run_multitask(context: RunContext, settings: MultitaskSettings, stop: StopFl
                 predictor,
                 num_tasks=tokens,
                 drop_path=settings.drop_path,
-                checkpointing=settings.activation_checkpointing,
+                grad_checkpointing=settings.activation_checkpointing,
                 seed=seed,
             )
 

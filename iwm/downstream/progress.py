@@ -55,7 +55,7 @@ class TrainPlan:
     log_every: int
     """Interval of lines in metrics.jsonl (steps)."""
     tensorboard: bool
-    split: dict[str, Any] = field(default_factory=dict)
+    micro_batch_state: dict[str, Any] = field(default_factory=dict)
     """Micro-batch size, processes and device, for last.pt (micro_batch_state)."""
     startup_messages: list[str] = field(default_factory=list)
     """Lines to print before the first step."""
@@ -129,7 +129,7 @@ class TrainedHead:
         return self.channels is not None
 
 
-FORMAT = "downstream-2"
+FORMAT = "downstream-3"
 LAST, BEST = "last.pt", "best.pt"
 
 RESUMABLE_CHANGES = (

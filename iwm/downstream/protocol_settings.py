@@ -241,7 +241,7 @@ class SegmentationSettings(TrainSettings):
         super().check()
         require(
             self.steps is None or self.epochs == SegmentationSettings.epochs,
-            f"--epochs {self.epochs:g}: --steps {self.steps} sets the length; use --steps None too",
+            f"--epochs {self.epochs:g}: --steps {self.steps} sets the length; omit --epochs, or add --steps None",
         )
         require_unique("--parts", self.parts)
         if self.predictors is not None:

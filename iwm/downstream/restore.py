@@ -47,10 +47,10 @@ def load_head(folder: Path) -> tuple[TrainedHead, dict[str, Tensor]]:
         external = settings.get("external.format")
         head = TrainedHead(
             protocol=content["protocol"],
-            trial=content["arm"],
+            trial=content["trial"],
             checkpoint=settings["checkpoint"],
             epoch=content["epoch"],
-            metadata=content["facts"][content["arm"]],
+            metadata=content["trial_metadata"][content["trial"]],
             channels=settings.get("channels"),
             tasks={
                 name: TaskInfo(names[name], content["tasks"][name], scores)

@@ -60,19 +60,22 @@ def run_segmentation(context: RunContext, settings: SegmentationSettings, stop: 
 
     default: PredictorInit = "pretrained" if pretrained.predictor is not None else "random"
     kinds: tuple[PredictorInit, ...] = settings.predictors or (default,)
-    checkpointing = settings.activation_checkpointing
+    recompute = settings.activation_checkpointing
     specs = {}
     for part, lr, seed in product(settings.parts, settings.lrs, settings.seeds):
         for kind in (None,) if part == "encoder" else kinds:
             torch.manual_seed(seed)
             backbone = None
             if part != "predictor":
-                backbone = encoder.finetune_copy(drop_path=settings.drop_path, checkpointing=checkpointing)
+                backbone = encoder.finetune_copy(drop_path=settings.drop_path, grad_checkpointing=recompute)
             predictor_backbone = None
             if kind is not None:
                 predictor = predictor_of(pretrained, kind, seed, settings.random_predictor)
                 predictor_backbone = PredictorBackbone(
-                    predictor, drop_path=settings.drop_path, checkpointing=checkpointing, return_layers_only=True
+                    predictor,
+                    drop_path=settings.drop_path,
+                    grad_checkpointing=recompute,
+                    return_layers_only=True,
                 )
             width = encoder.embed_dim if predictor_backbone is None else predictor_backbone.predictor_dim
             torch.manual_seed(seed)

@@ -71,12 +71,12 @@ class SegmentationTask:
     def images(self) -> int:
         return self._loader.samples_per_epoch
 
-    def get_batch(self, number: int) -> tuple[Tensor, Tensor]:
+    def get_batch(self, pass_index: int) -> tuple[Tensor, Tensor]:
         images, masks, _ = next(self._loader)
         ids = self._ids(masks)
         wrong = (ids >= self.classes) & (ids != IGNORE_INDEX)
         self._wrong += wrong.sum()
-        if number == 0:
+        if pass_index == 0:
             self._check()
         return images, ids.masked_fill(wrong, IGNORE_INDEX)
 
@@ -98,14 +98,14 @@ class SegmentationTask:
     def state(self) -> dict[str, Any]:
         return self._loader.state_dict()
 
-    def evaluate(self, study: Study, number: int, trials: Sequence[int]) -> list[dict[str, Any]]:
+    def evaluate(self, study: Study, task_index: int, trials: Sequence[int]) -> list[dict[str, Any]]:
         """Return mIoU and pixel accuracy (0 to 1) on whole images at their own size, with interpolated positions."""
         self._check()
         confusions = [ConfusionMatrix(self.classes, self._dist.device) for _ in trials]
         # Each image size would be compiled separately.
         with torch.compiler.set_stance("force_eager"):
             for image, mask, _ in self._held_out:
-                for confusion, logits in zip(confusions, self._predict(study, number, trials, image), strict=True):
+                for confusion, logits in zip(confusions, self._predict(study, task_index, trials, image), strict=True):
                     confusion.add(logits, self._ids(mask))
         try:
             scores = [confusion.score() for confusion in confusions]
@@ -125,14 +125,14 @@ class SegmentationTask:
         ]
 
     def _predict(
-        self, study: Study, number: int, trials: Sequence[int], image: UInt8[Tensor, "h w 3"]
+        self, study: Study, task_index: int, trials: Sequence[int], image: UInt8[Tensor, "h w 3"]
     ) -> list[Int64[Tensor, "h w"]]:
         """Return the class of every pixel, by trial."""
         height, width = image.shape[:2]
         padded = pad_to_patches(image, self._patch)
         return [
             upsample(logits, padded.shape[:2])[0, :, :height, :width].argmax(dim=0)
-            for logits in study.predict(padded[None], number, trials)
+            for logits in study.predict(padded[None], task_index, trials)
         ]
 
     def metadata(self) -> dict[str, Any]:

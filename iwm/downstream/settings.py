@@ -52,8 +52,8 @@ class TrainSettings(EvalSettings):
 
     data: DataSettings = field(default_factory=DataSettings)
     seed: Annotated[int, Range(min=0)] = 0
-    """Seed of the sample order and the augmentations, and of the heads of probes.
-    Where `--seeds` exists, it seeds heads and random predictors."""
+    """Seed of the sample order, the augmentations and the heads of probes.
+    In protocols with `--seeds`, that option seeds heads and random predictors."""
     external: ExternalModel = field(default_factory=ExternalModel)
     epochs: Annotated[float, Range(above=0)] = 90.0
     """Length of training (epochs)."""

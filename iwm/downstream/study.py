@@ -1,9 +1,9 @@
 """Study: trials that are trained at once, and the frozen encoders that they share.
 
 The frozen encoders run once per batch for all trials: linear probes of several learning rates, a pretrained and a
-random predictor, several seeds. Trials share no parameters, graphs or random values, so each trial is bit for bit the
-same as if it were trained alone (tests/downstream/test_training.py). Each trial's forward and backward pass ends before
-the next trial's begins, so a step needs the memory of the largest trial only.
+random predictor, several seeds. Trials share no parameters, graphs or generator state, so each trial is bit for bit
+the same as if it were trained alone (tests/downstream/test_training.py). Each trial's forward and backward pass ends
+before the next trial's begins, so a step needs the memory of the largest trial only.
 """
 
 from __future__ import annotations
@@ -91,13 +91,13 @@ class Study(nn.Module):
                 part.setup(device, compiled=compiled, attention=attention)
         return self
 
-    def seed(self, trial: int, number: int, rank: int) -> None:
+    def seed(self, trial: int, pass_index: int, rank: int) -> None:
         """Seed torch's generators for a trial's forward pass.
 
-        number: index of the pass. rank: of the process. Together with the trial's seed they determine all its random
-        values: trials with the same seed have the same values, and so has a resumed training.
+        rank: of the process. Together with the trial's seed, pass and rank determine all its random values: trials with
+        the same seed have the same values, and so has a resumed training.
         """
-        torch.manual_seed(derive_seed(self.seeds[trial], number, rank, bits=63))
+        torch.manual_seed(derive_seed(self.seeds[trial], pass_index, rank, bits=63))
 
     @torch.no_grad()
     def predict(self, inputs: Tensor | SharedInputs, task: int, trials: Sequence[int]) -> list[Tensor]:
@@ -131,16 +131,16 @@ class Task(Protocol):
     def images(self) -> int:
         """Images of an epoch, over all processes."""
 
-    def get_batch(self, number: int) -> tuple[Tensor | SharedInputs, Tensor]:
-        """Return inputs and targets of this process's pass `number` (from 0) of the training, on the device."""
+    def get_batch(self, pass_index: int) -> tuple[Tensor | SharedInputs, Tensor]:
+        """Return inputs and targets of pass `pass_index` (from 0) of this process's training, on the device."""
 
     def state(self) -> dict[str, Any]:
         """Return the state from which `get_batch` resumes, in addition to the number."""
 
-    def evaluate(self, study: Study, number: int, trials: Sequence[int]) -> list[dict[str, Any]]:
+    def evaluate(self, study: Study, task_index: int, trials: Sequence[int]) -> list[dict[str, Any]]:
         """Return the metrics of some trials on the held-out images, the same on every process.
 
-        number: index of the task in the study.
+        task_index: index of the task in the study.
         """
 
     def metadata(self) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from dali_pipelines.validation_loader import ValidationLoader
 from iwm.downstream.mixup import apply_mixup
 from iwm.downstream.settings import MixupSettings
 from iwm.downstream.study import FrozenEncoders, SharedInputs, Study
-from iwm.evaluation.features import label_numbers
+from iwm.evaluation.features import match_classes
 from iwm.packing import copy_to_device
 from iwm.training.distributed import DistEnv
 
@@ -51,15 +51,15 @@ class Classes(NamedTuple):
 
     names: list[str]
     """Class names of the training split, by number."""
-    truth_of: Int64[Tensor, " v"]
+    train_index: Int64[Tensor, " v"]
     """Index in `names` of each class of the held-out split; -1 for a class that is not in the training split."""
 
 
 def classes_of(column: LabelColumn, dist: DistEnv) -> Classes:
     """Return the classes of a column. Raises ConfigError, naming the option, where the splits have no common class or
     lack the column."""
-    names, truth_of = label_numbers(column.shards, column.train, column.val, column.label, "--data.")
-    return Classes(names, truth_of.to(dist.device))
+    names, train_index = match_classes(column.shards, column.train, column.val, column.label, "--data.")
+    return Classes(names, train_index.to(dist.device))
 
 
 class ClassificationTask:
@@ -98,17 +98,17 @@ class ClassificationTask:
     def images(self) -> int:
         return self._loader.samples_per_epoch
 
-    def get_batch(self, number: int) -> tuple[Tensor, Tensor]:
+    def get_batch(self, pass_index: int) -> tuple[Tensor, Tensor]:
         images, labels, _ = next(self._loader)
-        chosen = {"seed": self._seed, "step": number, "rank": self._dist.rank}
+        chosen = {"seed": self._seed, "pass_index": pass_index, "rank": self._dist.rank}
         return apply_mixup(images, labels, len(self.classes.names), self._mixing, **chosen)
 
     def state(self) -> dict[str, Any]:
         return self._loader.state_dict()
 
-    def evaluate(self, study: Study, number: int, trials: Sequence[int]) -> list[dict[str, float]]:
+    def evaluate(self, study: Study, task_index: int, trials: Sequence[int]) -> list[dict[str, float]]:
         held_out = ((batch.images, batch.labels) for batch in self._held_out if batch.labels is not None)
-        scores, self._evaluated = accuracies(study, number, trials, held_out, self.classes, self._dist)
+        scores, self._evaluated = accuracies(study, task_index, trials, held_out, self.classes, self._dist)
         return scores
 
     def metadata(self) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def task_metadata(column: LabelColumn, classes: Classes, train_images: int) -> d
 
 def accuracies(
     study: Study,
-    number: int,
+    task_index: int,
     trials: Sequence[int],
     held_out: Iterable[tuple[Tensor | SharedInputs, Tensor]],
     classes: Classes,
@@ -140,15 +140,15 @@ def accuracies(
     Chance is the share of the majority class: the accuracy of always predicting it.
     """
     correct: Float64[Tensor, "a 2"] = torch.zeros(len(trials), len(TOP_K), dtype=torch.float64, device=dist.device)
-    seen: Float64[Tensor, " c"] = torch.zeros(len(classes.truth_of), dtype=torch.float64, device=dist.device)
+    seen: Float64[Tensor, " c"] = torch.zeros(len(classes.train_index), dtype=torch.float64, device=dist.device)
     full_size = 0
     for inputs, labels in held_out:
-        truths = classes.truth_of[labels]
+        truths = classes.train_index[labels]
         seen.index_add_(0, labels, torch.ones_like(labels, dtype=seen.dtype))
         full_size = max(full_size, len(labels))
         # The last batch, which is smaller, is not compiled separately.
         with nullcontext() if len(labels) == full_size else torch.compiler.set_stance("force_eager"):
-            predictions = study.predict(inputs, number, trials)
+            predictions = study.predict(inputs, task_index, trials)
         for row, logits in zip(correct, predictions, strict=True):
             hits = logits.topk(min(TOP_K[-1], logits.shape[1]), dim=1).indices == truths[:, None]
             row += torch.stack([hits[:, :rank].sum() for rank in TOP_K])
@@ -210,10 +210,10 @@ class CachedFeatures:
     def images(self) -> int:
         return self._images
 
-    def get_batch(self, number: int) -> tuple[SharedInputs, Tensor]:
+    def get_batch(self, pass_index: int) -> tuple[SharedInputs, Tensor]:
         # Batches continue from one epoch's order into the next, so that all batches have the same size.
         count, size = len(self._labels), self._batch_size
-        first = number * size
+        first = pass_index * size
         epochs = range(first // count, (first + size - 1) // count + 1)
         self._orders = {epoch: self._orders[epoch] if epoch in self._orders else self._order(epoch) for epoch in epochs}
         pieces = [
@@ -231,13 +231,13 @@ class CachedFeatures:
     def state(self) -> dict[str, Any]:
         return {}
 
-    def evaluate(self, study: Study, number: int, trials: Sequence[int]) -> list[dict[str, float]]:
+    def evaluate(self, study: Study, task_index: int, trials: Sequence[int]) -> list[dict[str, float]]:
         features, labels = self._held_out
         parts = (
             ({name: tokens[indices] for name, tokens in features.items()}, labels[indices])
             for indices in torch.arange(len(labels), device=labels.device).split(self._batch_size)
         )
-        scores, self._evaluated = accuracies(study, number, trials, parts, self.classes, self._dist)
+        scores, self._evaluated = accuracies(study, task_index, trials, parts, self.classes, self._dist)
         return scores
 
     def metadata(self) -> dict[str, Any]:

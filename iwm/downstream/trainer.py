@@ -77,7 +77,7 @@ def train(plan: TrainPlan, dist: DistEnv, stop: StopFlag, last: dict[str, Any] |
                     progress.skipped[trial] += count
                 metrics = _mean_losses(study.names, totals.loss) | totals.speed
                 epoch = progress.step / plan.steps_per_epoch
-                rest = {"rate": share, "epoch": epoch, "memory_gib": memory_gib(device)}
+                rest = {"lr_factor": share, "epoch": epoch, "memory_gib": memory_gib(device)}
                 monitor.log(progress.step, metrics | rest | {"skipped": sum(progress.skipped)})
                 gc.collect()
                 window = MetricWindow()
@@ -113,25 +113,25 @@ def _parallelized(study: Study, dist: DistEnv) -> list[nn.Module]:
 
 
 def _pass(
-    plan: TrainPlan, modules: Sequence[nn.Module], number: int, dist: DistEnv, window: MetricWindow
+    plan: TrainPlan, modules: Sequence[nn.Module], pass_index: int, dist: DistEnv, window: MetricWindow
 ) -> Float[Tensor, " a"]:
     """Add the gradients of a pass, one trial after the other; return each trial's loss divided by the accumulation.
 
     A trial's graph is freed before the next one is built, so the peak memory is that of the largest trial.
     """
     start = time.perf_counter()
-    batches = [task.get_batch(number) for task in plan.tasks]
+    batches = [task.get_batch(pass_index) for task in plan.tasks]
     window.waited += time.perf_counter() - start
     inputs = [inputs for inputs, _ in batches]
     joint = inputs[0] if len(inputs) == 1 else _concatenate(inputs)
     targets = [targets for _, targets in batches]
-    accumulating = (number + 1) % plan.accumulation != 0
+    accumulating = (pass_index + 1) % plan.accumulation != 0
     autocast = partial(torch.autocast, dist.device.type, torch.bfloat16, enabled=plan.bf16)
     with autocast():
         shared = plan.study.shared_inputs(joint)
     losses = []
     for trial, module in enumerate(modules):
-        plan.study.seed(trial, number, dist.rank)
+        plan.study.seed(trial, pass_index, dist.rank)
         with module.no_sync() if accumulating and isinstance(module, DistributedDataParallel) else nullcontext():
             # One context per trial: leaving it frees the casts of the trial's weights.
             with autocast():
@@ -197,10 +197,10 @@ def _scores(plan: TrainPlan, dist: DistEnv) -> Scores:
                 for buffer in part.buffers():
                     torch.distributed.broadcast(buffer, src=0)
     scores: Scores = [{} for _ in study.names]
-    for number, task in enumerate(plan.tasks):
-        trials = [trial for trial, task_ids in enumerate(plan.task_ids) if number in task_ids]
+    for task_index, task in enumerate(plan.tasks):
+        trials = [trial for trial, task_ids in enumerate(plan.task_ids) if task_index in task_ids]
         with torch.autocast(dist.device.type, torch.bfloat16, enabled=plan.bf16):
-            metrics = task.evaluate(study, number, trials)
+            metrics = task.evaluate(study, task_index, trials)
         for trial, values in zip(trials, metrics, strict=True):
             scores[trial][task.name] = values
     study.train()
@@ -226,7 +226,7 @@ def _evaluate(plan: TrainPlan, progress: TrainProgress, monitor: MetricLogger, d
             BEST,
             {
                 **plan.best_metadata,
-                "arm": plan.study.names[leader],
+                "trial": plan.study.names[leader],
                 "epoch": epoch,
                 "scores": progress.scores[leader],
                 "tasks": {task.name: task.metadata() for task in plan.tasks},
@@ -240,12 +240,12 @@ def _evaluate(plan: TrainPlan, progress: TrainProgress, monitor: MetricLogger, d
 
 def _save(plan: TrainPlan, progress: TrainProgress, monitor: MetricLogger, dist: DistEnv, required: bool) -> None:
     """Write last.pt. Where this fails, raise OSError if the file is `required` (at the end), else print a warning."""
-    ranks = dist.gather({"tasks": [task.state() for task in plan.tasks]})
+    ranks = dist.all_gather({"tasks": [task.state() for task in plan.tasks]})
     if not dist.is_main:
         return
     content = {
         "identity": plan.identity,
-        "split": plan.split,
+        "micro_batch_state": plan.micro_batch_state,
         "progress": vars(progress),
         "trials": plan.study.state_dicts(),
         "optimizers": [optimizer.state_dict() for optimizer in plan.optimizers],

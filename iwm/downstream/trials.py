@@ -79,17 +79,22 @@ class FinetunedPredictor(Trial):
         head: nn.Module,
         features: EncoderName,
         num_prefix_tokens: int,
-        latents: ActionSampler | None = None,
+        action_sampler: ActionSampler | None = None,
         task: int = 0,
     ) -> None:
         """Set predictor and head.
 
-        features: name of the encoder. num_prefix_tokens: its tokens before the patches. latents: sampler of actions in
-        training; None: the null action. task: index of the task whose images it sees, where there are several.
+        features: name of the encoder. num_prefix_tokens: its tokens before the patches. action_sampler: samples the
+        actions in training; None: the null action. task: index of the task whose images it sees, if there are several.
         """
         super().__init__()
         self.predictor_backbone, self.head = predictor_backbone, head
-        self._features, self._prefix, self._latents, self._task = features, num_prefix_tokens, latents, task
+        self._features, self._prefix, self._action_sampler, self._task = (
+            features,
+            num_prefix_tokens,
+            action_sampler,
+            task,
+        )
 
     def loss(self, shared: SharedInputs, targets: Sequence[Tensor]) -> Float[Tensor, ""]:
         tokens = shared[self._features]
@@ -103,15 +108,15 @@ class FinetunedPredictor(Trial):
     def _forward(self, tokens: Float[Tensor, "b s e"]) -> Float[Tensor, "b c"]:
         logits: Tensor = self.head(
             self.predictor_backbone(
-                select_context(self.predictor_backbone, tokens, self._prefix), draw_actions_for(self, tokens)
+                select_context(self.predictor_backbone, tokens, self._prefix), sample_actions_for(self, tokens)
             )
         )
         return logits
 
     @property
-    def latents(self) -> ActionSampler | None:
+    def action_sampler(self) -> ActionSampler | None:
         """Sampler of actions in training; None: the null action."""
-        return self._latents
+        return self._action_sampler
 
 
 class FinetunedEncoderPredictor(ClassifierTrial):
@@ -171,11 +176,11 @@ def select_context(
     return tokens[:, prefix - predictor_backbone.num_prefix_tokens :]
 
 
-def draw_actions_for(trial: FinetunedPredictor, tokens: Float[Tensor, "b s e"]) -> Float[Tensor, "b k"] | None:
+def sample_actions_for(trial: FinetunedPredictor, tokens: Float[Tensor, "b s e"]) -> Float[Tensor, "b k"] | None:
     """Sample actions for a batch in training, from torch's default generator; None for the null action."""
-    if trial.latents is None or not trial.training:
+    if trial.action_sampler is None or not trial.training:
         return None
-    views, spec = trial.latents
+    views, spec = trial.action_sampler
     return copy_to_device(sample_actions(views, spec, len(tokens), torch.default_generator), tokens.device)
 
 

@@ -1,6 +1,6 @@
 """Bank of target features of an image's augmented views, and distances from predictions to it.
 
-MRR, retrieval, parameter sweeps and corruptions are computed on it.
+MRR, retrieval, parameter sweeps, corruptions and marginalisation use it.
 """
 
 from __future__ import annotations

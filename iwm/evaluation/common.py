@@ -1,4 +1,4 @@
-"""Common parts of all evaluators: settings, the loaded model, held-out images, standard errors.
+"""Common parts of all evaluators: the loaded model, held-out images, standard errors.
 
 Images are clean views in the order of the shards. Shards are shuffled when they are made, so the first images are a
 random sample. Standard errors are over images, the independent units of every evaluation.

@@ -3,8 +3,8 @@
 Corruptions are grayscale, blur, solarize, each jitter parameter in both directions, and combinations of them. The bank
 holds jittered views of the clean image, as in MRR. Scores of each corruption:
 
-- `told`: MRR with the action from the corrupted source to each view;
-- `not_told`: MRR with the action from the clean image to each view, which does not describe the corruption;
+- `with_action`: MRR with the action from the corrupted source to each view;
+- `without_action`: MRR with the action from the clean image to each view, which does not describe the corruption;
 - `shuffled`: MRR with another view's action;
 - `restored`: reciprocal rank of the clean image among it and the bank, with the action that only undoes the corruption.
 
@@ -24,7 +24,16 @@ from jaxtyping import Float, UInt8
 from rich.progress import track
 from torch import Tensor
 
-from dali_pipelines.augmentations import DESTRUCTIVE_OPS, IDENTITY, JITTER_OPS, OP, OPS, Op, PhotometricConfig, Views
+from dali_pipelines.augmentations import (
+    DESTRUCTIVE_OPS,
+    IDENTITY,
+    JITTER_OPS,
+    OP_BY_NAME,
+    OPS,
+    Op,
+    PhotometricConfig,
+    Views,
+)
 from dali_pipelines.replay import apply_photometric, sample_photometric
 from iwm.actions import action_between
 from iwm.config import ConfigError
@@ -47,7 +56,7 @@ from iwm.evaluation.settings import (
     bank_augmentation,
 )
 
-SCORE_NAMES = ("told", "not_told", "shuffled", "restored")
+SCORE_NAMES = ("with_action", "without_action", "shuffled", "restored")
 SCORE_TITLES = ("with action", "without action", "shuffled actions", "restored")
 """Column titles of the scores."""
 
@@ -61,7 +70,7 @@ class Corruption:
     """Strength as text: '×0.60', 'σ 2.0 px', 'on'."""
     params: tuple[float, ...]
     """Augmentation parameters, in the order of PHOTOMETRIC_FIELDS."""
-    jitter_seeded: bool
+    jitter_sampled: bool
     """True where the jitter is sampled per image from the bank's range and replaces that of `params`."""
     trained: bool
     """True where the run's sources had this corruption in training."""
@@ -70,7 +79,7 @@ class Corruption:
 def make_corruptions(views: Views, settings: CorruptionSettings) -> list[Corruption]:
     """Return all corruptions, by op and rising strength. Jitter parameters that the bank never changes are omitted."""
     jitter, source = bank_augmentation(views, settings.bank.scenario), views.source
-    levels = {op: op.levels for op in DESTRUCTIVE_OPS} | {OP["blur"]: settings.blur_sigmas}
+    levels = {op: op.levels for op in DESTRUCTIVE_OPS} | {OP_BY_NAME["blur"]: settings.blur_sigmas}
     corruptions = []
     for op, values in levels.items():
         for value in values:
@@ -125,7 +134,7 @@ def score_corruptions(
     views = sample_photometric(jitter, size, generator)
     applied = torch.tensor([IDENTITY, *(item.params for item in corruptions)])
     sampled = sample_photometric(jitter, 1, generator)[0, : len(JITTER_OPS)]
-    applied[[False, *(item.jitter_seeded for item in corruptions)], : len(JITTER_OPS)] = sampled
+    applied[[False, *(item.jitter_sampled for item in corruptions)], : len(JITTER_OPS)] = sampled
     other = derangement(q, generator).to(device)
     views, applied, clean = views.to(device), applied.to(device), torch.tensor([IDENTITY], device=device)
 

@@ -28,7 +28,7 @@ from PIL import Image
 from rich.progress import track
 from torch import Tensor
 
-from dali_pipelines.augmentations import DESTRUCTIVE_OPS, IDENTITY, JITTER_OPS, OP, OPS, PhotometricConfig
+from dali_pipelines.augmentations import DESTRUCTIVE_OPS, IDENTITY, JITTER_OPS, OP_BY_NAME, OPS, PhotometricConfig
 from dali_pipelines.replay import apply_photometric
 from iwm.actions import ActionSpec, action_between, describe_action
 from iwm.config import ConfigError
@@ -78,9 +78,9 @@ def action_grid(jitter: PhotometricConfig, values: int) -> ActionGrid:
     return ActionGrid(axes, torch.cat([jittered, rest], dim=1))
 
 
-def corrupted_views(blur_sigma: float) -> dict[str, tuple[float, ...]]:
+def source_params(blur_sigma: float) -> dict[str, tuple[float, ...]]:
     """Return the parameters (PHOTOMETRIC_FIELDS) of the sources by name, the clean one first."""
-    middle = {op: op.levels[len(op.levels) // 2] for op in DESTRUCTIVE_OPS} | {OP["blur"]: blur_sigma}
+    middle = {op: op.levels[len(op.levels) // 2] for op in DESTRUCTIVE_OPS} | {OP_BY_NAME["blur"]: blur_sigma}
     states = {"clean": IDENTITY}
     for op, value in middle.items():
         at = OPS.index(op)
@@ -146,10 +146,10 @@ def evaluate(context: EvalContext, settings: ExplorerSettings, output: Path) -> 
     """
     generator = torch.Generator().manual_seed(settings.seed)
     images, keys = context.random_images(settings.num_images, generator, option="--num-images")
-    views = action_grid(bank_augmentation(context.config.views, settings.scenario), settings.num_values)
+    views = action_grid(bank_augmentation(context.config.views, settings.scenario, "--scenario"), settings.num_values)
     if len(views.params) == 1:
         raise ConfigError("the run's jitter changes nothing; use --scenario default")
-    states = corrupted_views(settings.blur_sigma)
+    states = source_params(settings.blur_sigma)
     columns = math.ceil(math.sqrt(len(views.params) + len(states)))
     params, from_params = views.params.to(context.device), torch.tensor(list(states.values()), device=context.device)
 

@@ -37,7 +37,7 @@ from iwm.models.world_model import WorldModel
 
 def strong_augmentation(views: Views, scenario: str | None = None) -> Float[Tensor, "1 p"]:
     """Return the parameters of a strong jitter: brightness at its lower bound, the other ops at their upper bound."""
-    jitter = bank_augmentation(views, scenario)
+    jitter = bank_augmentation(views, scenario, "--scenario")
     ends = [jitter.value_range(op)[number > 0] for number, op in enumerate(JITTER_OPS)]
     return torch.tensor([[*ends, *IDENTITY[len(JITTER_OPS) :]]])
 
@@ -90,7 +90,7 @@ def patch_features(
     return views, {
         "teacher": normalized_features(model, teacher),
         "student": normalized_features(model, model.encode(images, "student")),
-        "predicted:\nnothing": model.predict(teacher, actions_from(identity, model.action_spec)).float(),
+        "predicted:\nnull action": model.predict(teacher, actions_from(identity, model.action_spec)).float(),
         "predicted:\nthe action": model.predict(teacher, actions_from(params, model.action_spec)).float(),
         "teacher\nof the view": normalized_features(model, model.encode(views, "teacher")),
     }

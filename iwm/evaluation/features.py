@@ -55,7 +55,7 @@ def extract_features(
     names the option, which begins with `options`.
     """
     split, label = settings.train or context.config.data.train, settings.label
-    classes, held_out_numbers = label_numbers(context.shards, split, context.split, label, options)
+    classes, held_out_numbers = match_classes(context.shards, split, context.split, label, options)
     train, labels = _embed(context, split, label, settings.train_images, features)
     if len(labels.unique()) < 2:
         raise ConfigError(
@@ -67,7 +67,7 @@ def extract_features(
     return LabelledFeatures(classes, train, labels, test, held_out_numbers.to(numbers.device)[numbers], chance)
 
 
-def label_numbers(
+def match_classes(
     shards: Path, train: str, held_out: str, label: str, options: str
 ) -> tuple[list[str], Int64[Tensor, " c"]]:
     """Return the training split's classes and, for each class of the held-out split, its index among them (or -1).

@@ -41,7 +41,7 @@ def feature_std(features: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
 
 
 NUM_FEATURE_IMAGES = 256
-"""Number of images for feature deviation and RankMe (fewer if the split has fewer)."""
+"""Number of images for feature_std and RankMe (fewer if the split has fewer)."""
 
 
 def health_check(config: Config, dist: DistEnv) -> Callable[[WorldModel], dict[str, float]] | None:

@@ -56,7 +56,7 @@ def evaluate(context: EvalContext, settings: KNNSettings, output: Path) -> dict[
     """
     ks = settings.k
     if not ks or list(ks) != sorted(set(ks)):
-        raise ConfigError(f"--k {' '.join(map(str, ks))}: must be rising numbers from 1, for example 10 20 100")
+        raise ConfigError(f"--k {' '.join(map(str, ks))}: give ascending numbers from 1, for example 10 20 100")
 
     def features(images: UInt8[Tensor, "b h w 3"]) -> Float[Tensor, "b s d"]:
         return torch.stack([context.model.encode(images, encoder).float().mean(1) for encoder in ENCODERS], dim=1)

@@ -4,8 +4,8 @@ Features are standardised by the mean and standard deviation of the training set
 
     mean cross-entropy + l2 / 2 · ‖weight‖²,
 
-without a penalty on the biases. It is convex, so the solution is unique and there is no schedule to tune. All values
-are float64 and stay on the features' device.
+without a penalty on the biases. It is convex, and its minimum is unique up to a constant added to all biases, so there
+is no schedule to tune. All values are float64 and stay on the features' device.
 """
 
 from __future__ import annotations
@@ -106,15 +106,15 @@ def fit_with_validation(
     classes: int,
     grid: Sequence[float],
     seed: int = 0,
-    held_out: float = 0.2,
+    validation_fraction: float = 0.2,
 ) -> LogisticRegression:
     """Select `l2` from `grid` by accuracy on a validation part of these samples, then solve on all of them.
 
-    The validation part is a random share `held_out`; it depends only on `seed` and the number of samples. With equal
-    accuracies, the larger `l2` is selected.
+    The validation part is a random share `validation_fraction` (0 to 1); it depends only on `seed` and the number of
+    samples. With equal accuracies, the larger `l2` is selected.
     """
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed)).to(features.device)
-    num_validation = max(1, round(held_out * len(features)))
+    num_validation = max(1, round(validation_fraction * len(features)))
     validation, training = order[:num_validation], order[num_validation:]
     best, best_accuracy, solution = max(grid), -1.0, None
     for l2 in sorted(grid, reverse=True):

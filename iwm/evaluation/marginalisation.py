@@ -87,7 +87,7 @@ def evaluate(context: EvalContext, settings: MarginalisationSettings, output: Pa
             "nearest": dict(zip(names, map(mean_and_stderr, (ranks == 1).double()), strict=True)),
         },
         "strength": {
-            "copies_averaged": settings.nearest,
+            "views_averaged": settings.nearest,
             "of_nearest": dict(zip(names, map(mean_and_stderr, nearest), strict=True)),
             "of_random": mean_and_stderr(torch.tensor([bank.random_strength for bank in banks], dtype=torch.float64)),
         },
@@ -101,7 +101,7 @@ def _check(context: EvalContext, settings: MarginalisationSettings) -> None:
     sizes, bank = settings.predictions, settings.bank
     if not sizes or list(sizes) != sorted(set(sizes)):
         raise ConfigError(
-            f"--predictions {' '.join(map(str, sizes))}: must be rising numbers from 1, for example 1 8 16 32 128"
+            f"--predictions {' '.join(map(str, sizes))}: give ascending numbers from 1, for example 1 8 16 32 128"
         )
     if settings.nearest > bank.num_views:
         raise ConfigError(f"--nearest {settings.nearest}: must be from 1 to --bank.num-views {bank.num_views}")

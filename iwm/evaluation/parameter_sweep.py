@@ -22,7 +22,7 @@ from rich.progress import track
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from dali_pipelines.augmentations import DESTRUCTIVE_OPS, IDENTITY, JITTER_OPS, OP, OPS, Op, Views
+from dali_pipelines.augmentations import DESTRUCTIVE_OPS, IDENTITY, JITTER_OPS, OP_BY_NAME, OPS, Op, Views
 from iwm.actions import action_between
 from iwm.config import ConfigError
 from iwm.evaluation.bank import (
@@ -51,9 +51,9 @@ class Sweep:
     op: str
     """Name of one of OPS."""
     undo: bool
-    """True where the views are sources to undo; False where they are targets from the clean image."""
+    """True where the action undoes the views' augmentation; False where it leads from the clean image to the views."""
     values: list[float]
-    """Factors, turns of hue, pixels, or 0 and 1. The first value of a series to undo is the identity."""
+    """Factors, turns of hue, pixels, or 0 and 1. The first value of an undo sweep is the identity."""
     views: Float[Tensor, "n p"]
     trained: bool
     """True where the run's views varied this parameter in training."""
@@ -70,7 +70,7 @@ class Sweep:
 
 def make_sweeps(views: Views, target_flags: bool, settings: SweepSettings) -> list[Sweep]:
     """Return all series for a run with these views. Raises the ConfigError of `bank_augmentation`."""
-    jitter = bank_augmentation(views, settings.scenario)
+    jitter = bank_augmentation(views, settings.scenario, "--scenario")
     seen = max(views.source.jitter_probability, views.target.jitter_probability) > 0
     sweeps = []
     for op in JITTER_OPS:
@@ -206,8 +206,8 @@ def _record(series: Sweep, results: Sequence[tuple[SweepResult, SweepResult]]) -
         "undo": series.undo,
         "trained": series.trained,
         "values": series.values,
-        "wanted": [series.values[i] for i in series.targets],
-        "told": summarise(series, with_action),
+        "target": [series.values[i] for i in series.targets],
+        "with_action": summarise(series, with_action),
         "control": {"kind": "without action" if series.undo else "shuffled actions", **summarise(series, control)},
     }
 
@@ -215,7 +215,7 @@ def _record(series: Sweep, results: Sequence[tuple[SweepResult, SweepResult]]) -
 def _bands(
     bank: Bank, all_series: Sequence[Sweep], results: Sequence[tuple[SweepResult, SweepResult]]
 ) -> list[ImageBlock]:
-    """Return one block per series: true views, retrieved views and, for series to undo, the control's views."""
+    """Return one block per sweep: true views, retrieved views and, for undo sweeps, the control's views."""
     blocks, first = [], 0
     for series, (with_action, control) in zip(all_series, results, strict=True):
         views = bank.views[first : first + len(series.values)].cpu()
@@ -231,21 +231,21 @@ def _bands(
 
 def change_in_words(op: str, value: float) -> str:
     """Return the value of a parameter as text: '×0.80', '+18°', 'σ 1.2 px', 'on'."""
-    return OP[op].in_words(value)
+    return OP_BY_NAME[op].in_words(value)
 
 
 def tables(result: dict[str, Any]) -> list[ResultTable]:
-    """Return the scores of every series and of its control."""
+    """Return the scores of every sweep and of its control."""
     caption = (
         f"{result['images']} images, {result['distance'].replace('_', ' ')}, {result['context']}. "
-        "Control: shuffled actions; for series to undo, an action that does not describe the source's augmentation. "
+        "Control: shuffled actions; in undo sweeps, an action that does not describe the source's augmentation. "
         "Exact: share of predictions whose nearest view is the target."
     )
     if result["conditioning"] == "none":
         caption += f" {UNCONDITIONED_NOTE}"
     rows = []
     for series in result["series"]:
-        both = (series["told"], series["control"])
+        both = (series["with_action"], series["control"])
         scores = [format_mean_stderr(part[score], 2) for score in ("correlation", "hits") for part in both]
         name = series["name"] if series["trained"] else f"{series['name']} (never trained)"
         rows.append([name, *scores, f"{1 / len(series['values']):.2f}"])

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Evaluation of a world model on held-out images, without gradients."""
+    """Evaluation of a world model on held-out images, without training it."""
 
     settings: type[options.EvalSettings]
     """Options of the command."""

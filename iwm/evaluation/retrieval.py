@@ -82,7 +82,7 @@ class _ImagePredictions:
         return Row(self.key, self.image.cpu(), retrievals)
 
     def extremes(self) -> list[int]:
-        """Return the actions of the best and the worst prediction; distance decides between equal ranks."""
+        """Return the indices of the best and the worst prediction; distance decides between equal ranks."""
         order = sorted(range(len(self.ranks)), key=lambda i: (self.ranks[i].item(), self.missed_by[i].item()))
         return [order[0], order[-1]]
 

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from dali_pipelines.augmentations import OP, SCENARIOS, PhotometricConfig, Views
+from dali_pipelines.augmentations import OP_BY_NAME, SCENARIOS, PhotometricConfig, Views
 from iwm.config import ConfigError, EncoderName
 from iwm.ranges import Range
 from shards.listing import LABEL
@@ -78,15 +78,15 @@ class BankSettings(BankSize):
     Default: the run's own jitter, or that of `default` if the run has none."""
 
 
-def bank_augmentation(views: Views, scenario: str | None = None) -> PhotometricConfig:
+def bank_augmentation(views: Views, scenario: str | None = None, option: str = "--bank.scenario") -> PhotometricConfig:
     """Return the target's jitter at probability 1 and without destructive augmentations, for sampling a bank.
 
     At training's p = 0.8 a fifth of the bank would be the clean image itself, and ties would decide the score.
-    Raises ConfigError for an unknown scenario or one whose target has no jitter.
+    Raises ConfigError, which names `option`, for an unknown scenario or one whose target has no jitter.
     """
     if scenario is not None and scenario not in JITTER_SCENARIOS:
         raise ConfigError(
-            f"--bank.scenario: '{scenario}' is not a scenario with jitter; choose one of {JITTER_SCENARIOS}"
+            f"{option}: '{scenario}' is not a scenario with jitter; choose one of {', '.join(JITTER_SCENARIOS)}"
         )
     own = views.target if views.target.jitter_probability > 0 else SCENARIOS["default"].target
     target = own if scenario is None else SCENARIOS[scenario].target
@@ -140,7 +140,7 @@ class CorruptionSettings(EvalSettings):
     num_queries: Annotated[int, Range(min=2)] = 16
     """Views of each bank that are queried, 2 to --bank.num-views.
     The bank is random, so fewer queries only increase the variance."""
-    blur_sigmas: Annotated[tuple[float, ...], Range(above=0)] = OP["blur"].levels
+    blur_sigmas: Annotated[tuple[float, ...], Range(above=0)] = OP_BY_NAME["blur"].levels
     """Sigmas of the blur to undo, in pixels of the view."""
     strengths: Annotated[tuple[float, ...], Range(above=0, max=1)] = (0.5, 1.0)
     """Changes of brightness, contrast, saturation and hue to undo, as shares (0 to 1) of the bank's range."""
@@ -221,7 +221,7 @@ class MarginalisationSettings(EvalSettings):
     """Retrieval and linear accuracy of means of N predictions. Writes RUN/eval/marginalisation.png next to the JSON."""
 
     predictions: Annotated[tuple[int, ...], Range(min=1)] = (1, 8, 16, 32, 128)
-    """Values of N, the number of averaged predictions, in rising order. The largest determines the cost."""
+    """Values of N, the number of averaged predictions, in ascending order. The largest determines the cost."""
     bank: BankSettings = field(default_factory=lambda: BankSettings(num_images=24))
     nearest: Annotated[int, Range(min=1)] = 5
     """Number of nearest views whose jitter strength is averaged."""
@@ -252,7 +252,7 @@ class KNNSettings(LabelledImageSettings, EvalSettings):
     """Accuracy of k-nearest-neighbour classification with the features of both encoders."""
 
     k: Annotated[tuple[int, ...], Range(min=1)] = (10, 20, 100)
-    """Numbers of neighbours, in rising order."""
+    """Numbers of neighbours, in ascending order."""
     temperature: Annotated[float, Range(above=0)] = 0.07
     """Temperature of the votes, above 0. With a small value the nearest neighbours decide."""
     batch_size: Annotated[int, Range(min=1)] = 256

@@ -41,7 +41,9 @@ def view_augmentation(views: Views, scenario: str | None = None) -> PhotometricC
     Raises ConfigError for an unknown scenario or one without jitter.
     """
     if scenario is not None and scenario not in JITTER_SCENARIOS:
-        raise ConfigError(f"--scenario: '{scenario}' is not a scenario with jitter; choose one of {JITTER_SCENARIOS}")
+        raise ConfigError(
+            f"--scenario: '{scenario}' is not a scenario with jitter; choose one of {', '.join(JITTER_SCENARIOS)}"
+        )
     own = views.source if views.source.jitter_probability > 0 else SCENARIOS["default"].source
     return replace(own if scenario is None else SCENARIOS[scenario].source, jitter_probability=1.0)
 
@@ -133,7 +135,10 @@ def evaluate(context: EvalContext, settings: SimilaritySettings, output: Path) -
     within, between = similarities(features)
     ratio, error = variance_ratio(features)
     if features.isfinite().all() and ratio != ratio:
-        raise CheckpointError(f"{context.checkpoint}: all images have the same features; the model has collapsed")
+        raise CheckpointError(
+            f"{context.checkpoint}: all images have the same features: the model has collapsed; evaluate an earlier "
+            "checkpoint"
+        )
     picture = output.with_suffix(".png")
     draw(images[: settings.num_shown], features[: settings.num_shown], picture)
     return {

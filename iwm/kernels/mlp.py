@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iwm.compat import HAS_TRITON, computed_in
+from iwm.compat import HAS_TRITON, matmul_dtype
 from iwm.kernels.gelu import Gelu, gelu
 
 
@@ -112,7 +112,7 @@ class Mlp(timm.layers.Mlp):
             and HAS_TRITON
             and x.is_cuda
             and torch.is_grad_enabled()
-            and computed_in(x) == torch.bfloat16
+            and matmul_dtype(x) == torch.bfloat16
             and isinstance(self.act, Gelu)
             and isinstance(self.fc1, nn.Linear)
             and self.fc1.bias is not None

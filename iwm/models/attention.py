@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.profiler import ProfilerActivity, profile
 
-from iwm.compat import HAS_TRITON, REPLANS_CUDNN_VARLEN, computed_in
+from iwm.compat import HAS_TRITON, REPLANS_CUDNN_VARLEN, matmul_dtype
 from iwm.config import AttentionImpl
 from iwm.kernels.short_attention import LONGEST, projected_attention
 from iwm.packing import Packing, gather_unique
@@ -33,8 +33,8 @@ class Attention(TimmAttention):
         self, x: Float[Tensor, "b t d"], attn_mask: Packing | Tensor | None = None, is_causal: bool = False
     ) -> Float[Tensor, "b t d"]:
         packing = attn_mask if isinstance(attn_mask, Packing) else None
-        longest = x.shape[1] if packing is None else packing.padding_mask.shape[1]
-        short = self.short and x.is_cuda and longest <= LONGEST and computed_in(x) == torch.bfloat16
+        longest = x.shape[1] if packing is None else packing.token_mask.shape[1]
+        short = self.short and x.is_cuda and longest <= LONGEST and matmul_dtype(x) == torch.bfloat16
         if packing is None and self.head_dim > 32 and not torch.is_grad_enabled():
             short = False  # cuDNN's forward pass is faster there: 164 against 182 µs (H100, 256 × 196 tokens, 12 × 64)
         if packing is None and (attn_mask is not None or not short):
@@ -56,7 +56,7 @@ class Attention(TimmAttention):
 
 def _attend_varlen(qkv: Float[Tensor, "t d3"], packing: Packing, heads: int, fused: bool) -> Float[Tensor, "t d"]:
     q, k, v = qkv.unflatten(1, (3, heads, -1)).unbind(1)
-    longest = packing.padding_mask.shape[1]
+    longest = packing.token_mask.shape[1]
     # cuDNN does not support windows, so a window as wide as the longest sequence selects flash attention, where it has
     # no effect.
     flash = REPLANS_CUDNN_VARLEN or torch.are_deterministic_algorithms_enabled()
@@ -67,7 +67,7 @@ def _attend_varlen(qkv: Float[Tensor, "t d3"], packing: Packing, heads: int, fus
 
 
 def _attend_padded(qkv: Float[Tensor, "t d3"], packing: Packing, heads: int, fused: bool) -> Float[Tensor, "t d"]:
-    present = packing.padding_mask
+    present = packing.token_mask
     rows = qkv.new_zeros(present.numel(), qkv.shape[1]).index_copy(0, packing.padded_index, qkv)
     q, k, v = rows.view(*present.shape, 3, heads, -1).permute(2, 0, 3, 1, 4)
     attended = attention(q, k, v, present, fused)

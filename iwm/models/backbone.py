@@ -23,11 +23,11 @@ class Backbone(nn.Module):
     sizes other than the training size, positions are interpolated (bicubic).
     """
 
-    def __init__(self, encoder: Encoder | ExternalEncoder, *, checkpointing: bool = False) -> None:
-        """Wrap `encoder` without copying it. checkpointing: as train.activation_checkpointing."""
+    def __init__(self, encoder: Encoder | ExternalEncoder, *, grad_checkpointing: bool = False) -> None:
+        """Wrap `encoder` without copying it. grad_checkpointing: as train.activation_checkpointing."""
         super().__init__()
         self.encoder = encoder
-        self.checkpointing = checkpointing
+        self.grad_checkpointing = grad_checkpointing
         vit = self.vit
         self.embed_dim: int = vit.embed_dim
         self.depth = len(vit.blocks)
@@ -54,7 +54,7 @@ class Backbone(nn.Module):
 
     def tokens(self, pixels: Real[Tensor, "b h w 3"]) -> Float[Tensor, "b s d"]:
         """Return all tokens after the last norm, s = prefix + n. Raises ConfigError as `grid` does."""
-        outputs = forward_blocks(self.vit.blocks, self.embed(pixels), checkpointing=self.checkpointing)
+        outputs = forward_blocks(self.vit.blocks, self.embed(pixels), grad_checkpointing=self.grad_checkpointing)
         tokens: Tensor = self.vit.norm(outputs)
         return tokens
 
@@ -69,7 +69,7 @@ class Backbone(nn.Module):
         """
         patches = slice(self.num_prefix_tokens, None)
         return intermediate_layers(
-            self.vit.blocks, self.vit.norm, self.embed(pixels), count, patches, self.checkpointing
+            self.vit.blocks, self.vit.norm, self.embed(pixels), count, patches, self.grad_checkpointing
         )
 
     def embed(self, pixels: Real[Tensor, "b h w 3"]) -> Float[Tensor, "b s d"]:
@@ -77,7 +77,7 @@ class Backbone(nn.Module):
         self.grid(pixels)
         return self.encoder.embed(pixels)
 
-    def finetune_copy(self, *, drop_path: float = 0.0, checkpointing: bool = False) -> Backbone:
+    def finetune_copy(self, *, drop_path: float = 0.0, grad_checkpointing: bool = False) -> Backbone:
         """Return a copy for finetuning: with gradients, in training mode, with drop path.
 
         drop_path: rate of the last block, linear over depth. This project's fixed positions stay fixed; learned
@@ -92,7 +92,7 @@ class Backbone(nn.Module):
                     unused.requires_grad_(False)
         else:
             encoder.pos_embed.requires_grad_(False)
-        copied = Backbone(encoder, checkpointing=checkpointing)
+        copied = Backbone(encoder, grad_checkpointing=grad_checkpointing)
         set_drop_path(copied.vit.blocks, drop_path)
         return copied.train()
 
@@ -115,7 +115,7 @@ def intermediate_layers(
     tokens: Float[Tensor, "b s d"],
     count: int,
     selected: slice,
-    checkpointing: bool = False,
+    grad_checkpointing: bool = False,
 ) -> list[Float[Tensor, "b m d"]]:
     """Return the selected tokens after each of the last `count` blocks and `norm`.
 
@@ -125,7 +125,7 @@ def intermediate_layers(
         raise ConfigError(f"count {count}: the model has {len(blocks)} blocks; use 1 to {len(blocks)}")
     layers = []
     for number, block in enumerate(blocks):
-        tokens = forward_blocks([block], tokens, checkpointing=checkpointing)
+        tokens = forward_blocks([block], tokens, grad_checkpointing=grad_checkpointing)
         if number >= len(blocks) - count:
             layers.append(norm(tokens[:, selected]))
     return layers

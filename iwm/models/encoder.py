@@ -45,10 +45,10 @@ class Encoder(VisionTransformer):
     pixel_scale: Tensor
     pixel_shift: Tensor
 
-    def __init__(self, config: EncoderConfig, image_size: int, *, checkpointing: bool = False) -> None:
+    def __init__(self, config: EncoderConfig, image_size: int, *, grad_checkpointing: bool = False) -> None:
         super().__init__(**timm_arguments(config, image_size), **OWN_LAYERS)
         self.patch_size = config.patch_size
-        self.checkpointing = checkpointing
+        self.grad_checkpointing = grad_checkpointing
         self.residual: ResidualDtype = "auto"
         grid = image_size // config.patch_size
         self.pos_embed = nn.Parameter(sincos_positions(config.embed_dim, grid)[None], requires_grad=False)
@@ -62,7 +62,7 @@ class Encoder(VisionTransformer):
     def forward(self, images: Real[Tensor, "b h w 3"], packing: Packing | None = None) -> Float[Tensor, "r t d"]:
         """Return features of all patches [b, n, d], or of the packed ones [1, t, d]."""
         tokens = self.embed(images, packing)
-        return self.norm(forward_blocks(self.blocks, tokens, packing, checkpointing=self.checkpointing))
+        return self.norm(forward_blocks(self.blocks, tokens, packing, grad_checkpointing=self.grad_checkpointing))
 
     def embed(self, images: Real[Tensor, "b h w 3"], packing: Packing | None = None) -> Float[Tensor, "r t d"]:
         """Embed patches and add positions; with a packing, only the visible patches are normalised and embedded.

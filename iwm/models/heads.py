@@ -173,18 +173,18 @@ def segmentation_loss(
     logits: Float[Tensor, "b c y x"],
     auxiliary: Float[Tensor, "b c h w"] | None,
     masks: UInt8[Tensor, "b height width"],
-    void: int = IGNORE_INDEX,
+    ignore_index: int = IGNORE_INDEX,
 ) -> Float[Tensor, ""]:
     """Return the cross-entropy at the masks' resolution in float32, plus the weighted auxiliary loss.
 
-    It is a mean over all pixels, to which void pixels add zero, so the gradient does not depend on how a batch is
-    split.
+    It is a mean over all pixels, to which pixels of `ignore_index` add zero, so the gradient does not depend on how a
+    batch is split.
     """
     labels = masks.long()
 
     def loss(maps: Float[Tensor, "b c h2 w2"]) -> Tensor:
         enlarged = upsample(maps.float(), masks.shape[1:])
-        return F.cross_entropy(enlarged, labels, ignore_index=void, reduction="sum") / labels.numel()
+        return F.cross_entropy(enlarged, labels, ignore_index=ignore_index, reduction="sum") / labels.numel()
 
     return loss(logits) if auxiliary is None else loss(logits) + AUXILIARY_WEIGHT * loss(auxiliary)
 

@@ -13,7 +13,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from iwm.compat import allow_graphs
+from iwm.compat import set_recompile_limit
 from iwm.config import ResidualDtype
 from iwm.kernels.gelu import Gelu
 from iwm.kernels.mlp import Mlp
@@ -78,7 +78,7 @@ def init_weights(module: nn.Module, kind: Literal["ijepa", "xavier"]) -> None:
 
 
 def rescale_blocks(blocks: Iterable[Block]) -> None:
-    """Divide each block's two output projections by sqrt(2·depth), as I-JEPA's and BEiT's initialisation does."""
+    """Divide block i's output projections by sqrt(2·i), with i counted from 1, as I-JEPA and BEiT initialise them."""
     with torch.no_grad():
         for number, block in enumerate(blocks, start=1):
             block.attn.proj.weight.div_(math.sqrt(2.0 * number))
@@ -125,14 +125,14 @@ def forward_blocks(
     tokens: Float[Tensor, "b t d"],
     packing: Packing | None = None,
     *,
-    checkpointing: bool = False,
+    grad_checkpointing: bool = False,
 ) -> Float[Tensor, "b t d"]:
     """Run tokens through blocks: rows of equal length, or one row of packed tokens.
 
-    checkpointing: store only the input of each block, and recompute the block in the backward pass.
+    grad_checkpointing: store only the input of each block, and recompute the block in the backward pass.
     """
     for block in blocks:
-        if checkpointing and torch.is_grad_enabled():
+        if grad_checkpointing and torch.is_grad_enabled():
             tokens = checkpoint(block, tokens, attn_mask=packing, use_reentrant=False, preserve_rng_state=_draws(block))
         else:
             tokens = block(tokens, attn_mask=packing)
@@ -147,7 +147,7 @@ torch counts all blocks of a process as one function, and the downstream protoco
 
 def compile_blocks(module: nn.Module, blocks: Iterable[nn.Module], *methods: str) -> None:
     """Compile each block separately, and the named methods of the module, for static shapes."""
-    allow_graphs(RECOMPILE_LIMIT)
+    set_recompile_limit(RECOMPILE_LIMIT)
     for block in blocks:
         block.compile(dynamic=False)
     for method in methods:

@@ -142,7 +142,7 @@ class Predictor(nn.Module):
         super().__init__()
         width, encoder_width = config.predictor.embed_dim, config.encoder.embed_dim
         self.grid_size, self.action_size = config.grid_size, action_size
-        self.checkpointing = config.train.activation_checkpointing
+        self.grad_checkpointing = config.train.activation_checkpointing
         self.residual = config.train.residual_dtype
         self.predictor_embed = nn.Linear(encoder_width, width)
         self.mask_token = nn.Parameter(torch.zeros(width))
@@ -192,7 +192,7 @@ class Predictor(nn.Module):
         neither are not attended to. One pass computes all m predictions of each image.
         """
         tokens = self.build_sequence(context, masks, action)
-        tokens = forward_blocks(self.blocks, tokens, masks.rows, checkpointing=self.checkpointing)
+        tokens = forward_blocks(self.blocks, tokens, masks.predictor, grad_checkpointing=self.grad_checkpointing)
         return self.unpack_predictions(tokens, masks)
 
     def build_sequence(
@@ -204,18 +204,18 @@ class Predictor(nn.Module):
         seen = add_positions(self.predictor_embed(context[0]), self.pos_embed[at % n], self.residual)
         tokens = scatter_tokens(seen, at, self.mask_queries(action).to(seen.dtype).flatten(0, 1)).unflatten(0, (b, n))
         tokens = self.append_action_tokens(tokens, action)
-        if masks.rows is None:
+        if masks.predictor is None:
             return tokens
-        return gather_tokens(tokens[:, None].expand(-1, m, -1, -1).flatten(0, 2), masks.rows.token_index)[None]
+        return gather_tokens(tokens[:, None].expand(-1, m, -1, -1).flatten(0, 2), masks.predictor.token_index)[None]
 
     def unpack_predictions(self, tokens: Float[Tensor, "r s d"], masks: PackedMasks) -> Float[Tensor, "b m n e"]:
         """Return the predictions in the grid from the last block's output; positions that were not packed are zero."""
         b, m, n = masks.predicted.shape
-        if masks.rows is not None:
+        if masks.predictor is not None:
             predictions = self.predictor_proj(self.norm(tokens[0]))
             places = b * m * (n + self.num_action_tokens)
             predictions = scatter_tokens(
-                predictions, masks.rows.token_index, predictions.new_zeros(places, predictions.shape[1])
+                predictions, masks.predictor.token_index, predictions.new_zeros(places, predictions.shape[1])
             )
             return predictions.view(b, m, n + self.num_action_tokens, -1)[:, :, :n]
         return self.predictor_proj(self.norm(tokens[:, None, :n]))

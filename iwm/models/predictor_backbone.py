@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from dali_pipelines.augmentations import Views
 from iwm.actions import action_spec
-from iwm.config import ActionConfig, AttentionImpl, Config, EncoderConfig
-from iwm.config import PredictorConfig as Shape
+from iwm.config import ActionConfig, AttentionImpl, Config, EncoderConfig, PredictorConfig
 from iwm.models.attention import to_device
 from iwm.models.backbone import Backbone, intermediate_layers
 from iwm.models.external.loading import MaeDecoder
@@ -40,7 +39,7 @@ class PredictorBackbone(nn.Module):
         output: Literal["image", "token"] = "image",
         num_tasks: int = 0,
         drop_path: float = 0.0,
-        checkpointing: bool = False,
+        grad_checkpointing: bool = False,
         return_layers_only: bool = False,
         seed: int = 0,
     ) -> None:
@@ -53,7 +52,7 @@ class PredictorBackbone(nn.Module):
         """
         super().__init__()
         self.predictor = predictor.requires_grad_(True).train()
-        self.output, self.checkpointing = output, checkpointing
+        self.output, self.grad_checkpointing = output, grad_checkpointing
         first = predictor.blocks[0]
         assert isinstance(first, Block)  # for mypy: a ModuleList is typed as a list of modules
         self.num_heads: int = first.attn.num_heads
@@ -102,7 +101,7 @@ class PredictorBackbone(nn.Module):
         Raises ValueError where a task is given without task tokens, or the reverse.
         """
         tokens = self._sequence(context, action, task, grid, whole=self.output == "image")
-        tokens = forward_blocks(self.predictor.blocks, tokens, checkpointing=self.checkpointing)
+        tokens = forward_blocks(self.predictor.blocks, tokens, grad_checkpointing=self.grad_checkpointing)
         num_queries = 1 if self.output == "token" else context.shape[1] - self.num_prefix_tokens
         predicted: Tensor = self.predictor.norm(tokens[:, context.shape[1] : context.shape[1] + num_queries])
         return self.predictor.predictor_proj(predicted) if isinstance(self.predictor, Predictor) else predicted
@@ -124,7 +123,7 @@ class PredictorBackbone(nn.Module):
         s = context.shape[1]
         queries = slice(s, 2 * s - self.num_prefix_tokens)
         return intermediate_layers(
-            self.predictor.blocks, self.predictor.norm, tokens, count, queries, self.checkpointing
+            self.predictor.blocks, self.predictor.norm, tokens, count, queries, self.grad_checkpointing
         )
 
     def _sequence(
@@ -172,7 +171,7 @@ def init_predictor(config: Config, seed: int) -> Predictor:
         return Predictor(config, action_spec(config.action, config.views).size)
 
 
-def init_predictor_for(backbone: Backbone, shape: Shape, seed: int) -> Predictor:
+def init_predictor_for(backbone: Backbone, shape: PredictorConfig, seed: int) -> Predictor:
     """Return a randomly initialised, unconditioned predictor on the patches of an encoder that has none (table S1)."""
     encoder = EncoderConfig(
         embed_dim=backbone.embed_dim, depth=backbone.depth, num_heads=backbone.num_heads, patch_size=backbone.patch_size

@@ -20,7 +20,7 @@ from iwm.packing import pack_tokens
 
 
 def normalize_targets(features: Float[Tensor, "b n d"], loss: LossConfig) -> Float[Tensor, "b n d"]:
-    """Layer norm without affine parameters, where the loss has it; else the features as they are."""
+    """Apply layer norm without affine parameters where loss.normalize_targets is set; else return the features."""
     return F.layer_norm(features, features.shape[-1:]) if loss.normalize_targets else features
 
 
@@ -31,8 +31,8 @@ class WorldModel(nn.Module):
         super().__init__()
         self.config = config
         self.action_spec: ActionSpec = action_spec(config.action, config.views)
-        checkpointing = config.train.activation_checkpointing
-        self.encoder = Encoder(config.encoder, config.views.size, checkpointing=checkpointing)
+        grad_checkpointing = config.train.activation_checkpointing
+        self.encoder = Encoder(config.encoder, config.views.size, grad_checkpointing=grad_checkpointing)
         self.encoder.residual = config.train.residual_dtype
         self.predictor = Predictor(config, self.action_spec.size)
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)

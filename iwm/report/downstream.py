@@ -28,7 +28,7 @@ from iwm.report.results import (
     SEGMENTATION,
     DatasetResults,
     Metric,
-    RunRecord,
+    ProtocolResult,
     SeedScores,
     TrialResult,
     read_dataset_results,
@@ -123,7 +123,7 @@ def _gained(scores: dict[str, SeedScores]) -> str:
 # Trials of a protocol
 
 
-def _protocol(run: RunResults, name: str, records: Sequence[RunRecord]) -> str:
+def _protocol(run: RunResults, name: str, records: Sequence[ProtocolResult]) -> str:
     """Return a table of all results of a protocol and, folded, their learning curves."""
     if not records:
         return ""
@@ -132,7 +132,7 @@ def _protocol(run: RunResults, name: str, records: Sequence[RunRecord]) -> str:
     return f"<h3>{PROTOCOLS[name].title}</h3>{_trials(records)}{folded}"
 
 
-def _trials(records: Sequence[RunRecord]) -> str:
+def _trials(records: Sequence[ProtocolResult]) -> str:
     """Return a table with one row per trial, below a heading for each result."""
     rows = []
     several = max(len(record.tasks) for record in records)
@@ -151,11 +151,11 @@ def _trials(records: Sequence[RunRecord]) -> str:
     return table(columns, rows)
 
 
-def _named(record: RunRecord) -> str:
+def _named(record: ProtocolResult) -> str:
     return record.data if record.name == record.protocol else f"{record.data} · {record.name}"
 
 
-def _describe(record: RunRecord) -> str:
+def _describe(record: ProtocolResult) -> str:
     tasks = "; ".join(
         (f"{name}: " if name else "")
         + f"{task.classes} classes"
@@ -167,7 +167,7 @@ def _describe(record: RunRecord) -> str:
     return f"{tasks}. {length}. {record.encoder}, {record.checkpoint}."
 
 
-def _trial(record: RunRecord, trial: TrialResult, timed: bool) -> str:
+def _trial(record: ProtocolResult, trial: TrialResult, timed: bool) -> str:
     skipped = f"<small>{trial.skipped_steps:,} non-finite steps skipped</small>" if trial.skipped_steps else ""
     scores = ""
     for task in record.tasks:
@@ -198,7 +198,7 @@ def _percent(share: float | None) -> str:
 # Learning curves
 
 
-def _learning_curve(run: RunResults, record: RunRecord) -> str:
+def _learning_curve(run: RunResults, record: ProtocolResult) -> str:
     """Return the held-out score over epochs; '' if it was measured only once."""
     metrics = read_metrics(run.folder / "eval" / record.training / "metrics.jsonl")
     lines = [line for name, trials in _by_seed(record).items() if (line := _line(trials, name, record, metrics)).points]
@@ -215,7 +215,7 @@ def _learning_curve(run: RunResults, record: RunRecord) -> str:
     return f'<div class="chart"><h3>{title}</h3>{marks}{line_chart(lines, level)}</div>'
 
 
-def _by_seed(record: RunRecord) -> dict[str, list[TrialResult]]:
+def _by_seed(record: ProtocolResult) -> dict[str, list[TrialResult]]:
     """Group trials that differ only in their seed, by common name."""
     groups: dict[str, list[TrialResult]] = {}
     for trial in record.trials:
@@ -229,7 +229,9 @@ def _by_seed(record: RunRecord) -> dict[str, list[TrialResult]]:
     return named
 
 
-def _line(trials: Sequence[TrialResult], name: str, record: RunRecord, metrics: dict[str, list[Point]]) -> ChartLine:
+def _line(
+    trials: Sequence[TrialResult], name: str, record: ProtocolResult, metrics: dict[str, list[Point]]
+) -> ChartLine:
     """Return the mean over seeds, by epoch."""
     alone = len(record.trials) == 1
     curves = [dict(metrics.get(record.metric if alone else f"{record.metric}/{trial.name}", [])) for trial in trials]

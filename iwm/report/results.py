@@ -33,7 +33,7 @@ EXTERNAL_NAMES = {
 IGNORED_SETTINGS = {"seed", "seeds", "checkpoint", "output", "device", "num_threads", "activation_checkpointing"}
 """Settings that may differ between trials of one seed group. The checkpoint's file name is compared separately."""
 
-METRIC_KEYS = {"seed", "skipped_steps", "parameters", "images_per_second"}
+NOT_SETTINGS = {"seed", "skipped_steps", "parameters", "images_per_second"}
 """Scalar fields of a trial that are not settings. Nested fields (top1, miou, best, …) are metrics too."""
 
 
@@ -75,7 +75,7 @@ class TrialResult:
 
 
 @dataclass(frozen=True)
-class RunRecord:
+class ProtocolResult:
     """One result file. `tasks` has several entries only for multitask finetuning."""
 
     name: str
@@ -114,7 +114,7 @@ class DatasetResults:
     name: str
     """Run, method and length of pretraining."""
     data: str
-    records: list[RunRecord]
+    records: list[ProtocolResult]
 
     @property
     def large(self) -> bool:
@@ -126,7 +126,7 @@ class DatasetResults:
 class SeedScores:
     """Scores of trials that differ only in their seed."""
 
-    record: RunRecord
+    record: ProtocolResult
     task: TaskResult
     seeds: dict[int, Metric]
     parameters: int | None
@@ -151,20 +151,20 @@ def read_dataset_results(run: RunResults) -> list[DatasetResults]:
 
     Raises ReportError, which names the file, for an incomplete result and an invalid config.yaml.
     """
-    by_data: dict[str, list[RunRecord]] = {}
+    by_data: dict[str, list[ProtocolResult]] = {}
     for record in _records(run):
         by_data.setdefault(record.data, []).append(record)
     return [DatasetResults(_named(run, records[0]), data, records) for data, records in by_data.items()]
 
 
 def best_trials(
-    records: Sequence[RunRecord], protocol: str, selects: Callable[[TrialResult], bool], task: str = ""
+    records: Sequence[ProtocolResult], protocol: str, selects: Callable[[TrialResult], bool], task: str = ""
 ) -> SeedScores | None:
     """Return the settings with the highest mean over seeds among the selected trials; None without scores.
 
     Trials of several results form one seed group if settings, checkpoint, epochs, batch size and task are the same.
     """
-    groups: dict[str, list[tuple[RunRecord, TrialResult]]] = {}
+    groups: dict[str, list[tuple[ProtocolResult, TrialResult]]] = {}
     for record in records:
         if record.protocol == protocol and task in record.tasks:
             for trial in record.trials:
@@ -188,7 +188,7 @@ def best_trials(
     return max(scores, key=lambda score: score.mean, default=None)
 
 
-def _named(run: RunResults, record: RunRecord) -> str:
+def _named(run: RunResults, record: ProtocolResult) -> str:
     if run.config is None:
         return f"{run.name}, {EXTERNAL_NAMES.get(record.kind, record.kind)}"
     try:
@@ -202,7 +202,7 @@ def _named(run: RunResults, record: RunRecord) -> str:
     return f"{run.name}, {method}, {length}"
 
 
-def _records(run: RunResults) -> list[RunRecord]:
+def _records(run: RunResults) -> list[ProtocolResult]:
     records = []
     for name, result in run.evaluations.items():
         if result["protocol"] in PROTOCOLS:
@@ -216,10 +216,10 @@ def _records(run: RunResults) -> list[RunRecord]:
     return records
 
 
-def _record(file: str, result: dict[str, Any]) -> RunRecord:
+def _record(file: str, result: dict[str, Any]) -> ProtocolResult:
     several = "tasks" in result
     tasks = result["tasks"] if several else {"": {"shards": result["data"]["shards"], **result}}
-    return RunRecord(
+    return ProtocolResult(
         name=file,
         protocol=result["protocol"],
         training=result.get("training", file),
@@ -259,7 +259,7 @@ def _trial(name: str, trial: dict[str, Any], several: bool) -> TrialResult:
     return TrialResult(
         name=name,
         settings={
-            key: value for key, value in trial.items() if key not in METRIC_KEYS and not isinstance(value, dict | list)
+            key: value for key, value in trial.items() if key not in NOT_SETTINGS and not isinstance(value, dict | list)
         },
         seed=trial["seed"],
         scores={

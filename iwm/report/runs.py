@@ -44,7 +44,7 @@ class RunResults:
 
 
 class ReportError(UserError):
-    """Run folder without a valid report; the message names the file and the remedy."""
+    """Run folder or result that cannot be read; the message names the file and the remedy."""
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunResults]:

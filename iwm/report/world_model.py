@@ -241,8 +241,8 @@ def sweep_section(run: RunResults) -> str:
 def _sweeps(run: RunResults, result: dict[str, Any]) -> str:
     meaning = (
         "Horizontal axis: true value. Vertical axis: value of the view nearest to the prediction, mean over held-out "
-        "images; the band is one standard deviation. In series to undo, the source has the value and the target is the "
-        "clean image. Control: shuffled actions; in series to undo, an action that does not describe the source's "
+        "images; the band is one standard deviation. In undo sweeps, the source has the value and the target is the "
+        "clean image. Control: shuffled actions; in undo sweeps, an action that does not describe the source's "
         "augmentation. Exact: share of predictions whose nearest view is the target. The number above each chart is "
         "the rank correlation."
     )
@@ -265,12 +265,12 @@ def _chart(series: dict[str, Any]) -> str:
         return ChartLine(name, points, [half * factor for half in spread])
 
     lines = [
-        line("with action", series["told"]["retrieved"], series["told"]["deviation"]),
+        line("with action", series["with_action"]["retrieved"], series["with_action"]["deviation"]),
         line("control", series["control"]["retrieved"], series["control"]["deviation"]),
-        line("target", series["wanted"]),
+        line("target", series["target"]),
     ]
     name = series["name"] + (f", {unit}" if unit else "") + ("" if series["trained"] else " (never trained)")
-    correlation = f"{series['told']['correlation']['mean']:.2f}"
+    correlation = f"{series['with_action']['correlation']['mean']:.2f}"
     return f'<div class="chart"><h3>{escape(name)}<b>{correlation}</b></h3>{line_chart(lines)}</div>'
 
 

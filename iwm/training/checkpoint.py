@@ -61,7 +61,7 @@ def load_verified(path: Path, expected_format: int | str, device: torch.device |
     Raises CheckpointError where the file is missing or damaged, CheckpointFormatError where its format is another.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path} does not exist")
+        raise CheckpointError(f"{path} does not exist; correct the path")
     try:
         # torch reads past damage inside a tensor; the archive's checksums do not.
         with zipfile.ZipFile(path) as archive:
@@ -72,7 +72,7 @@ def load_verified(path: Path, expected_format: int | str, device: torch.device |
     except (RuntimeError, OSError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{path} is damaged or is not a checkpoint ({error})") from error
     if not isinstance(content, dict) or "format" not in content:
-        raise CheckpointError(f"{path} is not a checkpoint of this program: it has no field 'format'")
+        raise CheckpointError(f"{path} is not a checkpoint of this program (no field 'format'); choose another file")
     found = content.pop("format")
     if isinstance(found, int) and isinstance(expected_format, int) and found < expected_format:
         raise CheckpointFormatError(
@@ -82,13 +82,13 @@ def load_verified(path: Path, expected_format: int | str, device: torch.device |
     if found != expected_format:
         raise CheckpointFormatError(
             f"{path} is another kind of file, or was written by another version of this program (format {found}, not "
-            f"{expected_format})"
+            f"{expected_format}); read it with the version that wrote it, or choose another file"
         )
     return content
 
 
 def file_digest(path: Path) -> str:
-    """Return 16 hex digits of the file's SHA-256: of the parts' CRCs for a zip archive, else of its bytes."""
+    """Return 16 hex digits of a SHA-256: of the file's bytes, or of the names, CRCs and sizes in a zip archive."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             parts = [(part.filename, part.CRC, part.file_size) for part in archive.infolist()]
@@ -188,7 +188,7 @@ def resolve(path: Path) -> Path:
     Raises CheckpointError where there is none.
     """
     if not path.exists():
-        raise CheckpointError(f"{path} does not exist")
+        raise CheckpointError(f"{path} does not exist; correct the path")
     if not path.is_dir():
         return path
     found = list_checkpoints(path)

@@ -15,10 +15,10 @@ from dali_pipelines.loader import ViewBatch
 from iwm.masking import PackedMasks
 from iwm.models.world_model import WorldModel
 from iwm.training.distributed import DistEnv
-from iwm.training.step import Gradient, StepResult
+from iwm.training.step import ForwardBackward, StepResult
 
 WARMUP_STEPS = 3
-"""Number of eager steps before capture. They compile the blocks and plan attention and matrix products."""
+"""Number of steps without a graph before the capture. Blocks are compiled and attention is planned in them."""
 
 MAX_STEPS_AHEAD = 2
 """Maximum number of replayed steps by which the host may be ahead of the GPU. The host launches one in 11 ms. Without
@@ -26,8 +26,8 @@ this limit it would run as far ahead as the pipeline can, and every waiting batc
 images)."""
 
 
-class GraphedGradient(Gradient):
-    """Gradient whose kernels are captured once and then replayed on copies of each step's batches and masks.
+class GraphedForwardBackward(ForwardBackward):
+    """Forward and backward passes that are captured once and then replayed on copies of a step's batches and masks.
 
     A step with other shapes than the captured ones (a batch with more visible patches than the buffer size, one in
     30,000) runs kernel by kernel. The graph is then released and the next step is captured again, because two graphs
@@ -86,19 +86,19 @@ class GraphedGradient(Gradient):
         del self._result
 
 
-def gradient_for(model: WorldModel, wrapped: nn.Module, dist: DistEnv) -> tuple[Gradient, str]:
-    """Return the gradient that train.cuda_graph selects, and a description of the kernel launches for the user."""
+def build_forward_backward(model: WorldModel, wrapped: nn.Module, dist: DistEnv) -> tuple[ForwardBackward, str]:
+    """Return the passes that train.cuda_graph selects, and a description of the kernel launches for the user."""
     train = model.config.train
     if not train.cuda_graph:
-        return Gradient(model, wrapped), "kernel by kernel"
+        return ForwardBackward(model, wrapped), "kernel by kernel"
     for reason, applies in (
         ("no GPU", dist.device.type != "cuda"),
         (f"{dist.size} processes", dist.size > 1),
         ("not compiled", not train.compile),
     ):
         if applies:
-            return Gradient(model, wrapped), f"kernel by kernel ({reason})"
-    return GraphedGradient(model, wrapped), f"as one CUDA graph after {WARMUP_STEPS} steps"
+            return ForwardBackward(model, wrapped), f"kernel by kernel ({reason})"
+    return GraphedForwardBackward(model, wrapped), f"as one CUDA graph after {WARMUP_STEPS} steps"
 
 
 def _tensors(batches: Sequence[ViewBatch], masks: Sequence[PackedMasks]) -> Iterator[Tensor]:

@@ -49,7 +49,7 @@ class DistEnv:
             torch.distributed.all_reduce(values)
         return values
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """Return the values of all processes, by rank, on every process."""
         if self.size == 1:
             return [value]

@@ -52,7 +52,7 @@ def pretrain(
             batches = [next(s.loader) for _ in range(s.accumulation)]
             window.waited += time.perf_counter() - waiting
             masks = [prepare_masks(config, dist, s.step, part, s.micro_batch) for part in range(s.accumulation)]
-            window.results.append(train_step(s.model, s.gradient, s.optimizer, batches, masks, values))
+            window.results.append(train_step(s.model, s.forward_backward, s.optimizer, batches, masks, values))
             window.keys.append([batch.keys for batch in batches])
             s.step += 1
             s.samples += config.data.global_batch_size

@@ -84,8 +84,8 @@ def set_lr_wd(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) 
 class _SkipFlag:
     """Stub of torch's GradScaler for apex's capturable FusedAdam: a flag that skips the step, and a scale of 1."""
 
-    def __init__(self, broken: Tensor) -> None:
-        self._broken = broken
+    def __init__(self, found_inf: Tensor) -> None:
+        self._broken = found_inf
 
     def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[torch.device, Tensor]:
         return {self._broken.device: self._broken}
@@ -94,33 +94,33 @@ class _SkipFlag:
         return torch.ones(1, device=self._broken.device)
 
 
-def step_if_finite(optimizer: torch.optim.Optimizer, broken: Bool[Tensor, ""]) -> None:
-    """Skip the update if gradients are not finite (`broken`, a device flag; no sync).
+def step_if_finite(optimizer: torch.optim.Optimizer, found_inf: Bool[Tensor, ""]) -> None:
+    """Update the parameters unless `found_inf` (a flag on the device) is set; the host does not wait.
 
     A skipped step leaves parameters, moments and step counts unchanged. The kernels of both AdamWs read the flag on the
     device. LARS steps first; the step is then undone where the flag is set.
     """
     if isinstance(optimizer, torch.optim.AdamW):
-        optimizer.found_inf = broken.float()  # type: ignore[attr-defined]  # as torch's GradScaler passes it
+        optimizer.found_inf = found_inf.float()  # type: ignore[attr-defined]  # as torch's GradScaler passes it
         optimizer.step()
     elif isinstance(optimizer, Lars):
-        _step_or_restore(optimizer, broken)
+        _step_or_restore(optimizer, found_inf)
     else:
         # apex counts a step by the previous step's flag, unless this step's flag is set before.
-        optimizer._dummy_overflow_buf.copy_(broken)  # type: ignore[attr-defined]  # apex has no types
-        optimizer.step(grad_scaler=_SkipFlag(broken))  # type: ignore[call-overload]  # nor has its step
+        optimizer._dummy_overflow_buf.copy_(found_inf)  # type: ignore[attr-defined]  # apex has no types
+        optimizer.step(grad_scaler=_SkipFlag(found_inf))  # type: ignore[call-overload]  # nor has its step
 
 
 @torch.no_grad()
-def _step_or_restore(optimizer: torch.optim.Optimizer, broken: Bool[Tensor, ""]) -> None:
+def _step_or_restore(optimizer: torch.optim.Optimizer, found_inf: Bool[Tensor, ""]) -> None:
     moved = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     before = [p.clone() for p in moved]
     velocities = [_velocity(optimizer, p, torch.zeros_like(p)).clone() for p in moved]
     optimizer.step()
     for p, old, velocity in zip(moved, before, velocities, strict=True):
-        p.copy_(torch.where(broken, old, p))
+        p.copy_(torch.where(found_inf, old, p))
         now = _velocity(optimizer, p, velocity)
-        now.copy_(torch.where(broken, velocity, now))
+        now.copy_(torch.where(found_inf, velocity, now))
 
 
 def _velocity(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, default: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def _apply_fsdp(model: WorldModel, dist: DistEnv) -> WorldModel:
         param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     for encoder in (model.encoder, model.target_encoder):
-        # FSDP shards only contiguous parameters. Channels-last saved a copy in the patch embedding, which is made now.
+        # FSDP shards only contiguous parameters. Without channels-last, `embed` copies the weight in each forward pass.
         weight = encoder.patch_embed.proj.weight
         weight.data = weight.data.contiguous()
     for part in (model.encoder, model.target_encoder, model.predictor):

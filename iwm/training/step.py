@@ -52,7 +52,7 @@ def prepare_masks(config: Config, dist: DistEnv, step: int, part: int, batch: in
     return pack_masks(masks, fixed, extra).to(dist.device)
 
 
-class Gradient:
+class ForwardBackward:
     """Forward and backward passes of a step, launched kernel by kernel.
 
     Calling it leaves the mean gradient of `batches` in the parameters' `.grad`, clipped as configured.
@@ -80,7 +80,7 @@ class Gradient:
 
 def train_step(
     model: WorldModel,
-    gradient: Gradient,
+    forward_backward: ForwardBackward,
     optimizer: torch.optim.Optimizer,
     batches: Sequence[ViewBatch],
     masks: Sequence[PackedMasks],
@@ -91,7 +91,7 @@ def train_step(
     values: hyperparameters of this step (optim.Schedules).
     """
     set_lr_wd(optimizer, values.lr, values.weight_decay)
-    result = gradient(batches, masks)
+    result = forward_backward(batches, masks)
     step_if_finite(optimizer, result.skipped)
     model.update_target(values.ema)
     return result

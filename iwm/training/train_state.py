@@ -19,16 +19,16 @@ from iwm.config_io import config_diff, split_changes
 from iwm.models.world_model import WorldModel
 from iwm.training import checkpoint as checkpoints
 from iwm.training.checkpoint import Checkpoint, load_newest
-from iwm.training.cuda_graph import gradient_for
+from iwm.training.cuda_graph import build_forward_backward
 from iwm.training.distributed import DistEnv, loader_threads
 from iwm.training.optim import Schedules, build_optimizer, build_schedules, load_optimizer_state, optimizer_state_dict
 from iwm.training.parallel import full_tensor, parallelize
-from iwm.training.step import Gradient
+from iwm.training.step import ForwardBackward
 
 
 @dataclass
 class TrainState:
-    """All objects of a training run. Only `step`, `samples` and `skipped` change during training."""
+    """Objects and counters of a training run. Only the counters `step`, `samples` and `skipped` are reassigned."""
 
     config: Config
     run: Path
@@ -40,7 +40,7 @@ class TrainState:
     accumulation: int
     """Passes per optimiser step (gradient accumulation)."""
     model: WorldModel
-    gradient: Gradient
+    forward_backward: ForwardBackward
     optimizer: torch.optim.Optimizer
     schedules: Schedules
     startup_messages: list[str]
@@ -72,12 +72,12 @@ def build_train_state(config: Config, run: Path, dist: DistEnv) -> TrainState:
         model.load_state_dict(start.model, strict=True)
     attention = ", ".join(f"{part} {kernel}" for part, kernel in model.attention_kernels().items())
     wrapped = parallelize(model, dist, accumulation)
-    gradient, issued = gradient_for(model, wrapped, dist)
+    forward_backward, issued = build_forward_backward(model, wrapped, dist)
     optimizer, kernels = build_optimizer(model, config.optim, dist.device)
     if start is not None:
         load_optimizer_state(optimizer, start.optimizer)
         checkpoints.set_rng_state(start.rng)
-    schedules = build_schedules(config, max(1, loader.steps_per_epoch // accumulation))
+    schedules = build_schedules(config, max(1, loader.batches_per_epoch // accumulation))
     encoder, predictor = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (model.encoder, model.predictor))
     messages = [
         f"{run}: {schedules.steps:,} steps of {config.data.global_batch_size} images ({dist.size} processes × "
@@ -98,7 +98,7 @@ def build_train_state(config: Config, run: Path, dist: DistEnv) -> TrainState:
         micro_batch=micro_batch,
         accumulation=accumulation,
         model=model,
-        gradient=gradient,
+        forward_backward=forward_backward,
         optimizer=optimizer,
         schedules=schedules,
         startup_messages=messages,
@@ -183,7 +183,7 @@ def to_checkpoint(state: TrainState) -> Checkpoint:
         rng=checkpoints.rng_state(),
         loader={
             "seed": state.loader_seed,
-            "ranks": state.dist.gather(state.loader.state_dict()),
+            "ranks": state.dist.all_gather(state.loader.state_dict()),
         },
         versions=checkpoints.versions(),
     )
@@ -207,7 +207,8 @@ RESUMABLE_CHANGES = (
     "train.deterministic",
     "log.",
 )
-"""Fields that may change on resume, in the form of config.split_changes. They do not affect the trained model."""
+"""Fields that may change on resume, in the form of config_io.split_changes. They change the model by rounding at most;
+another data.micro_batch_size or train.device also restarts the epoch."""
 
 
 @contextmanager

@@ -106,10 +106,10 @@ def list_annotations(file: Path, find: PathResolver) -> SampleList:
     labels: dict[Any, str] = {}
     for image, category in annotations:
         if image not in names:
-            raise ShardError(f"{file}: an annotation is of image {image!r}, which 'images' lacks; download it again")
+            raise ShardError(f"{file}: an annotation refers to image {image!r}, not in 'images'; download it again")
         if str(category) not in categories:
             raise ShardError(
-                f"{file}: {names[image]} has category {category!r}, which 'categories' lacks; download it again"
+                f"{file}: {names[image]} has category {category!r}, not in 'categories'; download it again"
             )
         if image in labels:
             raise ShardError(f"{file}: {names[image]} has several annotations; use a file with one class per image")

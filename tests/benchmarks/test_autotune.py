@@ -26,7 +26,7 @@ from autotune import (
     sweeps_for,
 )
 from environment import BenchmarkError
-from loader_rates import usual_sides
+from loader_rates import decoder_size_hint
 from options import TuneOptions
 from rich.console import Console
 
@@ -124,8 +124,8 @@ def test_never_two_pipelines_are_there_at_once(shards: Path, monkeypatch: pytest
 def test_memory_is_asked_for_by_sides_that_all_but_a_hundredth_have(tmp_path: Path) -> None:
     sides = [(30, 20), (10, 64), *[(16, 16)] * 196, (400, 8), (8, 400)]
     write_split(tmp_path, "train", [jpeg(np.zeros((*side, 3), np.uint8)) for side in sides], per_shard=(100, 100))
-    assert usual_sides(tmp_path, "train") == (20, 16)
-    assert usual_sides(tmp_path, "train", images=1) == (20, 30)
+    assert decoder_size_hint(tmp_path, "train") == (20, 16)
+    assert decoder_size_hint(tmp_path, "train", images=1) == (20, 30)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import torch
 from baselines import jpeg_decode, webdataset_loader
 from baselines.jpeg_decode import stored_images
 from environment import BenchmarkError
-from loaders import LoaderWork, chosen_baselines, loader_baselines
+from loaders import LoaderWork, chosen_baselines, measured_loaders
 from options import LoaderOptions
 from PIL import Image
 from rich.console import Console
@@ -80,7 +80,7 @@ def test_a_baseline_that_is_not_there_is_refused_with_the_way_to_install_it(
 ) -> None:
     monkeypatch.setattr(loaders, "find_spec", lambda name: None)
     with pytest.raises(BenchmarkError, match=r"--baseline ffcv: .* not installed here .*pip install ffcv"):
-        loader_baselines(LoaderWork(shards, "train", Views(), 8, 1), "cpu", ("ffcv",), Console())
+        measured_loaders(LoaderWork(shards, "train", Views(), 8, 1), "cpu", ("ffcv",), Console())
 
 
 def test_none_beside_a_baseline_is_a_mistake() -> None:

@@ -56,10 +56,10 @@ def test_what_is_made_of_the_times() -> None:
     result = summarised([first, second], images=10, sent=10**9)
     assert result["images_per_second"]["alone"]["median"] == 10
     assert result["images_per_second"]["together"]["median"] == pytest.approx(2 * 10 / 1.5, rel=1e-3)
-    assert result["efficiency_without_exchange"]["median"] == 0.8
+    assert result["efficiency_without_communication"]["median"] == 0.8
     assert result["efficiency"]["median"] == pytest.approx(1 / 1.5, rel=1e-3)
-    assert result["exchange_exposed_ms"]["median"] == pytest.approx(250)
-    assert result["exchange_hidden"]["median"] == pytest.approx(0.5)
+    assert result["all_reduce_exposed_ms"]["median"] == pytest.approx(250)
+    assert result["all_reduce_overlapped"]["median"] == pytest.approx(0.5)
     assert result["bus_bandwidth_gb"]["median"] == pytest.approx(2.0)
 
 

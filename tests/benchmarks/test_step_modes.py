@@ -14,7 +14,7 @@ from step_modes import (
     measure_interference,
     measure_model,
     measure_updates,
-    open_model,
+    new_train_state,
     resident_batches,
     token_counts,
 )
@@ -27,7 +27,7 @@ from tests.training.runs import alone, tiny_config
 
 @pytest.fixture(scope="module")
 def state(tiny_shards: Path) -> TrainState:
-    return open_model(tiny_config(tiny_shards, steps=100), alone())
+    return new_train_state(tiny_config(tiny_shards, steps=100), alone())
 
 
 class Counted:

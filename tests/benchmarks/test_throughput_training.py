@@ -66,7 +66,7 @@ def test_all_measures_every_mode_and_its_figures_agree_with_each_other(everythin
     assert modes["model"]["data_wait"] == 0
     expected = [c / b for c, b in zip(modes["end-to-end"]["turns"], modes["model"]["turns"], strict=True)]
     assert result["ratios"]["end_to_end"]["median"] == pytest.approx(np.median(expected), rel=1e-3)
-    assert result["limit"].endswith(".")
+    assert result["bottleneck"].endswith(".")
 
 
 def test_the_json_says_on_what_and_with_what_it_was_measured(everything: Path) -> None:

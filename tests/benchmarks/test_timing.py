@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tables import limit, ratios
+from tables import bottleneck, ratios
 from timing import Measured, StepTimings, compiled_graphs, forget_peak, interleave, paired_ratio, peak_gib
 
 from iwm.training.distributed import DistEnv
@@ -103,5 +103,5 @@ def test_ratios_are_taken_turn_by_turn() -> None:
 )
 def test_one_sentence_says_what_limits_the_machine(rates: tuple[float, ...], on_gpu: bool, says: str) -> None:
     named = dict(zip(("data", "model", "interference", "end-to-end"), rates, strict=True))
-    sentence = limit(named, None if on_gpu else named)
+    sentence = bottleneck(named, None if on_gpu else named)
     assert sentence.startswith(says), sentence

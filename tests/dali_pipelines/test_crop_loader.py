@@ -58,7 +58,7 @@ def of_all_squares(folder: Path, crops: CropSettings, **settings: Any) -> Tensor
 def test_labels_and_keys_belong_to_the_images(shards: Path, device: str) -> None:
     endless = loader(shards, device=device)
     seen: set[int] = set()
-    for _ in range(endless.steps_per_epoch):
+    for _ in range(endless.batches_per_epoch):
         batch = next(endless)
         assert batch.images.shape == (8, 32, 32, 3)
         assert (batch.images.dtype, batch.labels.dtype) == (torch.uint8, torch.int64)

@@ -154,14 +154,14 @@ def test_a_restored_loader_goes_on_bit_for_bit(masked: Path, device: str, stoppe
 
 def test_each_epoch_has_every_sample(masked: Path) -> None:
     endless = loader(masked)
-    assert (endless.steps_per_epoch, endless.samples_per_epoch) == (5, 40)
+    assert (endless.batches_per_epoch, endless.samples_per_epoch) == (5, 40)
     assert {key for _ in range(5) for key in next(endless).keys} == {f"train{i:06d}" for i in range(40)}
 
 
 def test_other_crops_and_shards_without_masks_are_refused(masked: Path, shards: Path) -> None:
     with pytest.raises(LoaderStateError, match=r"crops was .*, is "):
         loader(masked, replace(PLAIN, scale=(1.0, 2.0)), state=loader(masked).state_dict())
-    with pytest.raises(AugmentationError, match="scale must be two increasing numbers"):
+    with pytest.raises(AugmentationError, match="must be MIN MAX with 0 < MIN"):
         loader(masked, replace(PLAIN, scale=(2.0, 0.5)))
     with pytest.raises(AugmentationError, match="ignore_index 256"):
         loader(masked, replace(PLAIN, ignore_index=256))

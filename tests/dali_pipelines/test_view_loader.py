@@ -29,7 +29,7 @@ def loader(folder: Path, **settings: Any) -> ViewLoader:
 
 
 def epoch_keys(loader: ViewLoader) -> list[str]:
-    return [key for _ in range(loader.steps_per_epoch) for key in next(loader).keys]
+    return [key for _ in range(loader.batches_per_epoch) for key in next(loader).keys]
 
 
 def copied(batch: ViewBatch) -> list[torch.Tensor]:
@@ -46,7 +46,7 @@ def test_each_epoch_has_every_sample_on_one_rank_and_padding_repeats_a_ranks_las
     shards: Path, world_size: int
 ) -> None:
     ranks = [loader(shards, rank=rank, world_size=world_size) for rank in range(world_size)]
-    steps = ranks[0].steps_per_epoch
+    steps = ranks[0].batches_per_epoch
     assert steps == math.ceil(math.ceil(47 / world_size) / 8)
     for _ in range(3):
         keys = [epoch_keys(rank) for rank in ranks]
@@ -63,7 +63,7 @@ def test_each_epoch_has_every_sample_on_one_rank_and_padding_repeats_a_ranks_las
 def test_ranks_stay_in_step_when_one_has_a_batch_more(tmp_path: Path) -> None:
     write_split(tmp_path, "train", photographs_and_noise(9, side=40), per_shard=(2, 7))
     ranks = [loader(tmp_path, rank=rank, world_size=2, batch_size=4) for rank in range(2)]
-    assert [rank.steps_per_epoch for rank in ranks] == [2, 2]
+    assert [rank.batches_per_epoch for rank in ranks] == [2, 2]
     for _ in range(4):
         keys = [epoch_keys(rank) for rank in ranks]
         assert sorted(set(keys[0]) | set(keys[1])) == [f"train{i:06d}" for i in range(9)]

@@ -41,9 +41,9 @@ class Resident:
         self._dist, self._accumulation = dist, accumulation
         self._size = BATCH // dist.size // accumulation
 
-    def get_batch(self, number: int) -> tuple[Tensor, Tensor]:
-        images, targets = self._images(number // self._accumulation)
-        first = (number % self._accumulation * self._dist.size + self._dist.rank) * self._size
+    def get_batch(self, pass_index: int) -> tuple[Tensor, Tensor]:
+        images, targets = self._images(pass_index // self._accumulation)
+        first = (pass_index % self._accumulation * self._dist.size + self._dist.rank) * self._size
         return images[first : first + self._size], targets[first : first + self._size]
 
     def _images(self, step: int) -> tuple[Tensor, Tensor]:
@@ -54,9 +54,9 @@ class Resident:
     def state(self) -> dict[str, Any]:
         return {}
 
-    def evaluate(self, study: Study, number: int, trials: Sequence[int]) -> list[dict[str, Any]]:
+    def evaluate(self, study: Study, task_index: int, trials: Sequence[int]) -> list[dict[str, Any]]:
         """Return the largest difference between the processes' logits of the same images (`apart`)."""
-        predictions = self._dist.gather(study.predict(self._images(99)[0], number, trials))
+        predictions = self._dist.all_gather(study.predict(self._images(99)[0], task_index, trials))
         return [
             {"top1": 0.0, "apart": max((p[trial] - predictions[0][trial]).abs().max().item() for p in predictions)}
             for trial in range(len(trials))

@@ -77,7 +77,7 @@ class Given:
         self._images = torch.randint(0, 256, (images, side, side, 3), dtype=torch.uint8, generator=generator)
         self._targets = torch.full((images, CLASSES), 1 / CLASSES)
 
-    def get_batch(self, number: int) -> tuple[Tensor, Tensor]:
+    def get_batch(self, pass_index: int) -> tuple[Tensor, Tensor]:
         return self._images, self._targets
 
     def state(self) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def _model(config: Config) -> WorldModel:
 
 
 def plan_of(
-    config: Config, trials: int, images: int, kind: str = "predictor", checkpointing: bool = False
+    config: Config, trials: int, images: int, kind: str = "predictor", grad_checkpointing: bool = False
 ) -> TrainPlan:
     """Return a plan that finetunes `trials` predictors on a frozen encoder, or (kind `encoder`) `trials` encoders."""
     model = _model(config)
@@ -126,10 +126,10 @@ def plan_of(
     def new_trial() -> Trial:
         if kind == "encoder":
             return FinetunedEncoder(
-                teacher.finetune_copy(drop_path=0.2, checkpointing=checkpointing), LinearHead(width, CLASSES)
+                teacher.finetune_copy(drop_path=0.2, grad_checkpointing=grad_checkpointing), LinearHead(width, CLASSES)
             )
         predictor_backbone = PredictorBackbone(
-            copy_pretrained(model.predictor), drop_path=0.2, checkpointing=checkpointing
+            copy_pretrained(model.predictor), drop_path=0.2, grad_checkpointing=grad_checkpointing
         )
         return FinetunedPredictor(
             predictor_backbone, AttentiveHead(width, config.encoder.num_heads, CLASSES), "teacher", 0
@@ -189,9 +189,13 @@ if __name__ == "__main__":
     for title, way, options in (
         ("all at once", all_at_once, {}),
         ("trial by trial", trial_by_trial, {}),
-        ("trial by trial, checkpointing", trial_by_trial, {"checkpointing": True}),
+        ("trial by trial, checkpointing", trial_by_trial, {"grad_checkpointing": True}),
         ("encoders, trial by trial", trial_by_trial, {"kind": "encoder"}),
-        ("encoders, trial by trial, checkpointing", trial_by_trial, {"kind": "encoder", "checkpointing": True}),
+        (
+            "encoders, trial by trial, grad_checkpointing",
+            trial_by_trial,
+            {"kind": "encoder", "grad_checkpointing": True},
+        ),
     ):
         cells = []
         for trials in (1, 2, 4, 8):

@@ -146,13 +146,13 @@ def test_accuracies_are_numpys_and_a_class_that_was_not_learnt_is_never_right(cl
     torch.manual_seed(classes)
     trials = {name: Probe(LinearHead(16, classes, std=1.0), "teacher", 0) for name in ("one", "other")}
     study = Study(trials, FrozenEncoders({}), seeds=[0, 0]).eval()
-    truth_of = torch.cat((torch.randperm(classes), torch.tensor([-1])))
+    train_index = torch.cat((torch.randperm(classes), torch.tensor([-1])))
     features, labels = torch.randn(101, 4, 16), torch.randint(0, classes + 1, (101,))
     parts = (({"teacher": features[at]}, labels[at]) for at in torch.arange(101).split(10))
-    named = Classes([str(number) for number in range(classes)], truth_of)
+    named = Classes([str(number) for number in range(classes)], train_index)
     scores, facts = accuracies(study, 0, [0, 1], parts, named, alone())
 
-    truth = truth_of.numpy()[labels.numpy()]
+    truth = train_index.numpy()[labels.numpy()]
     for trial, score in zip(trials.values(), scores, strict=True):
         layer = trial.head.fc
         logits = features.mean(1).numpy() @ layer.weight.detach().numpy().T + layer.bias.detach().numpy()
@@ -168,9 +168,9 @@ def test_splits_that_number_classes_otherwise_are_matched_by_name(boxes: Path, t
     for split, names in (("train", ["blue", "red", "green"]), ("val", ["yellow", "green", "red"])):
         manifest = load_manifest(boxes, split)
         save_manifest(tmp_path, replace(manifest, columns=[Manifested("label", "cls", names)]))
-    names, truth_of = classes_of(LabelColumn("label", tmp_path, "train", "val", "label", 32), alone())
+    names, train_index = classes_of(LabelColumn("label", tmp_path, "train", "val", "label", 32), alone())
     assert names == ["blue", "red", "green"]
-    assert truth_of.tolist() == [-1, 2, 1]
+    assert train_index.tolist() == [-1, 2, 1]
 
 
 def test_training_on_kept_features_says_what_it_is_of(leverage: Callable[..., Any], run: Path) -> None:

@@ -45,7 +45,8 @@ def test_arm_by_arm_gradients_are_bit_for_bit_those_of_all_at_once() -> None:
 @pytest.mark.parametrize("kind", ["predictor", "encoder"])
 def test_checkpointing_keeps_much_less(kind: str) -> None:
     plain, recomputed = (
-        saved(plan_of(small(), 2, images=2, kind=kind, checkpointing=checkpointing)) for checkpointing in (False, True)
+        saved(plan_of(small(), 2, images=2, kind=kind, grad_checkpointing=grad_checkpointing))
+        for grad_checkpointing in (False, True)
     )
     assert recomputed < 0.4 * plain
 
@@ -83,11 +84,11 @@ def example_of(plan: TrainPlan) -> Any:
     return lambda count: (images[:1].repeat(count, 1, 1, 1), [torch.full((count, CLASSES), 1 / CLASSES)])
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("grad_checkpointing", [False, True])
 @pytest.mark.parametrize("kind", ["predictor", "encoder"])
 @pytest.mark.parametrize("bf16", [False, True])
-def test_the_need_of_few_images_says_that_of_many(kind: str, checkpointing: bool, bf16: bool) -> None:
-    plan = plan_of(small(), 2, images=1, kind=kind, checkpointing=checkpointing)
+def test_the_need_of_few_images_says_that_of_many(kind: str, grad_checkpointing: bool, bf16: bool) -> None:
+    plan = plan_of(small(), 2, images=1, kind=kind, grad_checkpointing=grad_checkpointing)
     example = example_of(plan)
     need = memory_need(plan.study, 1, example, share=64, bf16=bf16, cached=False)
     assert need.of(64) == pytest.approx(
@@ -100,7 +101,7 @@ def test_the_need_holds_what_is_kept_for_backward_and_what_works_beside_it(kind:
     plan = plan_of(small(), 1, images=8, kind=kind)
     need = memory_need(plan.study, 0, example_of(plan), share=64, bf16=False, cached=False)
     assert saved(plan) <= need.of(8) < 1.5 * saved(plan)
-    recomputed = plan_of(small(), 1, images=8, kind=kind, checkpointing=True)
+    recomputed = plan_of(small(), 1, images=8, kind=kind, grad_checkpointing=True)
     assert (
         memory_need(recomputed.study, 0, example_of(plan), share=64, bf16=False, cached=False).image < 0.6 * need.image
     )
@@ -159,7 +160,7 @@ def test_the_micro_batch_is_what_fits_and_a_run_says_why(
     assert load(run / f"eval/{name}/last.pt")["split"]["micro_batch_size"] == 10
     room(name, 0)
     with pytest.raises(
-        ConfigError, match=r"--micro-batch-size: none fits: the largest trial needs .* GiB are for a pass; "
+        ConfigError, match=r"--micro-batch-size: no size fits: the largest trial needs .* GiB of free memory; "
     ):
         leverage(name, output=run / "eval/none.json")
 

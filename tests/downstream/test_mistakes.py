@@ -87,7 +87,7 @@ def of_timm(vit: Path, boxes: Path, size: int = 48) -> list[object]:
         ("segmentation --classes 1", "--classes 1: must be from 2 to 255"),
         ("segmentation --channels 0", "--channels 0: must be at least 1"),
         ("segmentation --parts encoder encoder", "--parts: give at least one value, each only once"),
-        ("segmentation --epochs 3", "--epochs 3: --steps 160000 sets the length; use --steps None too"),
+        ("segmentation --epochs 3", "--epochs 3: --steps 160000 sets the length; omit --epochs, or add --steps None"),
         ("segmentation --drop-path 2", "--drop-path 2.0: must be at least 0 and below 1"),
     ],
 )
@@ -111,7 +111,7 @@ def test_options_that_cannot_be_are_told_before_anything_is_read(told: Told, wor
         ("linear --micro-batch-size 3", "--micro-batch-size 3 does not divide the 20 images"),
         (
             "linear --micro-batch-size None --crops.crop-scale 0.5 0.1",
-            "--crops: crop_scale 0.5 0.1 must be two increasing shares, above 0",
+            "--crops: crop_scale 0.5 0.1 must be MIN MAX with 0 < MIN",
         ),
         (
             "linear --micro-batch-size None --crops.size 17",

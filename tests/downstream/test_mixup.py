@@ -33,7 +33,7 @@ def batch(size: int = 32, count: int = 8) -> tuple[Tensor, Tensor]:
 
 
 def mixed(mixing: MixupSettings, step: int, size: int = 32, **chosen: Any) -> tuple[Tensor, Tensor]:
-    return apply_mixup(*batch(size), CLASSES, mixing, **{"seed": 0, "rank": 0} | chosen, step=step)
+    return apply_mixup(*batch(size), CLASSES, mixing, **{"seed": 0, "rank": 0} | chosen, pass_index=step)
 
 
 def one_hot() -> Tensor:
@@ -42,7 +42,7 @@ def one_hot() -> Tensor:
 
 def test_nothing_to_do_leaves_the_images_as_they_are() -> None:
     images, labels = batch()
-    pixels, targets = apply_mixup(images, labels, CLASSES, MixupSettings.none(), seed=0, step=0, rank=0)
+    pixels, targets = apply_mixup(images, labels, CLASSES, MixupSettings.none(), seed=0, pass_index=0, rank=0)
     assert pixels is images
     assert torch.equal(targets, one_hot())
 
@@ -163,8 +163,8 @@ def test_other_generators_go_on_as_if_nothing_was_drawn() -> None:
 def test_an_odd_batch_is_mixed_by_nobody() -> None:
     odd = batch(count=7)
     with pytest.raises(ConfigError, match="7 images are an odd number; use an even --batch-size"):
-        apply_mixup(*odd, CLASSES, MixupSettings(), seed=0, step=0, rank=0)
-    pixels, _ = apply_mixup(*odd, CLASSES, ONLY_ERASING, seed=0, step=0, rank=0)
+        apply_mixup(*odd, CLASSES, MixupSettings(), seed=0, pass_index=0, rank=0)
+    pixels, _ = apply_mixup(*odd, CLASSES, ONLY_ERASING, seed=0, pass_index=0, rank=0)
     assert len(pixels) == 7
 
 
@@ -187,7 +187,7 @@ def test_nothing_is_read_back_from_the_device() -> None:
     images, labels = batch()
     with NoReads():
         for step in range(8):
-            apply_mixup(images, labels, CLASSES, MixupSettings(), seed=0, step=step, rank=0)
+            apply_mixup(images, labels, CLASSES, MixupSettings(), seed=0, pass_index=step, rank=0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no usable GPU here")
@@ -197,12 +197,12 @@ def test_a_gpu_does_the_same_without_being_waited_for() -> None:
     before = torch.cuda.get_rng_state()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        made = [apply_mixup(*on_gpu, CLASSES, MixupSettings(0.0), seed=0, step=step, rank=0) for step in range(8)]
-        apply_mixup(*on_gpu, CLASSES, MixupSettings(), seed=0, step=0, rank=0)
+        made = [apply_mixup(*on_gpu, CLASSES, MixupSettings(0.0), seed=0, pass_index=step, rank=0) for step in range(8)]
+        apply_mixup(*on_gpu, CLASSES, MixupSettings(), seed=0, pass_index=0, rank=0)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(torch.cuda.get_rng_state(), before)
     for step, (pixels, targets) in enumerate(made):
-        expected = apply_mixup(images, labels, CLASSES, MixupSettings(0.0), seed=0, step=step, rank=0)
+        expected = apply_mixup(images, labels, CLASSES, MixupSettings(0.0), seed=0, pass_index=step, rank=0)
         assert torch.allclose(pixels.cpu(), expected[0], atol=1e-3)
         assert torch.allclose(targets.cpu(), expected[1], atol=1e-6)

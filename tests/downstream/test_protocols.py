@@ -42,7 +42,7 @@ def test_a_protocol_runs_and_says_what_it_did(
         assert trial["skipped_steps"] == 0
     assert result["chosen"] in result["trials"]
     best = torch.load(run / "eval" / name / "best.pt", weights_only=True)
-    assert best["arm"] in result["trials"]
+    assert best["trial"] in result["trials"]
     assert best["classes"] == ["blue", "green", "red"]
     assert (run / "report.html").exists()
 

@@ -200,15 +200,15 @@ def test_best_is_the_best_epoch_of_the_best_arm(monkeypatch: pytest.MonkeyPatch,
     reached = {name: [line[f"top1/{name}"] for line in curve] for name in result["trials"]}
     best = load(run / "eval/linear/best.pt")
     top = max(max(scores) for scores in reached.values())
-    assert max(reached[best["arm"]]) == best["scores"]["label"]["top1"] == top
-    assert best["arm"] == result["chosen"]
-    place = reached[best["arm"]].index(top)
+    assert max(reached[best["trial"]]) == best["scores"]["label"]["top1"] == top
+    assert best["trial"] == result["chosen"]
+    place = reached[best["trial"]].index(top)
     assert best["epoch"] == pytest.approx(curve[place]["step"] / 6)
     assert len({score for scores in reached.values() for score in scores}) > 5, "nothing is told apart"
     for name, trial in result["trials"].items():
         assert trial["best"]["score"] == max(reached[name])
         assert trial["top1"]["mean"] == reached[name][-1]
-    study, number = plans[0].study.eval(), list(result["trials"]).index(best["arm"])
+    study, number = plans[0].study.eval(), list(result["trials"]).index(best["trial"])
     study.trials[number].load_state_dict(best["state"])
     assert plans[0].tasks[0].evaluate(study, 0, [number])[0]["top1"] == top
 

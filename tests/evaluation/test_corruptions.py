@@ -41,32 +41,32 @@ def _undone(
 @pytest.mark.parametrize("op", ["grayscale", "blur", "solarize"])
 def test_what_destroys_is_undone_by_a_model_that_is_told(op: str, smooth_images: Tensor) -> None:
     _, scores = _undone(Knowing(smooth_images[0]), smooth_images[0])
-    assert scores[op]["told"] > 0.95
+    assert scores[op]["with_action"] > 0.95
     assert scores[op]["restored"] == 1
-    assert scores[op]["not_told"] < scores[op]["told"] - 0.15
+    assert scores[op]["without_action"] < scores[op]["with_action"] - 0.15
     assert scores[op]["shuffled"] < 0.15
 
 
 def test_a_jittered_source_is_turned_by_what_is_left_to_the_copy(smooth_images: Tensor) -> None:
     _, scores = _undone(Oracle(), smooth_images[1])
-    assert scores["hue"]["told"] > 0.8
-    assert scores["hue"]["not_told"] < scores["hue"]["told"] - 0.15
+    assert scores["hue"]["with_action"] > 0.8
+    assert scores["hue"]["without_action"] < scores["hue"]["with_action"] - 0.15
     assert scores["hue"]["restored"] > 0.4
 
 
 def test_the_clean_source_is_told_nothing_to_undo_and_scores_as_mrr_does(smooth_images: Tensor) -> None:
     settings = replace(SETTINGS, num_queries=64)
     _, scores = _undone(Oracle(), smooth_images[2], settings)
-    assert scores[""]["told"] == scores[""]["not_told"]
+    assert scores[""]["with_action"] == scores[""]["without_action"]
     ranks = compute_ranks(Oracle(), smooth_images[2:3], settings.bank).actions
-    assert scores[""]["told"] == pytest.approx((1 / ranks[0, 0]).mean().item())
+    assert scores[""]["with_action"] == pytest.approx((1 / ranks[0, 0]).mean().item())
 
 
 def test_a_model_blind_to_the_action_scores_chance_from_every_source(smooth_images: Tensor) -> None:
     _, scores = _undone(Blind(), smooth_images[3], replace(SETTINGS, num_queries=64))
     for score in scores.values():
-        assert score["told"] == pytest.approx(chance_mrr(64), rel=0.05)
-        assert score["told"] == score["not_told"]
+        assert score["with_action"] == pytest.approx(chance_mrr(64), rel=0.05)
+        assert score["with_action"] == score["without_action"]
 
 
 def test_pictures_show_the_source_and_what_undoing_retrieves(smooth_images: Tensor) -> None:
@@ -145,8 +145,8 @@ def test_every_kind_of_run_is_asked(
     for op in ops.values():
         assert all(0 < op[score]["mean"] <= 1 for score in SCORE_NAMES)
     if action.conditioning == "none":
-        assert ops["blur"]["told"] == ops["blur"]["not_told"]
-        assert ops["blur"]["told"]["mean"] == pytest.approx(chance_mrr(16))
+        assert ops["blur"]["with_action"] == ops["blur"]["without_action"]
+        assert ops["blur"]["with_action"]["mean"] == pytest.approx(chance_mrr(16))
         assert "by construction" in " ".join(capsys.readouterr().out.split())
     assert Image.open(run / "eval" / result["picture"]).width > 400
     assert "Undoing corruptions" in (run / "report.html").read_text()

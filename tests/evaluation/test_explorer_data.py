@@ -85,7 +85,7 @@ def test_words_of_the_axes_and_of_the_source_make_up_the_whole_action(jitter: st
     spec = action_spec(ActionConfig(jitter_encoding=jitter), views)
     made = explorer.action_grid(views.target, 3)
     words = explorer.axis_labels(made, spec)
-    blurred = torch.tensor(explorer.corrupted_views(1.0)["blur"])
+    blurred = torch.tensor(explorer.source_params(1.0)["blur"])
     places = np.unravel_index(range(81), (3, 3, 3, 3))
     for params, *at in zip(made.params, *places, strict=True):
         said = [words[axis][place] for axis, place in zip(made.axes, at, strict=True)]
@@ -100,7 +100,7 @@ def test_every_prediction_is_the_one_that_its_action_makes(tmp_path: Path, confi
     context = load_eval_context(explorer.ExplorerSettings(checkpoint=run))
     image = context.first_images(1)[0][0]
     made = explorer.action_grid(context.config.views.target, 2)
-    states = explorer.corrupted_views(1.0)
+    states = explorer.source_params(1.0)
     views, of_sources = made.params.to(image.device), torch.tensor(list(states.values()), device=image.device)
     answers = explorer.predict_views(context.model, image, views, of_sources, batch_size=5)
     grey = torch.tensor(states["grayscale"], device=image.device)[None]

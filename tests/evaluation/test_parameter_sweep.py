@@ -135,10 +135,10 @@ def test_every_kind_of_run_gets_its_grids(
     result = json.loads((run / "eval" / "parameter-sweep.json").read_bytes())
     assert len(result["series"]) == {"sequence": 10}.get(action.conditioning, 7 - (views.target.saturation == 0))
     for series in result["series"]:
-        assert len(series["told"]["retrieved"]) == len(series["wanted"]) == len(series["values"])
-        assert -1 <= series["told"]["correlation"]["mean"] <= 1
+        assert len(series["with_action"]["retrieved"]) == len(series["target"]) == len(series["values"])
+        assert -1 <= series["with_action"]["correlation"]["mean"] <= 1
     if action.conditioning == "none":
-        assert {s["told"]["correlation"]["mean"] for s in result["series"] if not s["undo"]} == {0}
+        assert {s["with_action"]["correlation"]["mean"] for s in result["series"] if not s["undo"]} == {0}
         assert "by construction" in " ".join(capsys.readouterr().out.split())
     assert Image.open(run / "eval" / result["pictures"][0]["picture"]).height > 500
     assert "Parameter sweeps" in (run / "report.html").read_text()

@@ -161,8 +161,8 @@ def test_drop_path_grows_linearly_with_depth_and_is_off_in_evaluation(kind: str)
 
 def test_recomputed_activations_drop_the_same_paths() -> None:
     gradients = []
-    for checkpointing in (False, True):
-        trained = made("ours")[0].finetune_copy(drop_path=0.5, checkpointing=checkpointing)
+    for grad_checkpointing in (False, True):
+        trained = made("ours")[0].finetune_copy(drop_path=0.5, grad_checkpointing=grad_checkpointing)
         torch.manual_seed(3)
         sum(layer.square().sum() for layer in trained.get_intermediate_layers(pictures(), 2)).backward()
         gradients.append({name: p.grad for name, p in trained.named_parameters() if p.requires_grad})

@@ -248,18 +248,18 @@ def test_a_decoder_that_is_not_there_is_not_made_up(tmp_path: Path) -> None:
 def test_a_file_of_another_kind_is_told_apart(name: str, tmp_path: Path) -> None:
     kind, path, _ = published(name, tmp_path)
     for wrong in (each for each in FORMATS if each != kind):
-        message = f"is not a checkpoint of kind {wrong}: it looks like {kind}$"
+        message = f"is not a checkpoint in the format {wrong}: it looks like {kind}$"
         with pytest.raises(ExternalCheckpointError, match=message):
             load_external(wrong, path, heads=4)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_missing_superfluous_and_misshaped_tensors_are_named(name: str, tmp_path: Path) -> None:
+def test_missing_unexpected_and_misshaped_tensors_are_named(name: str, tmp_path: Path) -> None:
     whole = vit_state(class_token=PUBLISHED[name][0] != "ijepa")
     faults = {
         "blocks.1.norm2.bias is missing": {key: whole[key] for key in whole if key != "blocks.1.norm2.bias"},
         "patch_embed.proj.weight is missing": {key: whole[key] for key in whole if key != "patch_embed.proj.weight"},
-        "fc_norm.weight is superfluous": {**whole, "fc_norm.weight": torch.zeros(32)},
+        "fc_norm.weight is unexpected": {**whole, "fc_norm.weight": torch.zeros(32)},
         r"norm.bias is \[31\], not \[32\]": {**whole, "norm.bias": torch.zeros(31)},
         "which is not a square number": {**whole, "pos_embed": torch.zeros(1, 15, 32)},
         r"pos_embed is \[1, 1[67], 30\]": {**whole, "pos_embed": whole["pos_embed"][..., :30]},
@@ -297,7 +297,7 @@ def test_what_is_no_checkpoint_is_refused_in_words(tmp_path: Path) -> None:
         load_external("dino", path)
     with pytest.raises(ExternalCheckpointError, match="heads=5 does not divide the width 32"):
         load_external("dino", path, heads=5)
-    with pytest.raises(ExternalCheckpointError, match="kind 'simclr' does not exist"):
+    with pytest.raises(ExternalCheckpointError, match="format 'simclr' does not exist"):
         load_external("simclr", path)
 
 

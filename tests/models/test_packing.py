@@ -82,7 +82,7 @@ def test_packed_and_padded_give_the_same_loss_and_gradients(
     extra = model.predictor.num_action_tokens
     room = mask_buffer_sizes(MaskingConfig(type=kind), GRID, extra, BATCH) if fixed else None
     packed = pack_masks(masks, room, extra)
-    assert (packed.rows is None) == (kind == "iwm")
+    assert (packed.predictor is None) == (kind == "iwm")
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         ours, theirs = model(*images, packed), padded_loss(model, *images, masks)
     both = zip(gradients(model, ours), gradients(model, theirs), strict=True)
@@ -126,9 +126,9 @@ def test_every_visible_patch_is_packed_once_whatever_the_buffer(fixed: BufferSiz
         assert packing.cu_seqlens[-1] == len(packing.token_index)
         lengths = packing.cu_seqlens.diff()
         assert torch.equal(lengths[:BATCH].long(), visible.sum(1))
-        assert lengths.max() <= packing.padding_mask.shape[1] <= GRID**2
-        assert torch.equal(packing.padding_mask.sum(1), lengths.long())
-        assert packing.padding_mask.flatten()[packing.padded_index].all()
+        assert lengths.max() <= packing.token_mask.shape[1] <= GRID**2
+        assert torch.equal(packing.token_mask.sum(1), lengths.long())
+        assert packing.token_mask.flatten()[packing.padded_index].all()
         assert len(packing.padded_index.unique()) == len(packing.padded_index)
 
 
@@ -151,7 +151,7 @@ def test_at_most_one_token_in_25_is_filling(name: str, images: int) -> None:
     needed = token_statistics(config.masking, config.grid_size)
     buffers = mask_buffer_sizes(config.masking, config.grid_size, 0, images)
     context = buffers.context.tokens / images
-    predictor = buffers.rows.tokens / images if separate else n
+    predictor = buffers.predictor.tokens / images if separate else n
     # The target encoder has no padding.
     assert 1 <= (context + n + predictor) / (needed.visible + n + (needed.predicted if separate else n)) <= 1.04
     if config.masking.type == "iwm":

@@ -170,9 +170,9 @@ def test_layers_are_the_queries_of_the_last_blocks_at_any_grid(conditioning: str
 def test_drop_path_is_linear_and_recomputed_activations_drop_the_same() -> None:
     model = world_model()
     gradients = []
-    for checkpointing in (False, True):
+    for grad_checkpointing in (False, True):
         predictor_backbone = PredictorBackbone(
-            copy_pretrained(model.predictor), drop_path=0.4, checkpointing=checkpointing
+            copy_pretrained(model.predictor), drop_path=0.4, grad_checkpointing=grad_checkpointing
         )
         rates = [part.drop_prob for part in predictor_backbone.modules() if isinstance(part, DropPath)]
         assert rates == [pytest.approx(rate) for rate in (0.2, 0.2, 0.4, 0.4)]

@@ -28,8 +28,8 @@ def _grids() -> dict[str, Any]:
         "undo": False,
         "trained": False,
         "values": [-0.1, 0.0, 0.1],
-        "wanted": [-0.1, 0.0, 0.1],
-        "told": part,
+        "target": [-0.1, 0.0, 0.1],
+        "with_action": part,
         "control": {"kind": "shuffled actions", **part, "correlation": _score(0.013)},
     }
     how = {"images": 5, "distance": "pooled", "context": "teacher", "conditioning": "none"}
@@ -56,7 +56,12 @@ def test_a_band_stays_inside_the_chart() -> None:
 
 def test_undoing_shows_each_op_with_its_controls_and_the_ceiling(tmp_path: Path) -> None:
     def scores(told: float) -> dict[str, Any]:
-        return {"told": _score(told), "not_told": _score(0.111), "shuffled": _score(0.022), "restored": _score(0.4)}
+        return {
+            "with_action": _score(told),
+            "without_action": _score(0.111),
+            "shuffled": _score(0.022),
+            "restored": _score(0.4),
+        }
 
     strengths = [{"strength": "σ 0.5 px", **scores(0.2)}, {"strength": "σ 2.0 px", **scores(0.345)}]
     result = {

@@ -177,7 +177,7 @@ def test_a_sample_without_a_component_is_found(out):
 def test_a_key_in_two_shards_is_found(out):
     first = list(read_tar(out / "train-000000.tar").items())[:4]
     rewrite(out, 1, lambda members: members + first)
-    assert "occurs in two shards" in problems(out, decode=False)
+    assert "occurs twice; remake the split" in problems(out, decode=False)
 
 
 def test_an_index_of_other_members_is_found_behind_right_hashes(out):

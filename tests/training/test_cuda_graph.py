@@ -11,7 +11,7 @@ from iwm.config import MaskingConfig, OptimConfig, TrainConfig
 from iwm.masking import pack_masks
 from iwm.models.world_model import WorldModel
 from iwm.training.checkpoint import load_newest
-from iwm.training.cuda_graph import WARMUP_STEPS, GraphedGradient, gradient_for
+from iwm.training.cuda_graph import WARMUP_STEPS, GraphedForwardBackward, build_forward_backward
 from iwm.training.distributed import init_distributed
 from iwm.training.step import prepare_masks, sample_step_masks
 from tests.training.runs import alone, assert_same, command, finish, tiny_config
@@ -48,9 +48,9 @@ def test_a_batch_of_another_shape_runs_and_the_next_is_captured_again(accumulati
     with init_distributed(train) as dist:
         torch.manual_seed(0)
         model = WorldModel(config).setup(dist.device, compiled=True)
-        graphed, _ = gradient_for(model, model, dist)
-        assert isinstance(graphed, GraphedGradient)
-        eager, _ = gradient_for(model, model, replace(dist, size=2))
+        graphed, _ = build_forward_backward(model, model, dist)
+        assert isinstance(graphed, GraphedForwardBackward)
+        eager, _ = build_forward_backward(model, model, replace(dist, size=2))
         size = BATCH // accumulation
         for step in range(2 * WARMUP_STEPS + 3):
             cpu = [batch_of(part * size, size, step) for part in range(accumulation)]
@@ -73,6 +73,6 @@ def test_a_batch_of_another_shape_runs_and_the_next_is_captured_again(accumulati
 def test_without_a_gpu_steps_run_kernel_by_kernel_and_this_is_reported() -> None:
     config = tiny_config(Path("unused"), 4)
     model = WorldModel(config)
-    assert gradient_for(model, model, alone())[1] == "kernel by kernel (no GPU)"
+    assert build_forward_backward(model, model, alone())[1] == "kernel by kernel (no GPU)"
     off = WorldModel(replace(config, train=replace(config.train, cuda_graph=False)))
-    assert gradient_for(off, off, alone())[1] == "kernel by kernel"
+    assert build_forward_backward(off, off, alone())[1] == "kernel by kernel"

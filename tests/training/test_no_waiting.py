@@ -12,7 +12,7 @@ from dali_pipelines.loader import ViewBatch
 from iwm.config import ActionConfig, MaskingConfig, OptimConfig, TrainConfig
 from iwm.masking import PackedMasks
 from iwm.models.world_model import WorldModel
-from iwm.training.cuda_graph import WARMUP_STEPS, gradient_for
+from iwm.training.cuda_graph import WARMUP_STEPS, build_forward_backward
 from iwm.training.optim import ScheduleValues, build_optimizer
 from iwm.training.parallel import parallelize
 from iwm.training.step import prepare_masks, train_step
@@ -48,7 +48,7 @@ def prepared(kind: str, conditioning: str, device: torch.device) -> tuple[Any, .
     )
     dist = replace(alone(), device=device)
     model = WorldModel(config).setup(device, compiled=config.train.compile)
-    gradient, _ = gradient_for(model, parallelize(model, dist, 1), dist)
+    gradient, _ = build_forward_backward(model, parallelize(model, dist, 1), dist)
     optimizer, _ = build_optimizer(model, config.optim, device)
     batch = batch_of(0, BATCH, 0)
     batch = ViewBatch(*(part.to(device) for part in batch[:3]), batch.label, batch.keys)

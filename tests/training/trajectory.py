@@ -19,7 +19,7 @@ from iwm.models.world_model import WorldModel
 from iwm.training.distributed import DistEnv, init_distributed
 from iwm.training.optim import ScheduleValues, build_optimizer
 from iwm.training.parallel import full_tensor, parallelize
-from iwm.training.step import Gradient, prepare_masks, train_step
+from iwm.training.step import ForwardBackward, prepare_masks, train_step
 from tests.training.runs import tiny_config
 
 BATCH, STEPS = 8, 4
@@ -44,7 +44,7 @@ def trajectory(
     config = replace(tiny_config(Path("unused"), STEPS), train=train, optim=OptimConfig(grad_clip=0.5))
     torch.manual_seed(0)
     model = WorldModel(config).setup(dist.device, compiled=train.compile)
-    gradient = Gradient(model, parallelize(model, dist, accumulation))
+    gradient = ForwardBackward(model, parallelize(model, dist, accumulation))
     optimizer, _ = build_optimizer(model, config.optim, dist.device)
     size = BATCH // dist.size // accumulation
     losses = []

@@ -1,6 +1,6 @@
-"""Checkpoint formats of other projects: location of the encoder, and recognition of a file's kind.
+"""Checkpoint formats of other projects: location of the encoder, and recognition of a file's format.
 
-| kind | published as | the encoder |
+| format | published as | the encoder |
 | --- | --- | --- |
 | mae | mae_pretrain_vit_*.pth, mae_visualize_vit_*.pth (with the decoder) | under `model` |
 | ijepa | IN1K-vit.h.14-300e.pth.tar | under `target_encoder`, each name after `module.` |
@@ -40,7 +40,7 @@ class NoDecoderError(ExternalCheckpointError):
 def read_file(path: Path) -> dict[str, Any]:
     """Read a .pth or .safetensors file, on the CPU. Raises ExternalCheckpointError where it cannot be read."""
     if not path.is_file():
-        raise ExternalCheckpointError(f"{path} does not exist")
+        raise ExternalCheckpointError(f"{path} does not exist; correct the path")
     try:
         if path.suffix == ".safetensors":
             content = load_file(path)
@@ -58,22 +58,22 @@ def read_file(path: Path) -> dict[str, Any]:
     return content
 
 
-def find_encoder(kind: str, content: dict[str, Any], path: Path) -> State:
+def find_encoder(format_name: str, content: dict[str, Any], path: Path) -> State:
     """Return the encoder's tensors by their names in timm's ViT (MAE: with the decoder's under their published names).
 
-    Raises ExternalCheckpointError where the file does not have the published form of `kind`; the message names the kind
-    that it looks like.
+    Raises ExternalCheckpointError where the file does not have the published form of `format_name`; the message names
+    the format that it looks like.
     """
-    found = _FORMS[kind](content)
+    found = _FORMS[format_name](content)
     if found is None:
-        raise ExternalCheckpointError(f"{path} is not a checkpoint of kind {kind}: {_looks_like(content)}")
+        raise ExternalCheckpointError(f"{path} is not a checkpoint in the format {format_name}: {_looks_like(content)}")
     return found
 
 
 def _looks_like(content: dict[str, Any]) -> str:
-    kinds = [kind for kind, form in _FORMS.items() if form(content) is not None]
-    if kinds:
-        return f"it looks like {' or '.join(kinds)}"
+    formats = [format_name for format_name, form in _FORMS.items() if form(content) is not None]
+    if formats:
+        return f"it looks like {' or '.join(formats)}"
     if "format" in content and "config" in content:
         return "it is a checkpoint of this program, for iwm.load"
     return f"it looks like none of {', '.join(_FORMS)}; it holds {', '.join(map(str, list(content)[:6]))}"

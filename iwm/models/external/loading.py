@@ -32,7 +32,7 @@ DECODER_HEADS = {512: 16}
 
 
 def load_external(
-    kind: str,
+    format_name: str,
     path: Path | str | None,
     *,
     name: str | None = None,
@@ -43,45 +43,47 @@ def load_external(
 ) -> ExternalEncoder:
     """Load a published encoder, frozen and in evaluation mode, on the CPU.
 
-    kind: mae, ijepa, moco_v3, dino or ibot, from the published file (formats.py); or `timm`: the timm ViT `name`, from
-    a file of its parameters or, with path None, from timm's pretrained weights (downloaded).
+    format_name: mae, ijepa, moco_v3, dino or ibot, from the published file (formats.py); or `timm`: the timm ViT
+    `name`, from a file of its parameters or, with path None, from timm's pretrained weights (downloaded).
     image_size: side (pixels); for sizes other than the published one, positions are interpolated (bicubic).
     heads, decoder_heads: number of heads, for widths that were never published. decoder: also load MAE's decoder.
 
-    Raises ExternalCheckpointError for a file of another kind (which the message names), for missing, superfluous or
-    misshapen tensors (which it lists), and for options that the kind does not support; its subclass NoDecoderError for
-    `decoder` with a file that has none.
+    Raises ExternalCheckpointError for a file of another format (which the message names), for missing, unexpected or
+    misshapen tensors (which it lists), and for options that the format does not support; its subclass NoDecoderError
+    for `decoder` with a file that has none.
     """
-    if decoder and kind != "mae":
-        raise ExternalCheckpointError(f"only mae has a decoder, {kind} has none")
-    if kind == "timm":
+    if decoder and format_name != "mae":
+        raise ExternalCheckpointError(f"only mae has a decoder, {format_name} has none")
+    if format_name == "timm":
         return _frozen(_load_timm(name, path, image_size))
-    if kind not in FORMATS:
-        raise ExternalCheckpointError(f"kind '{kind}' does not exist; use one of {', '.join(FORMATS)}, timm")
+    if format_name not in FORMATS:
+        raise ExternalCheckpointError(f"format '{format_name}' does not exist; use one of {', '.join(FORMATS)}, timm")
     if path is None or name is not None:
-        raise ExternalCheckpointError(f"{kind} is loaded from its own file (path); a name is for kind timm")
+        raise ExternalCheckpointError(f"{format_name} is loaded from its own file (path); a name is for format timm")
     path = Path(path)
-    state = find_encoder(kind, read_file(path), path)
+    state = find_encoder(format_name, read_file(path), path)
     decoder_keys = (
-        {key for key in state if key == "mask_token" or key.startswith("decoder_")} if kind == "mae" else set()
+        {key for key in state if key == "mask_token" or key.startswith("decoder_")} if format_name == "mae" else set()
     )
     encoder_state = {key: value for key, value in state.items() if key not in decoder_keys}
-    vit = _published_vit(kind, encoder_state, path, image_size, heads)
+    vit = _published_vit(format_name, encoder_state, path, image_size, heads)
     if not decoder:
-        return _frozen(ExternalEncoder(kind, vit, IMAGENET_MEAN, IMAGENET_STD))
+        return _frozen(ExternalEncoder(format_name, vit, IMAGENET_MEAN, IMAGENET_STD))
     if not decoder_keys:
         raise NoDecoderError(f"{path} holds MAE's encoder alone; files with the decoder are mae_visualize_vit_*.pth")
     mae_decoder = _decoder({key: state[key] for key in decoder_keys}, vit, path, decoder_heads)
-    return _frozen(ExternalEncoder(kind, vit, IMAGENET_MEAN, IMAGENET_STD, mae_decoder))
+    return _frozen(ExternalEncoder(format_name, vit, IMAGENET_MEAN, IMAGENET_STD, mae_decoder))
 
 
 def _frozen(encoder: ExternalEncoder) -> ExternalEncoder:
     return encoder.requires_grad_(False).eval()
 
 
-def _published_vit(kind: str, state: State, path: Path, image_size: int | None, heads: int | None) -> VisionTransformer:
+def _published_vit(
+    format_name: str, state: State, path: Path, image_size: int | None, heads: int | None
+) -> VisionTransformer:
     """Return a ViT with the width, depth, patch size and tensors of the file."""
-    class_token = kind != "ijepa"
+    class_token = format_name != "ijepa"
     width, _, patch, _ = _shape(state, "patch_embed.proj.weight", 4, path)
     hidden, _ = _shape(state, "blocks.0.mlp.fc1.weight", 2, path)
     grid = _grid(state, "pos_embed", int(class_token), path)
@@ -90,7 +92,7 @@ def _published_vit(kind: str, state: State, path: Path, image_size: int | None, 
         patch_size=patch,
         embed_dim=width,
         depth=_depth(state, "blocks"),
-        num_heads=_heads(heads, HEADS[kind], width, "heads", path),
+        num_heads=_heads(heads, HEADS[format_name], width, "heads", path),
         mlp_ratio=(hidden + 0.5) / width,  # timm rounds ratio · width down; the added half keeps the exact width
         class_token=class_token,
         global_pool="token" if class_token else "avg",
@@ -124,7 +126,7 @@ def _decoder(state: State, vit: VisionTransformer, path: Path, heads: int | None
 def _load_timm(name: str | None, path: Path | str | None, image_size: int | None) -> ExternalEncoder:
     if name is None or not timm.is_model(name):
         raise ExternalCheckpointError(
-            f"kind timm needs the name of a timm ViT, such as vit_base_patch16_224; '{name}' is not one"
+            f"format timm needs the name of a timm ViT, such as vit_base_patch16_224; '{name}' is not one"
         )
     if path is None and not timm.get_pretrained_cfg(name).has_weights:
         raise ExternalCheckpointError(f"timm has no pretrained weights for {name}; give a file (path)")
@@ -159,7 +161,7 @@ def _load_strictly(module: nn.Module, state: Mapping[str, Tensor], path: Path) -
     expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
     found = {key: tuple(value.shape) if isinstance(value, Tensor) else () for key, value in state.items()}
     problems = [f"{key} is missing" for key in expected if key not in found]
-    problems += [f"{key} is superfluous" for key in found if key not in expected]
+    problems += [f"{key} is unexpected" for key in found if key not in expected]
     problems += [
         f"{key} is {list(found[key])}, not {list(shape)}"
         for key, shape in expected.items()
@@ -167,15 +169,15 @@ def _load_strictly(module: nn.Module, state: Mapping[str, Tensor], path: Path) -
     ]
     if problems:
         more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ExternalCheckpointError(f"{path} does not fit: {'; '.join(problems[:3])}{more}")
+        raise ExternalCheckpointError(f"{path} does not match the ViT: {'; '.join(problems[:3])}{more}")
     module.load_state_dict(state, strict=True)
 
 
 def _shape(state: Mapping[str, Any], key: str, dimensions: int, path: Path) -> tuple[int, ...]:
     if key not in state:
-        raise ExternalCheckpointError(f"{path} does not fit: {key} is missing")
+        raise ExternalCheckpointError(f"{path} does not match the ViT: {key} is missing")
     if not isinstance(state[key], Tensor) or state[key].ndim != dimensions:
-        raise ExternalCheckpointError(f"{path} does not fit: {key} is not a tensor of {dimensions} dimensions")
+        raise ExternalCheckpointError(f"{path} does not match the ViT: {key} does not have {dimensions} dimensions")
     return tuple(state[key].shape)
 
 
@@ -184,7 +186,7 @@ def _grid(state: Mapping[str, Any], key: str, prefix: int, path: Path) -> int:
     count = _shape(state, key, 3, path)[1] - prefix
     grid = math.isqrt(max(count, 0))
     if grid == 0 or grid**2 != count:
-        raise ExternalCheckpointError(f"{path} does not fit: {key} has {count} positions, which is not a square number")
+        raise ExternalCheckpointError(f"{path} does not match the ViT: {key} has {count} positions, not a square")
     return grid
 
 

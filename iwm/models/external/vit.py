@@ -103,7 +103,7 @@ class MaeDecoder(nn.Module):
 
     All positions are visible and predicted.
     The context is the class token and all n patches, the queries are n mask tokens, as for this project's predictor
-    (section 5.1). The output are the queries.
+    (section 5.1). The queries are the output.
     """
 
     num_prefix_tokens = 1
