@@ -89,12 +89,8 @@ class FinetunedPredictor(Trial):
         """
         super().__init__()
         self.predictor_backbone, self.head = predictor_backbone, head
-        self._features, self._prefix, self._action_sampler, self._task = (
-            features,
-            num_prefix_tokens,
-            action_sampler,
-            task,
-        )
+        self._features, self._prefix, self._task = features, num_prefix_tokens, task
+        self._action_sampler = action_sampler
 
     def loss(self, shared: SharedInputs, targets: Sequence[Tensor]) -> Float[Tensor, ""]:
         tokens = shared[self._features]
