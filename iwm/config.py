@@ -105,7 +105,7 @@ class MaskingConfig:
     """Masks: patches that are hidden from the context encoder and predicted (A.1)."""
 
     type: Literal["iwm", "ijepa"] = "iwm"
-    """Kind of masks. `iwm`: the union of the blocks is dropped and predicted in one pass.
+    """Kind of masks. `iwm`: the union of the blocks is masked and predicted in one pass.
     `ijepa`: each block is predicted separately, from a context block that excludes all of them."""
     num_blocks: Annotated[int, Range(min=1)] = 4
     """Number of blocks per image."""
@@ -125,7 +125,7 @@ class LossConfig:
     type: Literal["l2", "smooth_l1"] = "l2"
     """`l2`: squared error. `smooth_l1`: smooth L1, as in I-JEPA."""
     predict: Literal["masked", "all"] = "masked"
-    """Patches in the loss. `masked`: the dropped patches (figure S1).
+    """Patches in the loss. `masked`: the masked patches (figure S1).
     `all`: every patch of the target, a literal reading of the paper's formula; needs masking.type iwm."""
     normalize_targets: bool = True
     """Layer-normalise the target features (no affine parameters), as in I-JEPA."""
