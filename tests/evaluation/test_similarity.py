@@ -112,7 +112,7 @@ def test_the_protocol_writes_figures_and_picture_and_the_page_shows_them(run: Pa
     assert Image.open(run / "eval" / "similarity.png").width > 600
     page = (run / "report.html").read_text()
     assert "Similarity of augmented views" in page
-    assert f"{result['variance_ratio']['mean']:.3f}" in page
+    assert f"{result['variance_ratio']['mean']:.4f}" in page
 
 
 @pytest.mark.parametrize(
