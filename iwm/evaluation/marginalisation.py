@@ -215,7 +215,7 @@ def _caption(result: dict[str, Any]) -> str:
     text = (
         f"Retrieval among {result['bank']} jittered views and the clean image, {result['images']} images. 1/rank: "
         f"chance {clean['chance']:.3f}, mean of the views' features {perfect}. Jitter strength (0 to 1): mean of the "
-        f"{strength['copies_averaged']} nearest views; of a random view {strength['of_random']['mean']:.2f}."
+        f"{strength['views_averaged']} nearest views; of a random view {strength['of_random']['mean']:.2f}."
     )
     if linear is None:
         return text

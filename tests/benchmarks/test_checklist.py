@@ -29,7 +29,7 @@ HANG = 240
 
 @pytest.fixture(autouse=True)
 def compiled_kernels_stay_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check_runs, "kernels", lambda out: tmp_path / "kernels")
+    monkeypatch.setattr(check_runs, "kernel_cache_dir", lambda out: tmp_path / "kernels")
 
 
 def make(out: Path, all_checks: dict[str, Check], said: Console | None = None, **options: object) -> int:

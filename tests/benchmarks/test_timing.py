@@ -45,7 +45,7 @@ def test_a_rate_is_that_of_all_processes_together() -> None:
     class Two(DistEnv):
         """DistEnv stand-in of a process next to one that is twice as fast."""
 
-        def gather(self, value: Any) -> list[Any]:
+        def all_gather(self, value: Any) -> list[Any]:
             return [value, 2 * value]
 
     dist = Two(rank=0, size=2, local_rank=0, local_size=2, device=torch.device("cpu"))

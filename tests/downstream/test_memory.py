@@ -157,7 +157,7 @@ def test_the_micro_batch_is_what_fits_and_a_run_says_why(
     leverage(name)
     output = capfd.readouterr().out
     assert "--micro-batch-size 10 of 20: the largest trial needs" in output
-    assert load(run / f"eval/{name}/last.pt")["split"]["micro_batch_size"] == 10
+    assert load(run / f"eval/{name}/last.pt")["micro_batch_state"]["micro_batch_size"] == 10
     room(name, 0)
     with pytest.raises(
         ConfigError, match=r"--micro-batch-size: no size fits: the largest trial needs .* GiB of free memory; "

@@ -150,7 +150,9 @@ def test_the_command_itself_ends_with_one_line_and_status_1(tmp_path: Path) -> N
     process = start([sys.executable, "iwm/evaluate.py", "linear", "--checkpoint", str(tmp_path / "nothing")])
     output = process.communicate(timeout=600)[0]
     assert process.returncode == 1
-    assert output.splitlines()[-1].startswith(f"iwm/evaluate.py: {tmp_path}/nothing does not exist; --checkpoint takes")
+    assert output.splitlines()[-1].startswith(
+        f"iwm/evaluate.py: {tmp_path}/nothing does not exist; correct the path; --checkpoint"
+    )
     assert "Traceback" not in output
 
 
@@ -183,9 +185,9 @@ def test_what_a_foreign_encoder_has_not_is_told(told: Told, vit: Path, boxes: Pa
     line = told("linear", "--checkpoint", vit, "--external.format", "timm", "--external.name", "vit_tiny_patch16_224")
     assert "--external.format timm: the encoder has no data; use --data.shards FOLDER" in line
     line = told("linear", "--checkpoint", vit, "--external.format", "mae", "--data.shards", boxes)
-    assert f"--external.format mae: {vit} is not a checkpoint of kind mae" in line
+    assert f"--external.format mae: {vit} is not a checkpoint in the format mae" in line
     line = told("linear", "--checkpoint", vit, *SHORT)
-    assert "it has no field 'format'; --checkpoint takes" in line
+    assert "(no field 'format'); choose another file; --checkpoint takes" in line
     bare = ["--checkpoint", vit.with_suffix(""), *external[2:]]
     assert "has no suffix, so the folder of its results would have the same name; use --output" in told("linear", *bare)
 

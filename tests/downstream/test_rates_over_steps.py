@@ -80,7 +80,7 @@ def test_epochs_are_as_many_steps_however_a_batch_is_split(
     opened = context.open_run
     monkeypatch.setattr(protocols, "open_run", lambda *given: opened(*given[:-1], replace(given[-1], size=processes)))
     monkeypatch.setattr(DistEnv, "sum", lambda self, values: values * self.size)
-    monkeypatch.setattr(DistEnv, "gather", lambda self, value: [value] * self.size)
+    monkeypatch.setattr(DistEnv, "all_gather", lambda self, value: [value] * self.size)
     plan = planned("linear", lrs=(1.0,), epochs=2.5, batch_size=50, micro_batch_size=micro_batch)
     assert plan.steps == 6
     assert plan.accumulation * (micro_batch or 50 // processes) * processes == 50

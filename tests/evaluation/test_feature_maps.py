@@ -102,7 +102,7 @@ def test_predictions_of_a_model_that_is_told_nothing_are_the_same_for_both_actio
     for conditioning, same in (("none", True), ("feature", False)):
         told = WorldModel(replace(config, action=ActionConfig(conditioning=conditioning))).eval()
         _, features = patch_features(told, images, params)
-        assert torch.equal(features["predicted:\nnothing"], features["predicted:\nthe action"]) == same
+        assert torch.equal(features["predicted:\nnull action"], features["predicted:\nthe action"]) == same
         # Of an untrained model student and teacher are one, and so are their features here.
         assert torch.equal(features["teacher"], features["student"])
 

@@ -163,7 +163,7 @@ def test_linear_accuracy_is_whole_for_what_tells_the_classes_and_chance_for_what
         ({"probe": LinearSettings(train="test")}, r"no split 'test'.*--no-linear"),
         ({"probe": LinearSettings(l2=())}, r"--probe.l2"),
         ({"probe": LinearSettings(train_images=1)}, r"--probe.train-images"),
-        ({"predictions": (8, 1)}, r"--predictions 8 1: must be rising"),
+        ({"predictions": (8, 1)}, r"--predictions 8 1: give ascending numbers"),
         ({"nearest": 17}, r"--nearest 17: must be from 1 to --bank.num-views 16"),
         (
             {"data": EvalData(split="train"), "bank": replace(BANK, num_images=101)},

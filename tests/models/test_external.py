@@ -261,7 +261,7 @@ def test_missing_unexpected_and_misshaped_tensors_are_named(name: str, tmp_path:
         "patch_embed.proj.weight is missing": {key: whole[key] for key in whole if key != "patch_embed.proj.weight"},
         "fc_norm.weight is unexpected": {**whole, "fc_norm.weight": torch.zeros(32)},
         r"norm.bias is \[31\], not \[32\]": {**whole, "norm.bias": torch.zeros(31)},
-        "which is not a square number": {**whole, "pos_embed": torch.zeros(1, 15, 32)},
+        "positions, not a square": {**whole, "pos_embed": torch.zeros(1, 15, 32)},
         r"pos_embed is \[1, 1[67], 30\]": {**whole, "pos_embed": whole["pos_embed"][..., :30]},
     }
     for told, state in faults.items():
@@ -322,5 +322,5 @@ def test_timm_models_that_are_no_vit_or_have_no_weights_are_refused(tmp_path: Pa
         load_external("timm", None, name="vit_giant_patch14_224")
     with pytest.raises(ExternalCheckpointError, match="not a VisionTransformer"):
         load_external("timm", tmp_path / "any.pth", name="test_resnet")
-    with pytest.raises(ExternalCheckpointError, match="a name is for kind timm"):
+    with pytest.raises(ExternalCheckpointError, match="a name is for format timm"):
         load_external("mae", None)
