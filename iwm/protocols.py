@@ -61,12 +61,12 @@ def _evaluate(context: EvalContext, name: str, settings: EvalSettings) -> dict[s
     precision = context.config.train.precision if settings.precision == "auto" else settings.precision
     with torch.autocast(context.device.type, torch.bfloat16, enabled=precision == "bf16"):
         figures = EVALUATORS[name].evaluate(context, settings, output)
-    figures = {"checkpoint": str(context.checkpoint), "data": _data(context), **figures}
+    figures = {
+        "checkpoint": str(context.checkpoint),
+        "data": {"shards": str(context.shards), "split": context.split},
+        **figures,
+    }
     return _publish(name, EVALUATORS[name].tables, figures, settings, output, context.device_name, precision, start)
-
-
-def _data(context: EvalContext) -> dict[str, str]:
-    return {"shards": str(context.shards), "split": context.split}
 
 
 def _publish(

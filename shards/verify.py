@@ -117,7 +117,9 @@ def _collect(
     for report in reports:
         duplicates: list[str] = []
         for key in report.keys:
-            (duplicates.append if key in seen else seen.add)(key)
+            if key in seen:
+                duplicates.append(key)
+            seen.add(key)
         found = report.problems + [f"{split}: key '{key}' occurs twice; remake the split" for key in duplicates]
         problems += found
         yield ProgressCount(report.samples, len(found))

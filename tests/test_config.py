@@ -47,7 +47,10 @@ def test_differences_name_the_field_and_both_values() -> None:
             Config(views=Views(target=PhotometricConfig(blur_probability=2.0))),
             r"views.target: blur_probability 2.0 must be from 0 to 1",
         ),
-        (Config(views=Views(crop_scale=(0.5, 0.3))), r"views.crop_scale 0.5 0.3 must be MIN MAX"),
+        (
+            Config(views=Views(crop_scale=(0.5, 0.3))),
+            r"views.crop_scale 0.5 0.3 must be MIN MAX with 0 < MIN <= MAX <= 1",
+        ),
         (Config(data=DataConfig(global_batch_size=0)), r"data.global_batch_size 0: must be at least 1"),
     ],
 )

@@ -85,13 +85,13 @@ class _SkipFlag:
     """Stub of torch's GradScaler for apex's capturable FusedAdam: a flag that skips the step, and a scale of 1."""
 
     def __init__(self, found_inf: Tensor) -> None:
-        self._broken = found_inf
+        self._found_inf = found_inf
 
     def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[torch.device, Tensor]:
-        return {self._broken.device: self._broken}
+        return {self._found_inf.device: self._found_inf}
 
     def _get_scale_async(self) -> Tensor:
-        return torch.ones(1, device=self._broken.device)
+        return torch.ones(1, device=self._found_inf.device)
 
 
 def step_if_finite(optimizer: torch.optim.Optimizer, found_inf: Bool[Tensor, ""]) -> None:

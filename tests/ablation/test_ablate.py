@@ -81,13 +81,21 @@ def _read(path: Path) -> dict[str, Any]:
     return result
 
 
+def test_the_banks_scenario_is_the_studys(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["iwm/ablate.py", "conditioning", "demo", "--bank.scenario", "strong"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    assert "--bank.scenario" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (["depth", "demo"], r"'depth' is not a study.*complexity"),
         (["conditioning", "demos"], r"'demos' is not a recipe.*cpu_small"),
         (["conditioning", "demo", "--jobs", "0"], "--jobs"),
-        (["conditioning", "demo", "--common", "destructive"], "'destructive' is not a scenario with jitter"),
+        (["conditioning", "demo", "--common", "destructive"], "--common: 'destructive' is not a scenario with jitter"),
         (["conditioning", "demo", "--", "--predictor.embed-dim", "97"], "predictor.embed_dim 97"),
     ],
 )

@@ -161,7 +161,7 @@ def test_each_epoch_has_every_sample(masked: Path) -> None:
 def test_other_crops_and_shards_without_masks_are_refused(masked: Path, shards: Path) -> None:
     with pytest.raises(LoaderStateError, match=r"crops was .*, is "):
         loader(masked, replace(PLAIN, scale=(1.0, 2.0)), state=loader(masked).state_dict())
-    with pytest.raises(AugmentationError, match="must be MIN MAX with 0 < MIN"):
+    with pytest.raises(AugmentationError, match=r"scale 2.0 0.5 must be MIN MAX with 0 < MIN <= MAX"):
         loader(masked, replace(PLAIN, scale=(2.0, 0.5)))
     with pytest.raises(AugmentationError, match="ignore_index 256"):
         loader(masked, replace(PLAIN, ignore_index=256))

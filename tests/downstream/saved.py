@@ -83,9 +83,6 @@ class Given:
     def state(self) -> dict[str, Any]:
         return {}
 
-    def evaluate(self, *given: Any) -> Any:
-        raise NotImplementedError
-
     def metadata(self) -> dict[str, Any]:
         return {}
 

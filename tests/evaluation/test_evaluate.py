@@ -135,21 +135,23 @@ def test_a_model_that_diverged_is_an_error_and_writes_nothing(run: Path, monkeyp
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "named"),
     [
-        ("mrr",),
-        ("nonsense",),
-        ("mrr", "--checkpoint", "x", "--bank.colour", "red"),
-        ("world-model", "--checkpoint", "x", "--output", "one.json"),
+        (("mrr",), "--checkpoint"),
+        (("nonsense",), "nonsense"),
+        (("mrr", "--checkpoint", "x", "--bank.colour", "red"), "--bank.colour"),
+        (("world-model", "--checkpoint", "x", "--output", "one.json"), "--output"),
     ],
 )
 def test_a_wrong_command_line_is_refused_without_a_traceback(
-    arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: tuple[str, ...], named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stop:
         _evaluate(monkeypatch, *arguments)
     assert stop.value.code == 2
-    assert "Traceback" not in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert named in printed
+    assert "Traceback" not in printed
 
 
 def test_help_names_every_setting(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

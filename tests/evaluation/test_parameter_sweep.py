@@ -150,7 +150,7 @@ def test_every_kind_of_run_gets_its_grids(
         (("--num-values", "1"), "--num-values"),
         (("--num-shown", "9", "--num-images", "3"), "--num-shown 9"),
         (("--num-images", "13"), "has 12 images.*--num-images"),
-        (("--scenario", "ijepa"), "'ijepa'.*strong_jitter"),
+        (("--scenario", "ijepa"), "--scenario: 'ijepa'.*strong_jitter"),
     ],
 )
 def test_a_mistake_ends_with_one_line(

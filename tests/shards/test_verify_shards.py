@@ -180,6 +180,11 @@ def test_a_key_in_two_shards_is_found(out):
     assert "occurs twice; remake the split" in problems(out, decode=False)
 
 
+def test_a_key_that_a_shard_has_twice_is_found(out):
+    rewrite(out, 0, lambda members: members + members[:4])
+    assert "occurs twice; remake the split" in problems(out, decode=False)
+
+
 def test_an_index_of_other_members_is_found_behind_right_hashes(out):
     manifest = load_manifest(out, "train")
     old = manifest.shards[0]
