@@ -12,7 +12,7 @@ import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 import tyro
@@ -30,8 +30,6 @@ from shards.errors import run_command
 
 if TYPE_CHECKING:
     from dali_pipelines.loader import ViewBatch
-
-JITTER_IMPLS: tuple[JitterImpl, ...] = ("linear", "torchvision")
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ def one_batch(
 def measured(options: ParityOptions, folder: Path) -> list[dict[str, Any]]:
     """Return a row per jitter implementation and op: the pipeline against the replay and, on a GPU, against the CPU."""
     rows = []
-    for colour in JITTER_IMPLS:
+    for colour in get_args(JitterImpl):
         for op, spec in {
             "none (decode, crop, resize)": NO_PHOTOMETRIC,
             **SINGLE_OP,

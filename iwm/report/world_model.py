@@ -140,6 +140,11 @@ def _by_run(runs: Sequence[RunResults], name: str) -> str:
     return details(name, html_table(ResultTable("Mean reciprocal rank ± standard error", columns, rows)))
 
 
+def _picture(run: RunResults, name: str, alt: str, caption: str) -> str:
+    """Return the figure of a file in the run's eval folder."""
+    return figure(run.folder / "eval" / name, alt, caption)
+
+
 def _section(run: RunResults, title: str, evaluator: str, content: Callable[[RunResults, dict[str, Any]], str]) -> str:
     """Return the section of an evaluator's results, each by `content`; '' where there are none."""
     parts = [content(run, result) for result in run.evaluations_of(evaluator).values()]
@@ -152,7 +157,7 @@ def retrieval_picture(run: RunResults) -> str:
 
 
 def _pictures(run: RunResults, result: dict[str, Any]) -> str:
-    folder, bank = run.folder / "eval", result["bank"]
+    bank = result["bank"]
     caption = (
         f"The view nearest to the prediction, among {bank} jittered views, next to the true view. Images and actions "
         f"are random (seed {result['seed']})."
@@ -160,11 +165,11 @@ def _pictures(run: RunResults, result: dict[str, Any]) -> str:
     if result.get("conditioning") == "none":
         caption += f" {UNCONDITIONED_NOTE}"
     alt = "images, retrieved views and true views"
-    chosen = figure(folder / result["picture"], alt, caption)
+    chosen = _picture(run, result["picture"], alt, caption)
     if "extremes" not in result:  # results of older versions
         return chosen
     caption = f"Not random: the best and the worst of all {bank} predictions for each of these images."
-    extremes = figure(folder / result["extremes"]["picture"], alt, caption)
+    extremes = _picture(run, result["extremes"]["picture"], alt, caption)
     return chosen + details("Best and worst prediction of each image", extremes)
 
 
@@ -187,9 +192,7 @@ def similarity_matrix(run: RunResults) -> str:
             "invariant features. Structure within the squares: features depend on the augmentation. A smaller "
             "variance within images means more invariance."
         )
-        return _tables(result) + figure(
-            run.folder / "eval" / result["picture"], "matrix of cosine similarities", caption
-        )
+        return _tables(result) + _picture(run, result["picture"], "matrix of cosine similarities", caption)
 
     return _section(run, "Similarity of augmented views", "similarity", content)
 
@@ -201,9 +204,7 @@ def marginalised(run: RunResults) -> str:
         caption = (
             "Some jittered views of a held-out image; below them, the views nearest to the mean of its predictions."
         )
-        return _tables(result) + figure(
-            run.folder / "eval" / result["picture"], "views and nearest neighbours", caption
-        )
+        return _tables(result) + _picture(run, result["picture"], "views and nearest neighbours", caption)
 
     return _section(run, "Marginalised representations", "marginalisation", content)
 
@@ -212,7 +213,6 @@ def patch_maps(run: RunResults) -> str:
     """Return the PCA and attention maps of patch features."""
 
     def content(run: RunResults, result: dict[str, Any]) -> str:
-        folder = run.folder / "eval"
         colours = (
             "The first three principal components of the teacher's patch features as red, green and blue; equal "
             f"colours are equal features. They explain {result['explained']:.0%} of the variance. Action: "
@@ -222,8 +222,8 @@ def patch_maps(run: RunResults) -> str:
             "Last block of the teacher: attention of the marked patch to the others, and attention that each patch "
             "receives from all patches, averaged and by head. 1 is an equal share."
         )
-        return figure(folder / result["picture"], "maps of principal components", colours) + figure(
-            folder / result["attention_picture"], "maps of attention", attention
+        return _picture(run, result["picture"], "maps of principal components", colours) + _picture(
+            run, result["attention_picture"], "maps of attention", attention
         )
 
     return _section(run, "Patch features", "feature-maps", content)
@@ -248,7 +248,7 @@ def _sweeps(run: RunResults, result: dict[str, Any]) -> str:
     )
     charts = chart_grid("".join(_chart(series) for series in result["series"]))
     pictures = [
-        figure(run.folder / "eval" / item["picture"], "rows of true and retrieved views", f"Image {item['key']}.")
+        _picture(run, item["picture"], "rows of true and retrieved views", f"Image {item['key']}.")
         for item in result["pictures"]
     ]
     more = details("More images", "".join(pictures[1:])) if pictures[1:] else ""
@@ -293,6 +293,6 @@ def _corruptions(run: RunResults, result: dict[str, Any]) -> str:
             "Each corruption at its greatest strength: the source; the view nearest to the prediction that only undoes "
             f"it, among {result['bank']} jittered views and the clean image; the clean image."
         )
-        picture = figure(run.folder / "eval" / result["picture"], "sources, retrieved views and clean images", caption)
+        picture = _picture(run, result["picture"], "sources, retrieved views and clean images", caption)
     by_strength = details("By strength", "".join(strengths)) if strengths else ""
     return f"<p>{escape(meaning)}</p>{ops}{by_strength}{picture}"

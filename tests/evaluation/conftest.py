@@ -11,8 +11,10 @@ from torch import Tensor
 
 from dali_pipelines.augmentations import Views
 from iwm.config import Config, DataConfig, EncoderConfig, PredictorConfig, TrainConfig
+from iwm.evaluate import main
 from iwm.models.world_model import WorldModel
 from iwm.training.checkpoint import Checkpoint, save_checkpoint, versions
+from shards.errors import UserError
 from tools.make_demo_data import make_split
 
 ROOT = Path(__file__).parents[2]
@@ -80,3 +82,12 @@ def smooth_images() -> Tensor:
     coarse = 60 + 130 * torch.rand(6, 3, 4, 4, generator=generator)
     fine = torch.nn.functional.interpolate(coarse, size=16, mode="bilinear")
     return fine.permute(0, 2, 3, 1).round().byte().contiguous()
+
+
+def mistake(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
+    """Run iwm/evaluate.py, which must end with a one-line error; return the line."""
+    monkeypatch.setattr(sys, "argv", ["iwm/evaluate.py", *arguments])
+    with pytest.raises(UserError) as stop:
+        main()
+    assert "\n" not in str(stop.value)
+    return str(stop.value)

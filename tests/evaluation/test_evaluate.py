@@ -14,8 +14,7 @@ from PIL import Image
 
 from iwm.evaluate import main
 from iwm.evaluation.registry import EVALUATORS
-from shards.errors import UserError
-from tests.evaluation.conftest import diverge
+from tests.evaluation.conftest import diverge, mistake
 
 SCRIPT = Path(__file__).parents[2] / "iwm" / "evaluate.py"
 SMALL = ("--bank.num-images", "3", "--bank.num-views", "16")
@@ -24,14 +23,6 @@ SMALL = ("--bank.num-images", "3", "--bank.num-views", "16")
 def _evaluate(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", ["iwm/evaluate.py", *arguments])
     main()
-
-
-def _mistake(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
-    """The message a mistake ends with."""
-    with pytest.raises(UserError) as stop:
-        _evaluate(monkeypatch, *arguments)
-    assert "\n" not in str(stop.value)
-    return str(stop.value)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -101,14 +92,14 @@ def test_retrieval_draws_the_picture_and_puts_it_into_the_report(run: Path, monk
 def test_a_mistake_ends_with_one_line_that_names_the_remedy(
     run: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], says: str
 ) -> None:
-    assert re.search(says, _mistake(monkeypatch, "mrr", "--checkpoint", str(run), *arguments))
+    assert re.search(says, mistake(monkeypatch, "mrr", "--checkpoint", str(run), *arguments))
     assert not (run / "eval" / "mrr.json").exists()
 
 
 def test_a_run_that_is_not_there_or_has_no_checkpoint_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert "nowhere" in _mistake(monkeypatch, "mrr", "--checkpoint", str(tmp_path / "nowhere"))
+    assert "nowhere" in mistake(monkeypatch, "mrr", "--checkpoint", str(tmp_path / "nowhere"))
     (tmp_path / "empty").mkdir()
-    assert "no checkpoint" in _mistake(monkeypatch, "mrr", "--checkpoint", str(tmp_path / "empty"))
+    assert "no checkpoint" in mistake(monkeypatch, "mrr", "--checkpoint", str(tmp_path / "empty"))
 
 
 def test_world_model_runs_every_protocol_and_tells_which_do_not_go_with_the_data(
@@ -116,21 +107,19 @@ def test_world_model_runs_every_protocol_and_tells_which_do_not_go_with_the_data
 ) -> None:
     for name in set(EVALUATORS) - {"mrr", "feature-maps"}:
         monkeypatch.delitem(EVALUATORS, name)
-    assert _mistake(monkeypatch, "world-model", "--checkpoint", str(run)).endswith(
-        "skipped, for the reasons above: mrr"
-    )
+    assert mistake(monkeypatch, "world-model", "--checkpoint", str(run)).endswith("skipped, for the reasons above: mrr")
     assert re.search(r"mrr: .*split 'val' has 12 images.*--bank.num-images", capsys.readouterr().err)
     assert _read(run / "eval" / "feature-maps.json")["protocol"] == "feature-maps"
 
 
 def test_too_many_actions_for_the_bank_are_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ("retrieval", "--checkpoint", str(run), "--num-actions", "17", "--bank.num-views", "16")
-    assert "--num-actions 17" in _mistake(monkeypatch, *arguments)
+    assert "--num-actions 17" in mistake(monkeypatch, *arguments)
 
 
 def test_a_model_that_diverged_is_an_error_and_writes_nothing(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     diverge(run)
-    assert "not finite" in _mistake(monkeypatch, "mrr", "--checkpoint", str(run), *SMALL)
+    assert "not finite" in mistake(monkeypatch, "mrr", "--checkpoint", str(run), *SMALL)
     assert not (run / "eval" / "mrr.json").exists()
 
 

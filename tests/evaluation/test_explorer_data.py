@@ -23,7 +23,7 @@ from iwm.evaluation.common import load_eval_context
 from iwm.evaluation.compression import BankFeatures, compress, fit_pca_basis, rank_agreement
 from iwm.protocols import evaluate
 from shards.errors import UserError
-from tests.evaluation.conftest import diverge, untrained
+from tests.evaluation.conftest import diverge, mistake, untrained
 
 
 def _features(seed: int = 0) -> BankFeatures:
@@ -176,11 +176,7 @@ def test_a_run_without_conditioning_is_at_chance_by_construction(tmp_path: Path,
 def test_a_mistake_ends_with_one_line(
     run: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], says: str
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["iwm/evaluate.py", "explorer", "--checkpoint", str(run), *arguments])
-    with pytest.raises(UserError) as stop:
-        main()
-    assert says in str(stop.value)
-    assert "\n" not in str(stop.value)
+    assert says in mistake(monkeypatch, "explorer", "--checkpoint", str(run), *arguments)
 
 
 def test_a_model_that_diverged_is_an_error_and_writes_nothing(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

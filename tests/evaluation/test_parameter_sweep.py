@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -25,8 +26,7 @@ from iwm.evaluation.parameter_sweep import (
     summarise,
 )
 from iwm.evaluation.settings import SweepSettings
-from shards.errors import UserError
-from tests.evaluation.conftest import untrained
+from tests.evaluation.conftest import mistake, untrained
 from tests.evaluation.oracles import VIEWS, Blind, Knowing, Oracle, context_of
 
 SETTINGS = SweepSettings(checkpoint=Path("unused"), num_values=7, num_sigmas=4)
@@ -156,9 +156,7 @@ def test_every_kind_of_run_gets_its_grids(
 def test_a_mistake_ends_with_one_line(
     arguments: tuple[str, ...], says: str, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["iwm/evaluate.py", "parameter-sweep", "--checkpoint", str(run), *arguments])
-    with pytest.raises(UserError, match=says):
-        main()
+    assert re.search(says, mistake(monkeypatch, "parameter-sweep", "--checkpoint", str(run), *arguments))
     assert not (run / "eval" / "parameter-sweep.json").exists()
 
 
