@@ -1,11 +1,12 @@
 """Kernel benchmark: times of the training step's kernels on a GPU, compared with torch's.
 
-python benchmarks/kernels.py [products] [attention] [mlp] [--tilings] [--json FILE]
+python benchmarks/kernels.py [products] [attention] [mlp] [norm] [--tilings] [--json FILE]
 
 products: matrix products of the B/16 recipe, forward and gradients (TFLOP/s). attention: short_attention, compared with
-cuDNN, flash and variable-length attention. mlp: GELU forward, and its gradient with that of the bias. Each time is the
-median of 50 calls, all launched before the first one starts, so that launch overhead is not included. The backward
-passes of torch's attention include building one buffer of the gradients of queries, keys and values.
+cuDNN, flash and variable-length attention. mlp: GELU forward, and its gradient with that of the bias. norm: gradients
+of a norm, the residual stream and a bias. Each time is the median of 50 calls, all launched before the first one
+starts, so that launch overhead is not included. The backward passes of torch's attention include building one buffer of
+the gradients of queries, keys and values.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
-from iwm.kernels import mlp
+from iwm.kernels import mlp, residual_norm
 from iwm.kernels.gelu import gelu, slope
 from iwm.kernels.mlp import MlpTiling, gelu_backward_bias
+from iwm.kernels.residual_norm import NormTiling, residual_norm_backward
 from iwm.kernels.short_attention import TILINGS, AttentionTiling, attend, attend_backward
 from shards.errors import run_command
 
@@ -51,18 +53,19 @@ OTHERS: dict[str, tuple[AttentionTiling, ...]] = {
     "context": (AttentionTiling(32, 64, 16, 4, 1, 168), AttentionTiling(64, 128, 64, 8, 3)),
 }
 """Backward tilings that compile without much register spilling and have not been measured."""
+OTHER_NORM = (NormTiling(1024, 4, 2, 132 * 4), NormTiling(2048, 8, 2, 132 * 2), NormTiling(4096, 16, 3, 132))
 OTHER_MLP = (MlpTiling(4, 256, 4, 1, 132 * 32), MlpTiling(8, 256, 4, 1, 132 * 32), MlpTiling(16, 128, 4, 3, 132 * 8))
 
 Row = dict[str, Any]
-What = Literal["products", "attention", "mlp"]
+What = Literal["products", "attention", "mlp", "norm"]
 
 
 @dataclass(frozen=True)
 class KernelsOptions:
     """Times of the training step's kernels."""
 
-    what: Annotated[tuple[What, ...], tyro.conf.Positional] = ("products", "attention", "mlp")
-    """Kernels to time; default: all three groups."""
+    what: Annotated[tuple[What, ...], tyro.conf.Positional] = ("products", "attention", "mlp", "norm")
+    """Kernels to time; default: all groups."""
     tilings: bool = False
     """Also measure tilings other than the default."""
     json: Path | None = None
@@ -191,10 +194,43 @@ def _together(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return dx, sums.sum(0)
 
 
+def norms(options: KernelsOptions) -> Iterator[Row]:
+    """Yield the times of the backward pass of norm, residual stream and branch bias (milliseconds)."""
+    apart = torch.compile(_norm_backward, dynamic=False)
+    for rows, columns in ((CONTEXT, 768), (WHOLE, 384)):
+        grad_residual, grad_y, x = (normal(rows, columns) for _ in range(3))
+        weight, bias = torch.ones(2, columns, device="cuda")
+        _, mean, rstd = torch.native_layer_norm(x.float(), (columns,), weight, bias, 1e-6)
+        shape = {"rows": rows, "columns": columns}
+        took = milliseconds(apart, grad_residual, grad_y, x, mean, rstd, weight, bias)
+        yield {"norm backward": "compiled", **shape, "ms": took}
+        statistics_of_x, default = (mean.flatten(), rstd.flatten()), residual_norm.TILING
+        for tiling in (default, *(OTHER_NORM if options.tilings else ())):
+            residual_norm.TILING = tiling
+            took = milliseconds(_norm_together, grad_residual, grad_y, x, *statistics_of_x, weight)
+            yield {"norm backward": "one kernel", **shape, "tiling": tiling, "ms": took}
+        residual_norm.TILING = default
+
+
+def _norm_backward(
+    grad_residual: Tensor, grad_y: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, ...]:
+    grads = torch.ops.aten.native_layer_norm_backward(
+        grad_y.float(), x.float(), weight.shape, mean, rstd, weight, bias, [True, True, True]
+    )
+    return (grads[0] + grad_residual).to(x.dtype), *grads[1:], grad_residual.sum(0, dtype=torch.float32)
+
+
+def _norm_together(*arguments: Tensor) -> tuple[Tensor, Tensor]:
+    grad, sums = residual_norm_backward(*arguments)
+    return grad, sums.sum(0)
+
+
 MEASURES: dict[What, Callable[[KernelsOptions], Iterable[Row]]] = {
     "products": products,
     "attention": attention,
     "mlp": mlps,
+    "norm": norms,
 }
 
 

@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 
 import torch
+import torch._functorch.config
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -30,6 +31,11 @@ def set_recompile_limit(limit: int) -> None:
     The limit holds for all functions, because torch 2.11 has no such option of torch.compile.
     """
     torch._dynamo.config.recompile_limit = limit
+
+
+def set_activation_memory_budget(share: float) -> None:
+    """Set the share of activations (0 to 1) that graphs compiled from now on keep for their backward pass."""
+    torch._functorch.config.activation_memory_budget = share
 
 
 def synchronize(device: torch.device) -> None:

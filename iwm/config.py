@@ -208,6 +208,10 @@ class TrainConfig:
     activation_checkpointing: bool = False
     """Store only the input of each block and recompute the other activations in the backward pass.
     This needs much less memory and a third more computation. Use it for ViT-L and large batches."""
+    activation_memory_budget: Annotated[float, Range(min=0, max=1)] = 1.0
+    """Share of the activations that a compiled block keeps for its backward pass (0 to 1).
+    Below 1, torch recomputes the others, cheap kernels first: norms and GELU, then attention, then matrix products.
+    0: only the block's input is kept."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Parallelism over processes. `ddp`: each process has the whole model.
     `fsdp`: parameters, gradients and moments are sharded (FSDP2), for encoders too large for one GPU's memory."""
@@ -274,6 +278,11 @@ class Config:
         """Raise ConfigError where a field is out of its range or fields contradict each other."""
         check_ranges(self, "")
         c = self
+        _need(
+            c.train.compile or c.train.activation_memory_budget == 1,
+            f"train.activation_memory_budget {c.train.activation_memory_budget}: only a compiled step recomputes "
+            "single kernels; use --train.compile or --train.activation-checkpointing",
+        )
         try:
             c.views.check()
         except AugmentationError as error:

@@ -12,14 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
-from iwm.config import MaskingConfig
+from iwm.config import LossConfig, MaskingConfig
+from iwm.loss_tokens import LossTokens, loss_mask, pack_loss_tokens
 from iwm.packing import BufferSize, Packing, buffer_size, copy_to_device, pack_tokens
 
 
@@ -85,6 +86,8 @@ class PackedMasks(NamedTuple):
     predictor: Packing | None
     """Packing of the predictor's b · m input sequences, each n patches and then the action tokens; None where every
     sequence is complete, so that nothing is packed (`iwm`)."""
+    loss: LossTokens
+    """Tokens that the loss compares."""
 
     def to(self, device: torch.device) -> PackedMasks:
         """Copy to the device without making the host wait."""
@@ -94,26 +97,34 @@ class PackedMasks(NamedTuple):
         """Apply `function` to each tensor and return the new masks."""
         predictor = None if self.predictor is None else Packing(*map(function, self.predictor))
         return PackedMasks(
-            function(self.visible), function(self.predicted), Packing(*map(function, self.context)), predictor
+            function(self.visible),
+            function(self.predicted),
+            Packing(*map(function, self.context)),
+            predictor,
+            self.loss.apply(function),
         )
 
     def tensors(self) -> list[Tensor]:
         """Return all tensors, in order."""
-        return [self.visible, self.predicted, *self.context, *(self.predictor or ())]
+        return [self.visible, self.predicted, *self.context, *(self.predictor or ()), *self.loss]
 
 
-def pack_masks(masks: Masks, sizes: MaskBufferSizes | None, extra: int) -> PackedMasks:
+def pack_masks(masks: Masks, sizes: MaskBufferSizes | None, extra: int, loss: LossConfig) -> PackedMasks:
     """Pack masks that were drawn on the host.
 
     sizes: static shapes for a compiled step; None: exact sizes. extra: number of the predictor's tokens that are not
     patches (sequence conditioning).
     """
     context = pack_tokens(masks.visible, sizes.context if sizes else None)
+    counted = loss_mask(masks.visible, masks.predicted, loss)
+    in_predictor = F.pad(counted, (0, extra)).flatten()
     seen = (masks.visible[:, None] | masks.predicted).flatten(0, 1)
-    if seen.all():
-        return PackedMasks(masks.visible, masks.predicted, context, None)
-    predictor = pack_tokens(F.pad(seen, (0, extra), value=True), sizes.predictor if sizes else None)
-    return PackedMasks(masks.visible, masks.predicted, context, predictor)
+    predictor = None
+    if not seen.all():
+        predictor = pack_tokens(F.pad(seen, (0, extra), value=True), sizes.predictor if sizes else None)
+        in_predictor = F.pad(in_predictor, (0, 1))[predictor.token_index]  # padding is one beyond the last
+    compared = pack_loss_tokens(counted, in_predictor, loss, sizes.loss if sizes else None)
+    return PackedMasks(masks.visible, masks.predicted, context, predictor, compared)
 
 
 class MaskBufferSizes(NamedTuple):
@@ -121,25 +132,37 @@ class MaskBufferSizes(NamedTuple):
 
     context: BufferSize
     predictor: BufferSize
+    loss: BufferSize
 
 
 @lru_cache
-def mask_buffer_sizes(masking: MaskingConfig, grid: int, extra: int, images: int) -> MaskBufferSizes:
-    """Return the buffer sizes for batches of `images`, from the token statistics of these masks."""
+def mask_buffer_sizes(
+    masking: MaskingConfig, grid: int, extra: int, images: int, predict: Literal["masked", "all"]
+) -> MaskBufferSizes:
+    """Return the buffer sizes for batches of `images`, from the token statistics of these masks.
+
+    predict: loss.predict.
+    """
     tokens = token_statistics(masking, grid)
     context = buffer_size(tokens.visible, tokens.visible_deviation, images, grid * grid)
-    predicted = tokens.predicted + masking.num_blocks * extra
-    return MaskBufferSizes(context, buffer_size(predicted, tokens.predicted_deviation, images, grid * grid + extra))
+    seen = tokens.seen + masking.num_blocks * extra
+    predictor = buffer_size(seen, tokens.seen_deviation, images, grid * grid + extra)
+    counted, deviation = (
+        (tokens.predicted, tokens.predicted_deviation) if predict == "masked" else (float(grid * grid), 0.0)
+    )
+    return MaskBufferSizes(context, predictor, buffer_size(counted, deviation, images, grid * grid))
 
 
 class TokenStatistics(NamedTuple):
-    """Mean and standard deviation over images of the number of patches in each network's input.
+    """Mean and standard deviation over images of the number of patches, summed over an image's predictions.
 
-    visible: input of the context encoder. predicted: input of the predictor, summed over an image's predictions.
+    visible: input of the context encoder. seen: input of the predictor. predicted: the predictor's mask tokens.
     """
 
     visible: float
     visible_deviation: float
+    seen: float
+    seen_deviation: float
     predicted: float
     predicted_deviation: float
 
@@ -148,9 +171,11 @@ class TokenStatistics(NamedTuple):
 def token_statistics(masking: MaskingConfig, grid: int, images: int = 4096) -> TokenStatistics:
     """Measure the token statistics on masks of seed 0."""
     masks = sample_masks(masking, grid, seed=0, step=0, index=torch.arange(images))
-    visible = masks.visible.sum(1).double()
-    predicted = (masks.visible[:, None] | masks.predicted).sum((1, 2)).double()
-    return TokenStatistics(visible.mean().item(), visible.std().item(), predicted.mean().item(), predicted.std().item())
+    statistics: list[float] = []
+    for tokens in (masks.visible, masks.visible[:, None] | masks.predicted, masks.predicted):
+        counts = tokens.flatten(1).sum(1).double()
+        statistics += [counts.mean().item(), counts.std().item()]
+    return TokenStatistics(*statistics)
 
 
 def hashed_uniform(seed: int, step: int, index: Int64[Tensor, "b"], draws: int) -> Float64[Tensor, "b {draws}"]:

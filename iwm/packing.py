@@ -56,6 +56,10 @@ class BufferSize(NamedTuple):
     growth: int
     """Step in which the buffer is enlarged for a batch that does not fit (tokens)."""
 
+    def enlarged(self, total: int) -> int:
+        """Return the size for a batch of `total` tokens: `tokens`, or more in whole steps where they do not fit."""
+        return self.tokens + max(0, math.ceil((total - self.tokens) / self.growth)) * self.growth
+
 
 def buffer_size(mean: float, deviation: float, images: int, longest: int) -> BufferSize:
     """Return the buffer size for a batch of images in rows of at most `longest` tokens.
@@ -81,12 +85,10 @@ def pack_tokens(present: Bool[Tensor, "r n"], fixed: BufferSize | None) -> Packi
     rows, places = present.shape
     counts = present.sum(dim=1)
     total = int(counts.sum())
-    tokens, num_padding, width = (
-        (total, 0, int(counts.max())) if fixed is None else (fixed.tokens, fixed.num_padding_sequences, places)
-    )
+    tokens, num_padding, width = total, 0, int(counts.max())
     if fixed is not None:
-        tokens += max(0, math.ceil((total - tokens) / fixed.growth)) * fixed.growth
-        num_padding = max(num_padding, math.ceil((tokens - total) / places))
+        tokens, width = fixed.enlarged(total), places
+        num_padding = max(fixed.num_padding_sequences, math.ceil((tokens - total) / places))
     place = torch.full((tokens,), rows * places)
     place[:total] = present.flatten().nonzero()[:, 0]
     ends = counts.cumsum(0)

@@ -130,9 +130,10 @@ def check_conditioning(batch: ViewBatch) -> None:
     whole = Masks(sampled.visible, ~sampled.visible[:, None])
     context, action = torch.randn(1, int(sampled.visible.sum()), 32), torch.randn(1, 9)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        predictor.predict_masked(context, pack_masks(whole, None, 1), action)
+        predictor.predict_masked(context, pack_masks(whole, None, 1, config.loss), action)
     n = config.grid_size**2
-    assert counter.get_total_flops() == predictor_flops(config, context.shape[1], n)
+    expected = predictor_flops(config, context.shape[1], n, int(whole.predicted.sum()))
+    assert counter.get_total_flops() == expected
     unconditioned = replace(config, action=ActionConfig(conditioning="none"))
     several = cut(sample_step_masks(config, dist, 0, 0, 4))
     assert blockwise_flops(config, several) > blockwise_flops(unconditioned, several)

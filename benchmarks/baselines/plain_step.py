@@ -21,6 +21,7 @@ from dali_pipelines.loader import ViewBatch
 from iwm.actions import action_from_params
 from iwm.compat import matmul_dtype
 from iwm.config import Config
+from iwm.loss_tokens import loss_mask, loss_weights
 from iwm.masking import Masks
 from iwm.models.flops import training_flops
 from iwm.models.world_model import WorldModel
@@ -49,7 +50,9 @@ class PaddedWorldModel(WorldModel):
         grid = torch.zeros_like(queries).scatter(1, places[..., None].expand_as(seen), seen)
         tokens = self.predictor.append_action_tokens(torch.where(masks.visible[..., None], grid, queries), action)
         predictions = [self.predicted(tokens, masks.visible | queried) for queried in masks.predicted.unbind(dim=1)]
-        return self.loss(torch.stack(predictions, dim=1), targets, self.loss_mask(masks))
+        predicted = torch.stack(predictions, dim=1)
+        weights = loss_weights(loss_mask(masks.visible, masks.predicted, self.config.loss), self.config.loss)
+        return self.loss(predicted, targets[:, None].expand_as(predicted), weights)
 
     def predicted(self, tokens: Float[Tensor, "b s d"], present: Bool[Tensor, "b n"]) -> Float[Tensor, "b n e"]:
         """Run one pass of the predictor; action tokens, which follow those of the grid, are always present."""

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iwm.compat import HAS_TRITON, matmul_dtype
+from iwm.kernels.bf16_weights import copies, linear, weight_gradient
 from iwm.kernels.gelu import Gelu, gelu
 
 
@@ -70,24 +71,25 @@ def _(grad_out: Tensor, pre: Tensor) -> tuple[Tensor, Tensor]:
 class LinearGelu(torch.autograd.Function):
     """gelu(x W' + b) in bf16: x [..., e], weight [d, e], bias [d] of any floating type → [..., d].
 
-    Autocast does not reach inside a custom Function: inputs are cast here, and gradients are cast back.
+    weight_copy, bias_copy: both in bf16. Autocast does not reach inside a custom Function: x is cast here, and
+    gradients have their tensors' dtypes.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, weight_copy: Tensor, bias_copy: Tensor) -> Tensor:
         ctx.kinds = x.dtype, weight.dtype, bias.dtype
-        x, weight, bias = x.to(torch.bfloat16), weight.to(torch.bfloat16), bias.to(torch.bfloat16)
-        pre = F.linear(x, weight, bias)
-        ctx.save_for_backward(x, weight, pre)
+        x = x.to(torch.bfloat16)
+        pre = F.linear(x, weight_copy, bias_copy)
+        ctx.save_for_backward(x, weight_copy, pre)
         return gelu(pre.float()).to(torch.bfloat16)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (grad_out,), (x, weight, pre) = gradients, ctx.saved_tensors
         grad, sums = gelu_backward_bias(grad_out.flatten(0, -2), pre.flatten(0, -2))
-        grad_x, grad_weight = (grad @ weight).view_as(x), grad.t() @ x.flatten(0, -2)
         of_x, of_weight, of_bias = ctx.kinds
-        return grad_x.to(of_x), grad_weight.to(of_weight), sums.sum(0).to(of_bias)
+        grad_x = (grad @ weight).view_as(x).to(of_x)
+        return grad_x, weight_gradient(grad, x.flatten(0, -2), of_weight), sums.sum(0).to(of_bias), None, None
 
 
 class Mlp(timm.layers.Mlp):
@@ -95,11 +97,16 @@ class Mlp(timm.layers.Mlp):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., e] to [..., e]."""
-        if not self.fuses(x):
-            plain: Tensor = super().forward(x)
-            return plain
-        hidden = LinearGelu.apply(x, self.fc1.weight, self.fc1.bias)
-        y: Tensor = self.drop2(self.fc2(self.norm(self.drop1(hidden))))
+        y: Tensor = self.drop2(linear(self.fc2, self.hidden(x)))
+        return y
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """Return the hidden layer [..., d], which fc2 maps to the output."""
+        if self.fuses(x):
+            hidden = LinearGelu.apply(x, self.fc1.weight, self.fc1.bias, *copies(self.fc1))
+        else:
+            hidden = self.act(linear(self.fc1, x))
+        y: Tensor = self.norm(self.drop1(hidden))
         return y
 
     def fuses(self, x: Tensor) -> bool:

@@ -15,7 +15,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
+
+from iwm.kernels.bf16_weights import copies, weight_gradient
 
 LONGEST = 256
 """Maximum sequence length (tokens). Longer sequences would be computed correctly, but were never measured."""
@@ -137,6 +140,18 @@ def _(
     return torch.empty_like(qkv), qkv.new_empty(sequences, 3, heads, dim, dtype=torch.float32)
 
 
+@register_flop_formula([torch.ops.iwm.short_attention, torch.ops.iwm.short_attention_backward])
+def _flops(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
+    """Return an upper bound of the FLOPs: two products of the forward pass, five of the backward pass.
+
+    torch's partitioner asks for it before it recomputes a kernel, so an attention without FLOPs would be recomputed
+    first. Packed sequences count with the length of the longest.
+    """
+    backward = len(shapes) == 7
+    qkv, length = shapes[1 if backward else 0], shapes[-1]
+    return (10 if backward else 4) * qkv[0] * length * (qkv[1] // 3)
+
+
 def _checked(qkv: Tensor, heads: int, offsets: Tensor | None, length: int) -> Tensor:
     assert qkv.is_contiguous()
     assert 0 < length <= LONGEST
@@ -154,36 +169,45 @@ class ProjectedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, heads: int, offsets: Tensor | None, length: int
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        weight_copy: Tensor,
+        bias_copy: Tensor | None,
+        heads: int,
+        offsets: Tensor | None,
+        length: int,
     ) -> Tensor:
         narrow = x.bfloat16()
-        qkv = F.linear(narrow, weight.bfloat16(), None if bias is None else bias.bfloat16())
+        qkv = F.linear(narrow, weight_copy, bias_copy)
         out, lse = attend(_checked(qkv, heads, offsets, length), heads, offsets, length)
-        ctx.save_for_backward(narrow, weight, qkv, out, lse, offsets)
-        ctx.heads, ctx.length, ctx.kind, ctx.bias_kind = heads, length, x.dtype, None if bias is None else bias.dtype
+        ctx.save_for_backward(narrow, weight_copy, qkv, out, lse, offsets)
+        ctx.heads, ctx.length = heads, length
+        ctx.kinds = x.dtype, weight.dtype, None if bias is None else bias.dtype
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, qkv, out, lse, offsets = ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.kinds
         grad_qkv, sums = attend_backward(grad_out, qkv, out, lse, ctx.heads, offsets, ctx.length)
-        grad_x = (grad_qkv @ weight.bfloat16()).to(ctx.kind)
-        grad_weight = (grad_qkv.t() @ x).to(weight.dtype)
-        grad_bias = None if ctx.bias_kind is None else sums.sum(0).flatten().to(ctx.bias_kind)
-        return grad_x, grad_weight, grad_bias, None, None, None
+        grad_x = (grad_qkv @ weight).to(of_x)
+        grad_bias = None if of_bias is None else sums.sum(0).flatten().to(of_bias)
+        return grad_x, weight_gradient(grad_qkv, x, of_weight), grad_bias, None, None, None, None, None
 
 
-def projected_attention(
-    x: Tensor, weight: Tensor, bias: Tensor | None, heads: int, offsets: Tensor | None, length: int
-) -> Tensor:
-    """Project x [t, w] by weight [3 · heads · dim, w] and return its attention [t, heads · dim] in bf16.
+def projected_attention(x: Tensor, projection: nn.Linear, heads: int, offsets: Tensor | None, length: int) -> Tensor:
+    """Project x [t, w] to queries, keys and values and return their attention [t, heads · dim] in bf16.
 
-    x, weight and bias may be float32, as under autocast: the products are computed in bf16, and each gradient has its
-    tensor's own dtype. The projection's columns are queries, keys, values, each head by head, as in timm.
-    offsets: int32 [s + 1] from 0 to t, the start of each sequence and the end of the last; sequences may be empty.
-    None: t / length sequences of `length` tokens each.
+    x and the projection may be float32, as under autocast: the products are computed in bf16, and each gradient has its
+    tensor's own dtype. The projection's outputs [3 · heads · dim] are queries, keys, values, each head by head, as in
+    timm. offsets: int32 [s + 1] from 0 to t, the start of each sequence and the end of the last; sequences may be
+    empty. None: t / length sequences of `length` tokens each.
     length: the length of the longest sequence or an upper bound of it, at most 256. It is not checked against the
     offsets, because the check would synchronise with the device; tokens beyond it are left unwritten.
     """
-    out: Tensor = ProjectedAttention.apply(x, weight, bias, heads, offsets, length)
+    out: Tensor = ProjectedAttention.apply(
+        x, projection.weight, projection.bias, *copies(projection), heads, offsets, length
+    )
     return out

@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from iwm.compat import HAS_TRITON, REPLANS_CUDNN_VARLEN, matmul_dtype
 from iwm.config import AttentionImpl
+from iwm.kernels.bf16_weights import linear
 from iwm.kernels.short_attention import LONGEST, projected_attention
 from iwm.packing import Packing, gather_unique
 
@@ -32,26 +33,32 @@ class Attention(TimmAttention):
     def forward(
         self, x: Float[Tensor, "b t d"], attn_mask: Packing | Tensor | None = None, is_causal: bool = False
     ) -> Float[Tensor, "b t d"]:
-        packing = attn_mask if isinstance(attn_mask, Packing) else None
-        longest = x.shape[1] if packing is None else packing.token_mask.shape[1]
-        short = self.short and x.is_cuda and longest <= LONGEST and matmul_dtype(x) == torch.bfloat16
-        if packing is None and self.head_dim > 32 and not torch.is_grad_enabled():
-            short = False  # cuDNN's forward pass is faster there: 164 against 182 µs (H100, 256 × 196 tokens, 12 × 64)
-        if packing is None and (attn_mask is not None or not short):
-            assert not is_causal  # newer timm's Block passes it on; no block of this project sets it
+        assert not is_causal  # newer timm's Block passes it on; no block of this project sets it
+        if isinstance(attn_mask, Tensor):
             plain: Tensor = super().forward(x, attn_mask)
             return plain
+        return linear(self.proj, self.attend(x, attn_mask))
+
+    def attend(self, x: Float[Tensor, "b t d"], packing: Packing | None) -> Float[Tensor, "b t d"]:
+        """Return the attended values of all heads, which `proj` maps to the layer's output."""
         rows = x.flatten(0, 1)
-        if short:
+        longest = x.shape[1] if packing is None else packing.token_mask.shape[1]
+        if self._uses_short_kernels(x, packing, longest):
             offsets = None if packing is None else packing.cu_seqlens
-            attended = projected_attention(rows, self.qkv.weight, self.qkv.bias, self.num_heads, offsets, longest)
-        else:
-            assert packing is not None  # for mypy: dense tokens without `short` returned above
-            qkv = self.qkv(rows)
-            varlen = self.fused_attn and qkv.is_cuda and qkv.dtype == torch.bfloat16
-            attended = (_attend_varlen if varlen else _attend_padded)(qkv, packing, self.num_heads, self.fused_attn)
-        projected: Tensor = self.proj(attended)
-        return projected.view_as(x)
+            attended = projected_attention(rows, self.qkv, self.num_heads, offsets, longest)
+            return attended.view_as(x)
+        qkv = linear(self.qkv, rows)
+        if packing is None:
+            q, k, v = qkv.view(*x.shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+            return attention(q, k, v, None, self.fused_attn).transpose(1, 2).reshape_as(x)
+        varlen = self.fused_attn and qkv.is_cuda and qkv.dtype == torch.bfloat16
+        attended = (_attend_varlen if varlen else _attend_padded)(qkv, packing, self.num_heads, self.fused_attn)
+        return attended.view_as(x)
+
+    def _uses_short_kernels(self, x: Tensor, packing: Packing | None, longest: int) -> bool:
+        if packing is None and self.head_dim > 32 and not torch.is_grad_enabled():
+            return False  # cuDNN's forward pass is faster there: 164 against 182 µs (H100, 256 × 196 tokens, 12 × 64)
+        return self.short and x.is_cuda and longest <= LONGEST and matmul_dtype(x) == torch.bfloat16
 
 
 def _attend_varlen(qkv: Float[Tensor, "t d3"], packing: Packing, heads: int, fused: bool) -> Float[Tensor, "t d"]:
@@ -78,14 +85,17 @@ def attention(
     q: Float[Tensor, "b h t c"],
     k: Float[Tensor, "b h t c"],
     v: Float[Tensor, "b h t c"],
-    present: Bool[Tensor, "b t"],
+    present: Bool[Tensor, "b t"] | None,
     fused: bool,
 ) -> Float[Tensor, "b h t c"]:
-    """Compute attention to the present tokens: fused, or as matmul, softmax, matmul (faster on CPUs)."""
+    """Compute attention to the present tokens (None: all): fused, or as matmul, softmax, matmul (faster on CPUs)."""
+    mask = None if present is None else present[:, None, None]
     if fused:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=present[:, None, None])
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-    return weights.masked_fill(~present[:, None, None], torch.finfo(q.dtype).min).softmax(dim=-1) @ v
+    if mask is not None:
+        weights = weights.masked_fill(~mask, torch.finfo(q.dtype).min)
+    return weights.softmax(dim=-1) @ v
 
 
 def attention_kernel(module: nn.Module, tokens: Float[Tensor, "b t d"], packing: Packing | None = None) -> str:

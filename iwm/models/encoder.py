@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Real
+from jaxtyping import Float, Int64, Real
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from iwm.config import EncoderConfig as EncoderConfig
 from iwm.config import ResidualDtype
+from iwm.models.block import OWN_LAYERS, Block
 from iwm.models.layers import (
-    OWN_LAYERS,
     add_positions,
     forward_blocks,
     init_weights,
@@ -46,7 +46,7 @@ class Encoder(VisionTransformer):
     pixel_shift: Tensor
 
     def __init__(self, config: EncoderConfig, image_size: int, *, grad_checkpointing: bool = False) -> None:
-        super().__init__(**timm_arguments(config, image_size), **OWN_LAYERS)
+        super().__init__(**timm_arguments(config, image_size), block_fn=Block, **OWN_LAYERS)
         self.patch_size = config.patch_size
         self.grad_checkpointing = grad_checkpointing
         self.residual: ResidualDtype = "auto"
@@ -59,10 +59,24 @@ class Encoder(VisionTransformer):
         self.register_buffer("pixel_scale", (1 / (255 * std)).repeat(config.patch_size**2), persistent=False)
         self.register_buffer("pixel_shift", (-mean / std).repeat(config.patch_size**2), persistent=False)
 
-    def forward(self, images: Real[Tensor, "b h w 3"], packing: Packing | None = None) -> Float[Tensor, "r t d"]:
-        """Return features of all patches [b, n, d], or of the packed ones [1, t, d]."""
-        tokens = self.embed(images, packing)
-        return self.norm(forward_blocks(self.blocks, tokens, packing, grad_checkpointing=self.grad_checkpointing))
+    def forward(
+        self,
+        images: Real[Tensor, "b h w 3"],
+        packing: Packing | None = None,
+        selected: Int64[Tensor, " s"] | None = None,
+    ) -> Float[Tensor, "r t d"]:
+        """Return features of all patches [b, n, d], of the packed ones [1, t, d], or of the selected ones [1, s, d].
+
+        selected: as in `forward_blocks`.
+        """
+        tokens = forward_blocks(
+            self.blocks,
+            self.embed(images, packing),
+            packing,
+            selected=selected,
+            grad_checkpointing=self.grad_checkpointing,
+        )
+        return self.norm(tokens)
 
     def embed(self, images: Real[Tensor, "b h w 3"], packing: Packing | None = None) -> Float[Tensor, "r t d"]:
         """Embed patches and add positions; with a packing, only the visible patches are normalised and embedded.

@@ -34,22 +34,28 @@ def training_flops(config: Config, visible: float | None = None) -> Flops:
     """Compute the training FLOPs per image. visible: mean number of visible patches; None: that of `config`'s masks."""
     n = config.grid_size**2
     e = config.encoder
-    visible = token_statistics(config.masking, config.grid_size).visible if visible is None else visible
+    statistics = token_statistics(config.masking, config.grid_size)
+    visible = statistics.visible if visible is None else visible
     context = 3 * transformer_flops(visible, e.embed_dim, e.depth, e.mlp_ratio) + 2 * embedding_flops(config, visible)
-    teacher = transformer_flops(n, e.embed_dim, e.depth, e.mlp_ratio) + embedding_flops(config, n)
+    passes, tokens, compared = 1, float(n), n - visible
     if config.masking.type == "ijepa":
-        low, high = config.masking.block_scale
-        passes, tokens = config.masking.num_blocks, visible + n * (low + high) / 2
-    else:
-        passes, tokens = 1, n
-    predictor = 3 * passes * predictor_flops(config, visible, tokens)
+        passes, compared = config.masking.num_blocks, statistics.predicted
+        tokens = visible + compared / passes
+    if config.loss.predict == "all":
+        compared = n
+    teacher = transformer_flops(n, e.embed_dim, e.depth, e.mlp_ratio, compared) + embedding_flops(config, n)
+    predictor = 3 * passes * predictor_flops(config, visible, tokens, compared / passes)
     return Flops(context, teacher, predictor)
 
 
-def transformer_flops(tokens: float, width: int, depth: int, mlp_ratio: float) -> float:
-    """Compute the FLOPs of one sequence's forward pass: projections and MLP, then the two products of attention."""
-    per_token = 2 * width * width * (4 + 2 * mlp_ratio)
-    return depth * (tokens * per_token + 4 * tokens * tokens * width)
+def transformer_flops(tokens: float, width: int, depth: int, mlp_ratio: float, selected: float | None = None) -> float:
+    """Compute the FLOPs of one sequence's forward pass: projections and MLP, then the two products of attention.
+
+    selected: number of tokens in the last block's MLP; None: all.
+    """
+    attention = tokens * 8 * width * width + 4 * tokens * tokens * width
+    mlp = 4 * mlp_ratio * width * width
+    return depth * attention + mlp * ((depth - 1) * tokens + (tokens if selected is None else selected))
 
 
 def embedding_flops(config: Config, tokens: float) -> float:
@@ -60,13 +66,17 @@ def embedding_flops(config: Config, tokens: float) -> float:
     return 2 * tokens * 3 * config.encoder.patch_size**2 * config.encoder.embed_dim
 
 
-def predictor_flops(config: Config, visible: float, tokens: float) -> float:
-    """Compute the FLOPs of the predictor's forward pass: input projection, conditioning, blocks, output projection."""
+def predictor_flops(config: Config, visible: float, tokens: float, selected: float | None = None) -> float:
+    """Compute the FLOPs of the predictor's forward pass: input projection, conditioning, blocks, output projection.
+
+    selected: number of tokens whose features are predicted; None: all.
+    """
     p, encoder_width = config.predictor, config.encoder.embed_dim
     k = action_spec(config.action, config.views).size
     conditioning = CONDITIONING[config.action.conditioning]
-    flops = transformer_flops(tokens + conditioning.num_tokens(k), p.embed_dim, p.depth, p.mlp_ratio)
-    flops += 2 * (visible + tokens) * p.embed_dim * encoder_width
+    sequence = tokens + conditioning.num_tokens(k)
+    flops = transformer_flops(sequence, p.embed_dim, p.depth, p.mlp_ratio, selected)
+    flops += 2 * (visible + (tokens if selected is None else selected)) * p.embed_dim * encoder_width
     return flops + conditioning.flops(p.embed_dim, k, config.grid_size**2)
 
 

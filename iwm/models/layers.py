@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import partial
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from timm.layers import DropPath, calculate_drop_path_rates, resample_abs_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -15,13 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from iwm.compat import set_recompile_limit
 from iwm.config import ResidualDtype
-from iwm.kernels.gelu import Gelu
-from iwm.kernels.mlp import Mlp
-from iwm.models.attention import Attention
 from iwm.packing import Packing
-
-OWN_LAYERS: dict[str, type[nn.Module]] = {"attn_layer": Attention, "mlp_layer": Mlp, "act_layer": Gelu}
-"""Layers of this project used in timm's blocks, by timm's argument."""
 
 
 def sincos_positions(width: int, grid: int) -> Float[Tensor, "n {width}"]:
@@ -125,17 +120,23 @@ def forward_blocks(
     tokens: Float[Tensor, "b t d"],
     packing: Packing | None = None,
     *,
+    selected: Int64[Tensor, " s"] | None = None,
     grad_checkpointing: bool = False,
-) -> Float[Tensor, "b t d"]:
+) -> Float[Tensor, "b2 t2 d"]:
     """Run tokens through blocks: rows of equal length, or one row of packed tokens.
 
+    selected: tokens that the last block (a Block of this project) returns, as one row; None: all.
     grad_checkpointing: store only the input of each block, and recompute the block in the backward pass.
     """
+    blocks = list(blocks)
     for block in blocks:
+        run = partial(block, attn_mask=packing)
+        if selected is not None and block is blocks[-1]:
+            run = partial(run, selected=selected)
         if grad_checkpointing and torch.is_grad_enabled():
-            tokens = checkpoint(block, tokens, attn_mask=packing, use_reentrant=False, preserve_rng_state=_draws(block))
+            tokens = checkpoint(run, tokens, use_reentrant=False, preserve_rng_state=_draws(block))
         else:
-            tokens = block(tokens, attn_mask=packing)
+            tokens = run(tokens)
     return tokens
 
 

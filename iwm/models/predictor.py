@@ -8,14 +8,13 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from iwm.actions import action_spec
 from iwm.config import Config
 from iwm.masking import PackedMasks
+from iwm.models.block import OWN_LAYERS, Block
 from iwm.models.layers import (
-    OWN_LAYERS,
     add_positions,
     forward_blocks,
     init_weights,
@@ -185,15 +184,21 @@ class Predictor(nn.Module):
 
     def predict_masked(
         self, context: Float[Tensor, "1 t e"], masks: PackedMasks, action: Float[Tensor, "b k"]
-    ) -> Float[Tensor, "b m n e"]:
-        """Predict target features at every position of the grid; only predicted and visible positions are meaningful.
+    ) -> Float[Tensor, "1 s e"]:
+        """Predict the target features of the tokens that the loss compares (masks.loss).
 
         context: packed features of the visible patches. Predicted positions hold a mask token. Positions that are
         neither are not attended to. One pass computes all m predictions of each image.
         """
         tokens = self.build_sequence(context, masks, action)
-        tokens = forward_blocks(self.blocks, tokens, masks.predictor, grad_checkpointing=self.grad_checkpointing)
-        return self.unpack_predictions(tokens, masks)
+        tokens = forward_blocks(
+            self.blocks,
+            tokens,
+            masks.predictor,
+            selected=masks.loss.prediction_index,
+            grad_checkpointing=self.grad_checkpointing,
+        )
+        return self.project(tokens)
 
     def build_sequence(
         self, context: Float[Tensor, "1 t e"], masks: PackedMasks, action: Float[Tensor, "b k"]
@@ -208,17 +213,10 @@ class Predictor(nn.Module):
             return tokens
         return gather_tokens(tokens[:, None].expand(-1, m, -1, -1).flatten(0, 2), masks.predictor.token_index)[None]
 
-    def unpack_predictions(self, tokens: Float[Tensor, "r s d"], masks: PackedMasks) -> Float[Tensor, "b m n e"]:
-        """Return the predictions in the grid from the last block's output; positions that were not packed are zero."""
-        b, m, n = masks.predicted.shape
-        if masks.predictor is not None:
-            predictions = self.predictor_proj(self.norm(tokens[0]))
-            places = b * m * (n + self.num_action_tokens)
-            predictions = scatter_tokens(
-                predictions, masks.predictor.token_index, predictions.new_zeros(places, predictions.shape[1])
-            )
-            return predictions.view(b, m, n + self.num_action_tokens, -1)[:, :, :n]
-        return self.predictor_proj(self.norm(tokens[:, None, :n]))
+    def project(self, tokens: Float[Tensor, "*b t d"]) -> Float[Tensor, "*b t e"]:
+        """Return the predictions from the last block's output."""
+        projected: Tensor = self.predictor_proj(self.norm(tokens))
+        return projected
 
     def predict_image(self, context: Float[Tensor, "b n e"], action: Float[Tensor, "b k"]) -> Float[Tensor, "b n e"]:
         """Predict the features of the whole target image from those of the whole source image."""

@@ -6,12 +6,13 @@ import copy
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
 from iwm.actions import ActionSpec, action_from_params, action_spec
+from iwm.compat import set_activation_memory_budget
 from iwm.config import Config, EncoderName, LossConfig
-from iwm.masking import Masks, PackedMasks
+from iwm.masking import PackedMasks
 from iwm.models.attention import attention_kernel, to_device
 from iwm.models.encoder import Encoder
 from iwm.models.layers import compile_blocks
@@ -19,7 +20,7 @@ from iwm.models.predictor import Predictor
 from iwm.packing import pack_tokens
 
 
-def normalize_targets(features: Float[Tensor, "b n d"], loss: LossConfig) -> Float[Tensor, "b n d"]:
+def normalize_targets(features: Float[Tensor, "r t d"], loss: LossConfig) -> Float[Tensor, "r t d"]:
     """Apply layer norm without affine parameters where loss.normalize_targets is set; else return the features."""
     return F.layer_norm(features, features.shape[-1:]) if loss.normalize_targets else features
 
@@ -45,36 +46,33 @@ class WorldModel(nn.Module):
         masks: PackedMasks,
     ) -> Float[Tensor, ""]:
         """Return the training loss of a batch, between the predictions and the target encoder's features."""
-        targets = self.target_features(target)
+        targets = self.target_features(target, masks.loss.target_index)
         context = self.encoder(source, masks.context)
         predictions = self.predictor.predict_masked(context, masks, action_from_params(params, self.action_spec))
-        return self.loss(predictions, targets, self.loss_mask(masks))
-
-    def loss_mask(self, masks: Masks | PackedMasks) -> Bool[Tensor, "b m n"]:
-        """Return the mask of the tokens that the loss is computed over (loss.predict)."""
-        return masks.predicted | masks.visible[:, None] if self.config.loss.predict == "all" else masks.predicted
+        return self.loss(predictions, targets, masks.loss.weight[None])
 
     def loss(
         self,
-        predictions: Float[Tensor, "b m n d"],
-        targets: Float[Tensor, "b n d"],
-        counted: Bool[Tensor, "b m n"],
+        predictions: Float[Tensor, "*b t d"],
+        targets: Float[Tensor, "*b t d"],
+        weights: Float[Tensor, "*b t"],
     ) -> Float[Tensor, ""]:
-        """Return the loss between predictions and targets over the counted tokens, all predictions equally weighted."""
+        """Return the loss: the distances between predictions and targets, weighted (loss_tokens.loss_weights)."""
         compare = F.mse_loss if self.config.loss.type == "l2" else F.smooth_l1_loss
-        targets = targets[:, None].expand_as(predictions)
         per_token = compare(predictions.float(), targets.float(), reduction="none").mean(dim=-1)
-        per_row = (per_token * counted).sum(dim=-1)
-        if self.config.loss.reduction == "mean":
-            per_row = per_row / counted.sum(dim=-1).clamp(min=1)
-        return per_row.mean()
+        return (per_token * weights).sum()
 
     @torch.no_grad()
-    def target_features(self, images: UInt8[Tensor, "b h w 3"]) -> Float[Tensor, "b n d"]:
-        """Return the targets: the target encoder's features, normalised where loss.normalize_targets is set."""
-        return self.normalize_features(self.target_encoder(images))
+    def target_features(
+        self, images: UInt8[Tensor, "b h w 3"], selected: Int64[Tensor, " s"] | None = None
+    ) -> Float[Tensor, "r t d"]:
+        """Return the targets: the target encoder's features, normalised where loss.normalize_targets is set.
 
-    def normalize_features(self, features: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        selected: indices of patches, counted over all images; their features are [1, s, d]. None: all, [b, n, d].
+        """
+        return self.normalize_features(self.target_encoder(images, selected=selected))
+
+    def normalize_features(self, features: Float[Tensor, "r t d"]) -> Float[Tensor, "r t d"]:
         """Normalise an encoder's features as the loss does its targets."""
         return normalize_targets(features, self.config.loss)
 
@@ -100,9 +98,10 @@ class WorldModel(nn.Module):
         """
         to_device(self, device, self.config.train.attention_impl)
         if compiled:
+            set_activation_memory_budget(self.config.train.activation_memory_budget)
             for encoder in (self.encoder, self.target_encoder):
                 compile_blocks(encoder, (*encoder.blocks, encoder.norm), "embed")
-            compile_blocks(self.predictor, self.predictor.blocks, "build_sequence", "unpack_predictions")
+            compile_blocks(self.predictor, self.predictor.blocks, "build_sequence", "project")
             compile_blocks(self, (), "normalize_features", "loss")
         return self
 

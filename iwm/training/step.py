@@ -8,9 +8,11 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from dali_pipelines.loader import ViewBatch
 from iwm.config import Config
+from iwm.kernels.bf16_weights import Bf16Weights
 from iwm.masking import Masks, PackedMasks, mask_buffer_sizes, pack_masks, sample_masks
 from iwm.models.predictor import num_action_tokens
 from iwm.models.world_model import WorldModel
@@ -47,9 +49,10 @@ def sample_step_masks(
 def prepare_masks(config: Config, dist: DistEnv, step: int, part: int, batch: int) -> PackedMasks:
     """Sample and pack the masks of a pass, on its device; in constant shapes if the step is compiled."""
     masks = sample_step_masks(config, dist, step, part, batch)
-    extra = num_action_tokens(config)
-    fixed = mask_buffer_sizes(config.masking, config.grid_size, extra, batch) if config.train.compile else None
-    return pack_masks(masks, fixed, extra).to(dist.device)
+    extra, fixed = num_action_tokens(config), None
+    if config.train.compile:
+        fixed = mask_buffer_sizes(config.masking, config.grid_size, extra, batch, config.loss.predict)
+    return pack_masks(masks, fixed, extra, config.loss).to(dist.device)
 
 
 class ForwardBackward:
@@ -61,8 +64,13 @@ class ForwardBackward:
     def __init__(self, model: WorldModel, wrapped: nn.Module) -> None:
         """Store the model and `wrapped`, the result of `parallel.parallelize`."""
         self.model, self.wrapped = model, wrapped
+        self._bf16_weights = Bf16Weights(copied_layers(model))
 
     def __call__(self, batches: Sequence[ViewBatch], masks: Sequence[PackedMasks]) -> StepResult:
+        with self._bf16_weights.in_use():
+            return self._run(batches, masks)
+
+    def _run(self, batches: Sequence[ViewBatch], masks: Sequence[PackedMasks]) -> StepResult:
         config, device = self.model.config, batches[0].source.device
         self.model.zero_grad()
         loss = torch.zeros((), device=device)
@@ -76,6 +84,19 @@ class ForwardBackward:
         if config.optim.grad_clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), config.optim.grad_clip, norm)
         return StepResult(loss, norm, ~torch.isfinite(norm))
+
+
+def copied_layers(model: WorldModel) -> list[nn.Linear]:
+    """Return the linear layers whose bf16 copies a step uses: those of all blocks, compiled on a GPU in bf16.
+
+    Sharded parameters (FSDP) have none, because they are gathered in bf16.
+    """
+    train, positions = model.config.train, model.encoder.pos_embed
+    if not (train.compile and train.precision == "bf16" and positions.is_cuda) or isinstance(positions, DTensor):
+        return []
+    parts = (model.encoder, model.target_encoder, model.predictor)
+    layers = (layer for part in parts for block in part.blocks for layer in block.modules())
+    return [layer for layer in layers if type(layer) is nn.Linear]
 
 
 def train_step(

@@ -201,6 +201,7 @@ RESUMABLE_CHANGES = (
     "train.num_threads",
     "train.compile",
     "train.activation_checkpointing",
+    "train.activation_memory_budget",
     "train.parallel",
     "train.cuda_graph",
     "train.priority_stream",

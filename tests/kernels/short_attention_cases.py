@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
-import os
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
-pytest.importorskip("triton")
+from tests.kernels.interpreted import DEVICE
 
+# isort: split
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import TensorHandle
 
 import iwm.kernels.short_attention as module
-from iwm.kernels.short_attention import AttentionTiling, attend, attend_backward, projected_attention
+from iwm.kernels.short_attention import (
+    AttentionTiling,
+    ProjectedAttention,
+    attend,
+    attend_backward,
+    projected_attention,
+)
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WHOLE = 196 if torch.cuda.is_available() else 72
 """Length of a long sequence, shorter where kernels are interpreted (196 tokens take a second)."""
 
-_patch_lang, _create_dot = interpreter._patch_lang, interpreter.InterpreterBuilder.create_dot
-
-
-def _loops_over_loaded_bounds(kernel: object) -> object:
-    """Work around Triton 3.6, which converts one-element arrays to int, an error since numpy 2.4."""
-    scope = _patch_lang(kernel)
-    tl.core.tensor.__index__ = lambda self: self.handle.data.item()  # undone with the fixture
-    return scope
+_create_dot = interpreter.InterpreterBuilder.create_dot
 
 
 def _products_of_bf16(self: object, a: TensorHandle, b: TensorHandle, *rest: object) -> TensorHandle:
@@ -44,13 +40,14 @@ def _products_of_bf16(self: object, a: TensorHandle, b: TensorHandle, *rest: obj
     return _create_dot(self, *(widen(x) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b)), *rest)
 
 
-interpreter._patch_lang = _loops_over_loaded_bounds
 interpreter.InterpreterBuilder.create_dot = _products_of_bf16
 
 
 def short_attention(qkv: Tensor, heads: int, offsets: Tensor | None, length: int) -> Tensor:
     """Run attention on already projected qkv, through an identity projection, which is exact."""
-    return projected_attention(qkv, torch.eye(qkv.shape[1], device=DEVICE).bfloat16(), None, heads, offsets, length)
+    identity = torch.eye(qkv.shape[1], device=DEVICE).bfloat16()
+    attended: Tensor = ProjectedAttention.apply(qkv, identity, None, identity.clone(), None, heads, offsets, length)
+    return attended
 
 
 def _reference(qkv: Tensor, heads: int, lengths: list[int]) -> Tensor:
@@ -180,12 +177,14 @@ def test_no_token_at_all(packed: bool) -> None:
     assert (sums == 0).all()
 
 
-def _projection(tokens: int, dim: int, biased: bool, kind: torch.dtype) -> tuple[list[Tensor], Tensor]:
+def _projection(tokens: int, dim: int, biased: bool, kind: torch.dtype) -> tuple[Tensor, nn.Linear, Tensor]:
     torch.manual_seed(1)
     w = 2 * dim
-    values = [torch.randn(tokens, w), torch.randn(3 * w, w) * w**-0.5, torch.randn(3 * w)]
-    values = [value.to(DEVICE, kind if i == 0 else torch.float32) for i, value in enumerate(values)]
-    return [value.requires_grad_() for value in values[: 3 if biased else 2]], torch.randn(tokens, w, device=DEVICE)
+    projection = nn.Linear(w, 3 * w, bias=biased, device=DEVICE)
+    for parameter in projection.parameters():
+        nn.init.normal_(parameter, std=w**-0.5 if parameter.ndim == 2 else 1)
+    x = torch.randn(tokens, w, device=DEVICE).to(kind)
+    return x.requires_grad_(), projection, torch.randn(tokens, w, device=DEVICE)
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -194,10 +193,10 @@ def _projection(tokens: int, dim: int, biased: bool, kind: torch.dtype) -> tuple
 def test_projection_and_its_gradients(biased: bool, kind: torch.dtype, lengths: list[int] | None) -> None:
     parts = lengths or [40, 40]
     offsets = None if lengths is None else torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
-    inputs, grad_out = _projection(sum(parts), 32, biased, kind)
-    x, weight, bias = (*inputs, None)[:3]
+    x, projection, grad_out = _projection(sum(parts), 32, biased, kind)
+    inputs = [x, *projection.parameters()]
     with torch.autocast(DEVICE, torch.bfloat16):
-        out = projected_attention(x, weight, bias, 2, offsets, max(parts))
+        out = projected_attention(x, projection, 2, offsets, max(parts))
     grads = torch.autograd.grad(out, inputs, grad_out.to(out.dtype))
     exact = [value.detach().double().requires_grad_() for value in inputs]
     qkv = exact[0] @ exact[1].t() + (exact[2] if biased else 0)
@@ -218,17 +217,17 @@ def test_projection_and_its_gradients(biased: bool, kind: torch.dtype, lengths: 
 @pytest.mark.parametrize("packed", [False, True])
 def test_projection_compiles_into_one_graph(biased: bool, packed: bool) -> None:
     offsets = torch.tensor([0, 12, 12, 20], dtype=torch.int32, device=DEVICE) if packed else None
-    inputs, grad_out = _projection(20, 16, biased, torch.float32)
+    x, projection, grad_out = _projection(20, 16, biased, torch.float32)
 
-    def projected(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return projected_attention(x * 1, weight, bias, 2, offsets, 20 if packed else 10) * 1
+    def projected(x: Tensor) -> Tensor:
+        return projected_attention(x * 1, projection, 2, offsets, 20 if packed else 10) * 1
 
     compiled = torch.compile(projected, fullgraph=True, backend="aot_eager")
     results = []
     for function in (compiled, projected):
         with torch.autocast(DEVICE, torch.bfloat16):
-            out = function(*inputs)
-        results.append(torch.autograd.grad(out, inputs, grad_out.to(out.dtype)))
+            out = function(x)
+        results.append(torch.autograd.grad(out, [x, *projection.parameters()], grad_out.to(out.dtype)))
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
 

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from dali_pipelines.augmentations import PARAMS, Views
 from iwm.actions import action_from_params
-from iwm.config import ActionConfig, Config, EncoderConfig, MaskingConfig, PredictorConfig, TrainConfig
+from iwm.config import ActionConfig, Config, EncoderConfig, LossConfig, MaskingConfig, PredictorConfig, TrainConfig
+from iwm.loss_tokens import loss_weights
 from iwm.masking import Masks, mask_buffer_sizes, pack_masks, sample_masks, token_statistics
 from iwm.models.attention import set_attention_impl
 from iwm.models.world_model import WorldModel
@@ -61,7 +62,9 @@ def padded_loss(model: WorldModel, source: Tensor, target: Tensor, params: Tenso
         for block in predictor.blocks:
             tokens = block(tokens, attn_mask=added(present))
         predictions.append(predictor.predictor_proj(predictor.norm(tokens[:, : GRID**2])))
-    return model.loss(torch.stack(predictions, dim=1), model.target_features(target), masks.predicted)
+    predicted = torch.stack(predictions, dim=1)
+    targets = model.target_features(target)[:, None].expand_as(predicted)
+    return model.loss(predicted, targets, loss_weights(masks.predicted, model.config.loss))
 
 
 def gradients(model: WorldModel, loss: Tensor) -> list[Tensor]:
@@ -80,8 +83,8 @@ def test_packed_and_padded_give_the_same_loss_and_gradients(
     model, masks, images = build(kind, conditioning), drawn(kind), batch()
     set_attention_impl(model, fused)
     extra = model.predictor.num_action_tokens
-    room = mask_buffer_sizes(MaskingConfig(type=kind), GRID, extra, BATCH) if fixed else None
-    packed = pack_masks(masks, room, extra)
+    room = mask_buffer_sizes(MaskingConfig(type=kind), GRID, extra, BATCH, "masked") if fixed else None
+    packed = pack_masks(masks, room, extra, LossConfig())
     assert (packed.predictor is None) == (kind == "iwm")
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         ours, theirs = model(*images, packed), padded_loss(model, *images, masks)
@@ -99,7 +102,7 @@ def test_packed_and_padded_give_the_same_loss_and_gradients(
 def test_an_image_is_the_same_alone_and_in_company() -> None:
     model, masks, (source, _, _) = build(), drawn(), batch()
     together = model.encoder(
-        source, pack_tokens(masks.visible, mask_buffer_sizes(MaskingConfig(), GRID, 0, BATCH).context)
+        source, pack_tokens(masks.visible, mask_buffer_sizes(MaskingConfig(), GRID, 0, BATCH, "masked").context)
     )[0]
     ends = masks.visible.sum(1).cumsum(0).tolist()
     for row, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
@@ -111,7 +114,7 @@ def test_an_image_is_the_same_alone_and_in_company() -> None:
     "fixed",
     [
         None,
-        mask_buffer_sizes(MaskingConfig(), GRID, 0, BATCH).context,
+        mask_buffer_sizes(MaskingConfig(), GRID, 0, BATCH, "masked").context,
         BufferSize(tokens=8, num_padding_sequences=1, growth=8),
         BufferSize(tokens=GRID**2 * BATCH + 800, num_padding_sequences=1, growth=8),
     ],
@@ -134,7 +137,7 @@ def test_every_visible_patch_is_packed_once_whatever_the_buffer(fixed: BufferSiz
 
 def test_laying_and_picking_undo_each_other_and_so_do_their_gradients() -> None:
     visible = drawn().visible
-    place = pack_tokens(visible, mask_buffer_sizes(MaskingConfig(), GRID, 0, BATCH).context).token_index
+    place = pack_tokens(visible, mask_buffer_sizes(MaskingConfig(), GRID, 0, BATCH, "masked").context).token_index
     grid = torch.randn(visible.numel(), 5, dtype=torch.float64, requires_grad=True)
     tokens = torch.randn(len(place), 5, dtype=torch.float64, requires_grad=True)
     back = scatter_tokens(gather_tokens(grid, place), place, torch.zeros_like(grid))
@@ -149,11 +152,11 @@ def test_at_most_one_token_in_25_is_filling(name: str, images: int) -> None:
     config = RECIPES[name]()
     n, separate = config.grid_size**2, config.masking.type == "ijepa"
     needed = token_statistics(config.masking, config.grid_size)
-    buffers = mask_buffer_sizes(config.masking, config.grid_size, 0, images)
+    buffers = mask_buffer_sizes(config.masking, config.grid_size, 0, images, config.loss.predict)
     context = buffers.context.tokens / images
     predictor = buffers.predictor.tokens / images if separate else n
     # The target encoder has no padding.
-    assert 1 <= (context + n + predictor) / (needed.visible + n + (needed.predicted if separate else n)) <= 1.04
+    assert 1 <= (context + n + predictor) / (needed.visible + n + (needed.seen if separate else n)) <= 1.04
     if config.masking.type == "iwm":
         assert 1 < context / needed.visible <= 1.04
 
@@ -162,7 +165,7 @@ def test_shapes_never_change_over_500_steps_of_real_masks() -> None:
     """At the paper's size one batch in 30,000 exceeds the buffer, so a few hundred fit almost certainly."""
     assert CAPACITY_SIGMAS == 4.0
     masking, images = MaskingConfig(), 256
-    fixed = mask_buffer_sizes(masking, 14, 0, images)
+    fixed = mask_buffer_sizes(masking, 14, 0, images, "masked")
     shapes = set()
     for step in range(500):
         masks = sample_masks(masking, 14, 0, step, torch.arange(images))
@@ -172,8 +175,10 @@ def test_shapes_never_change_over_500_steps_of_real_masks() -> None:
 
 def test_a_batch_beyond_the_buffer_is_trained_on_whole() -> None:
     model, masks, images = build(), drawn(), batch()
-    tight = mask_buffer_sizes(MaskingConfig(), GRID, 0, BATCH)._replace(
+    tight = mask_buffer_sizes(MaskingConfig(), GRID, 0, BATCH, "masked")._replace(
         context=BufferSize(tokens=64, num_padding_sequences=1, growth=16)
     )
     assert masks.visible.sum() > 64
-    torch.testing.assert_close(model(*images, pack_masks(masks, tight, 0)), padded_loss(model, *images, masks))
+    torch.testing.assert_close(
+        model(*images, pack_masks(masks, tight, 0, LossConfig())), padded_loss(model, *images, masks)
+    )

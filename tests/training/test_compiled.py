@@ -11,9 +11,9 @@ from iwm.training.runtime import StopFlag
 from tests.training.runs import arguments, finish, metrics, train_here
 
 STEPS, COMPARED, WARM = 500, 24, 3
-GRAPHS = 11
-"""Compiled graphs: embedding, block and norm of both encoders; build_sequence, block and unpack_predictions of the
-predictor; target norm; loss."""
+GRAPHS = 13
+"""Compiled graphs: embedding, block and norm of both encoders; build_sequence, block and project of the predictor; the
+last block of target encoder and predictor; target norm; loss."""
 
 
 class StopAfter(StopFlag):
@@ -30,6 +30,7 @@ class StopAfter(StopFlag):
 def test_nothing_is_recompiled_in_500_steps_and_losses_are_the_eager_ones(tiny_shards: Path, tmp_path: Path) -> None:
     eager, compiled = tmp_path / "eager", tmp_path / "compiled"
     settings = ("--train.precision", "fp32", "--log.interval", "4", "--log.eval-interval", "250")
+    settings += ("--encoder.depth", "2", "--predictor.depth", "2")
     words = arguments(tiny_shards, compiled, STEPS, *settings)
     train_here(parse([*words, "--train.no-compile"]).config, eager, StopAfter(COMPARED))
     output = finish([sys.executable, "tests/training/graphs.py", str(compiled), *words, "--train.compile"])

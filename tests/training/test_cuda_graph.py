@@ -58,7 +58,7 @@ def test_a_batch_of_another_shape_runs_and_the_next_is_captured_again(accumulati
             masks = [prepare_masks(config, dist, step, part, size) for part in range(accumulation)]
             if step == WARMUP_STEPS + 2:
                 drawn = sample_step_masks(config, dist, step, 0, size)
-                masks[0] = pack_masks(drawn, None, 0).to(dist.device)
+                masks[0] = pack_masks(drawn, None, 0, config.loss).to(dist.device)
             expected = eager(batches, masks)
             gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
             result = graphed(batches, masks)
