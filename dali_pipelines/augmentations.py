@@ -14,6 +14,9 @@ from shards.errors import UserError
 
 JitterImpl = Literal["linear", "torchvision"]
 
+ViewBackend = Literal["gpu", "cpu"]
+"""Implementation of the two views: all operators in DALI, on this device."""
+
 
 class AugmentationError(UserError):
     """Invalid augmentation settings. The message names the field."""

@@ -25,6 +25,7 @@ DataNode = Any
 """A node of a DALI graph: one value per sample. DALI ships no types."""
 
 Backend = Literal["cpu", "gpu"]
+"""Device of DALI's operators on images."""
 
 
 class PhotometricParams(NamedTuple):
@@ -242,9 +243,12 @@ def mean_grey(image: DataNode, backend: Backend) -> DataNode:
     return fn.reductions.mean(grey(image, channels=1, backend=backend))
 
 
-def contiguous(image: DataNode, backend: Backend) -> DataNode:
-    """Make an output contiguous for torch. On a GPU, a merged batch would otherwise be copied image by image."""
-    return fn.copy(image) if backend == "gpu" else image
+def contiguous(image: DataNode, on_gpu: bool) -> DataNode:
+    """Make an output in GPU memory, or one that will be copied there, contiguous.
+
+    A batch merged from conditional branches would otherwise be copied image by image.
+    """
+    return fn.copy(image) if on_gpu else image
 
 
 def to_uint8(image: DataNode) -> DataNode:

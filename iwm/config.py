@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from dali_pipelines.augmentations import AugmentationError, Views
+from dali_pipelines.augmentations import AugmentationError, ViewBackend, Views
 from dali_pipelines.decoder import GPU_DECODER
 from iwm.ranges import ConfigError as ConfigError
 from iwm.ranges import Range, check_ranges
@@ -19,6 +19,8 @@ EncoderName = Literal["teacher", "student"]
 """EMA target encoder (teacher) or trained context encoder (student), as the paper's tables name them."""
 
 ENCODERS: tuple[EncoderName, ...] = ("teacher", "student")
+
+PipelineBackend = Literal["auto", ViewBackend]
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,11 @@ class DataConfig:
     micro_batch_size: Annotated[int | None, Range(min=1)] = None
     """Maximum number of images per process in one forward and backward pass. None: one pass per step.
     Gradients are accumulated over the passes of a step."""
+    backend: PipelineBackend = "auto"
+    """Device that decodes and augments. The drawn parameters are the same for each.
+    `gpu`: all operators on the GPU. `cpu`: all on CPU cores; finished views are copied to the model's device.
+    `auto`: `gpu` where the model is on a GPU, else `cpu`.
+    A change of it on resume restarts the epoch, as pixels differ by rounding."""
     num_threads: Annotated[int, Range(min=0)] = 0
     """CPU threads of each process's input pipeline.
     0: the process's share of the available cores, less two for torch's operators where the model is on a GPU."""

@@ -17,7 +17,8 @@ from types import FrameType
 
 import torch
 
-from iwm.config import ConfigError
+from dali_pipelines.augmentations import ViewBackend
+from iwm.config import ConfigError, PipelineBackend
 
 
 class StopFlag:
@@ -93,6 +94,18 @@ def select_device(name: str, option: str, local_rank: int = 0) -> torch.device:
             f"rank {local_rank} there; lower --nproc_per_node"
         )
     return torch.device("cuda", local_rank)
+
+
+def select_backend(name: PipelineBackend, device: torch.device, option: str) -> ViewBackend:
+    """Return the implementation of the views for `auto` (`gpu` beside a model on a GPU, else `cpu`), `gpu` or `cpu`.
+
+    device: device of the model. Raises ConfigError, which names `option`, where the backend needs a GPU.
+    """
+    if name == "auto":
+        return "gpu" if device.type == "cuda" else "cpu"
+    if name != "cpu" and device.type != "cuda":
+        raise ConfigError(f"{option} {name}: it needs a GPU, and the model is on the CPU; use {option} cpu")
+    return name
 
 
 def device_name(device: torch.device) -> str:
