@@ -27,6 +27,7 @@ from dali_pipelines.outputs import (
     pipeline_options,
     run_pipeline,
 )
+from dali_pipelines.photometric_kernels import apply_views
 from dali_pipelines.pipelines import labelled_crops, segmentation_crops, two_views
 from dali_pipelines.reader import open_source
 from dali_pipelines.seeds import derive_seed
@@ -165,7 +166,10 @@ class ResumableLoader(ABC, Generic[SettingsT, BatchT]):
 
 
 class ViewBatch(NamedTuple):
-    """Two views of each image, on the pipeline's device, in DALI's memory (reused once the tensors are gone)."""
+    """Two views of each image, on the pipeline's device, in DALI's memory (reused once the tensors are gone).
+
+    Views of backend `triton` are in torch's memory.
+    """
 
     source: UInt8[Tensor, "b h w 3"]
     target: UInt8[Tensor, "b h w 3"]
@@ -194,12 +198,18 @@ class ViewLoader(ResumableLoader[Views, ViewBatch]):
         `backend`: implementation of the views; it does not affect params. None: all in DALI on `device`. `options`:
         keywords of ResumableLoader.
         """
+        self._views = settings
         self.backend: ViewBackend = backend or backend_of(options.get("device", "cpu"))[0]
         self.graph = {"backend": self.backend}
         super().__init__(folder, split, settings, **options)
 
     def batch(self, outputs: list[Tensor]) -> ViewBatch:
-        params, source, target, source_info, *codes = outputs
+        if self.backend == "triton":
+            params, crops, *rest = outputs
+            source, target = apply_views(crops, params, self._views)
+        else:
+            params, source, target, *rest = outputs
+        source_info, *codes = rest
         keys = SampleKeys(source_info)
         label = parse_labels(codes[0], keys, self._source).to(params.device, non_blocking=True) if codes else None
         return ViewBatch(source, target, params, label, keys)

@@ -45,7 +45,8 @@ def two_views(
     """Make the pipeline with outputs params (float32 [len(PARAMS)]), source, target (uint8 HWC), source_info, label.
 
     The label exists only where the source has a label column. source_info and label are in CPU memory, the others in
-    the memory of the pipeline's device: on a GPU, `cpu` copies them there, each in one piece.
+    the memory of the pipeline's device: on a GPU, `cpu` copies them there, each in one piece. In place of source and
+    target, `triton` has one output, the resized crop, from which photometric_kernels.apply_views makes them.
 
     DALI seeds random operators in the order in which they are reached from the outputs. All of them lead to params, the
     first output, so all backends draw the same numbers.
@@ -57,10 +58,13 @@ def two_views(
     drawn_target = photometric.sample(views.target)
     drawn_source = photometric.sample(views.source)
     image = resize_box(decode_crop(encoded.jpeg, crop, device, decoder), crop, views.size, device)
-    shared = photometric.prepare(image, device)
-    target_view = photometric.apply(shared, drawn_target, views.target, views.jitter_impl, device)
-    source_view = photometric.apply(shared, drawn_source, views.source, views.jitter_impl, device)
-    images = [photometric.contiguous(view, on_gpu) for view in (source_view, target_view)]
+    if backend == "triton":
+        images = [image]
+    else:
+        shared = photometric.prepare(image, device)
+        target_view = photometric.apply(shared, drawn_target, views.target, views.jitter_impl, device)
+        source_view = photometric.apply(shared, drawn_source, views.source, views.jitter_impl, device)
+        images = [photometric.contiguous(view, on_gpu) for view in (source_view, target_view)]
     outputs = [_params(crop, drawn_target, drawn_source), *images]
     if on_gpu:
         outputs = [output.gpu() for output in outputs]

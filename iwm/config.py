@@ -40,10 +40,11 @@ class DataConfig:
     """Maximum number of images per process in one forward and backward pass. None: one pass per step.
     Gradients are accumulated over the passes of a step."""
     backend: PipelineBackend = "auto"
-    """Device that decodes and augments. The drawn parameters are the same for each.
-    `gpu`: all operators on the GPU. `cpu`: all on CPU cores; finished views are copied to the model's device.
-    `auto`: `gpu` where the model is on a GPU, else `cpu`.
-    A change of it on resume restarts the epoch, as pixels differ by rounding."""
+    """Where the views are made. The sampled parameters are the same everywhere; pixels differ by rounding.
+    `gpu`: DALI decodes and augments on the GPU.
+    `cpu`: DALI decodes and augments on CPU cores; finished views are copied to the model's device.
+    `triton`: DALI decodes, crops and resizes on the GPU; Triton kernels compute the colours on training's stream.
+    `auto`: `gpu` where the model is on a GPU, else `cpu`."""
     num_threads: Annotated[int, Range(min=0)] = 0
     """CPU threads of each process's input pipeline.
     0: the process's share of the available cores, less two for torch's operators where the model is on a GPU."""

@@ -141,7 +141,7 @@ def _open_loader(
     checkpoint was trained on other data.
     """
 
-    backend = select_backend(config.data.backend, dist.device, "data.backend")
+    backend = select_backend(config.data.backend, dist.device, config.views, "data.backend")
 
     def open_with(seed: int, state: dict[str, Any] | None) -> ViewLoader:
         return ViewLoader(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from dali_pipelines.augmentations import SCENARIOS, ViewBackend, Views
+from dali_pipelines.augmentations import NO_PHOTOMETRIC, SCENARIOS, ViewBackend, Views
 from dali_pipelines.decoder import GPU_DECODER
 from dali_pipelines.loader import LoaderStateError, ViewLoader
+from dali_pipelines.outputs import run_pipeline
 from dali_pipelines.pipelines import two_views
 from dali_pipelines.reader import open_source
 
@@ -38,8 +40,19 @@ def test_every_backend_draws_in_the_same_order(shards: Path, scenario: str) -> N
     views = SCENARIOS[scenario]
     expected = random_operators(graph(shards, views, "cpu", None))
     assert len(expected) > 2
-    for backend, device_id in (("cpu", 0), ("gpu", 0)):
+    for backend, device_id in (("cpu", 0), ("gpu", 0), ("triton", 0), ("triton", None)):
         assert random_operators(graph(shards, views, backend, device_id)) == expected, backend
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_the_crop_of_triton_has_the_params_and_the_pixels_that_the_cpus_views_have(shards: Path, scenario: str) -> None:
+    views = replace(SCENARIOS[scenario], size=24)
+    params, crops, source_info = run_pipeline(graph(shards, views, "triton", None), shards)
+    expected_params, *_, expected_info = run_pipeline(graph(shards, views, "cpu", None), shards)
+    assert torch.equal(params, expected_params)
+    assert torch.equal(source_info, expected_info)
+    still = replace(views, source=NO_PHOTOMETRIC, target=NO_PHOTOMETRIC)
+    assert torch.equal(crops, run_pipeline(graph(shards, still, "cpu", None), shards)[1])
 
 
 def test_the_cpu_backend_beside_a_gpu_computes_nothing_there_and_copies_three_contiguous_outputs(shards: Path) -> None:
