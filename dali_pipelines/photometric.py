@@ -62,7 +62,12 @@ class SharedImage(NamedTuple):
 
 
 def prepare(image: DataNode, backend: Backend) -> SharedImage:
-    """Compute the inputs that both views share from the resized crop, uint8 HWC."""
+    """Compute the inputs that both views share from the resized crop, uint8 HWC.
+
+    On a GPU the mean grey, 4 bytes per image, returns to CPU memory, and a thread of DALI waits for it: operators take
+    their arguments from there only. Brightness and contrast as arithmetic on the GPU would need no copy, but four
+    kernels instead of one for each view, and float32 images between them (54 bytes per pixel instead of 6).
+    """
     return SharedImage(image, as_op_argument(mean_grey(image, backend), backend), _permuted(image, "CHW"))
 
 
