@@ -6,7 +6,7 @@ import hashlib
 import importlib
 import os
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,17 +15,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from baselines import jpeg_decode, torchvision_loader
-from environment import BenchmarkError, lookup
+from environment import BenchmarkError
 from loader_rates import LoaderSetup, batches
-from options import Baseline, LoaderOptions
+from options import Baseline, LoaderOptions, chosen_views
 from rich.console import Console
 from rich.table import Table
 from synthetic_data import GENERATED, generated_shards
 from timing import Rate, Stream, measure, paired_ratio, percentiles
 
-from dali_pipelines.augmentations import SCENARIOS, Views
+from dali_pipelines.augmentations import Views
 from iwm.ranges import check_ranges
-from iwm.recipes import RECIPES
 from iwm.training.runtime import select_device
 from shards.format import MANIFEST, load_manifest
 
@@ -33,7 +32,7 @@ from shards.format import MANIFEST, load_manifest
 def run(options: LoaderOptions, console: Console) -> dict[str, Any]:
     """Measure, print a table per clock, and return the results. Raises BenchmarkError, ConfigError and ShardError."""
     check_ranges(options)
-    views = chosen_views(options)
+    views = chosen_views(options.recipe, options.scenario, options.size, options.colour)
     baselines = chosen_baselines(options, console)
     folder = options.shards or generated_shards(console)
     samples = load_manifest(folder, options.split).samples
@@ -75,15 +74,6 @@ WINDOWS = 5
 """Number of windows per turn, over which percentiles are taken."""
 CLOCKS = {"wall": "images per second of wall time", "core": "images per second of CPU time"}
 """Titles of the two rates of timing.Rate."""
-
-
-def chosen_views(options: LoaderOptions) -> Views:
-    """Return the recipe's views, with the changes of the options."""
-    views = lookup("--recipe", options.recipe, RECIPES)().views if options.recipe else Views()
-    if options.scenario:
-        row = lookup("--scenario", options.scenario, SCENARIOS)
-        views = replace(views, source=row.source, target=row.target)
-    return replace(views, size=options.size or views.size, jitter_impl=options.colour or views.jitter_impl)
 
 
 def chosen_baselines(options: LoaderOptions, console: Console) -> tuple[Baseline, ...]:

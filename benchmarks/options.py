@@ -13,7 +13,7 @@ import tyro
 from environment import BenchmarkError, lookup
 from synthetic_data import GENERATED
 
-from dali_pipelines.augmentations import SCENARIOS, JitterImpl
+from dali_pipelines.augmentations import SCENARIOS, JitterImpl, Views
 from iwm.config import Config
 from iwm.ranges import Range, check_ranges
 from iwm.recipes import RECIPES, with_scenario
@@ -165,6 +165,18 @@ class TuneOptions:
     """Number of measurements of each candidate."""
     json: Path | None = None
     """File for all results (JSON)."""
+
+
+def chosen_views(recipe: str | None, scenario: str | None, size: int | None, colour: JitterImpl | None) -> Views:
+    """Return a recipe's views with the given changes; without a recipe, the paper's.
+
+    Raises BenchmarkError where the recipe or scenario does not exist.
+    """
+    views = lookup("--recipe", recipe, RECIPES)().views if recipe else Views()
+    if scenario:
+        row = lookup("--scenario", scenario, SCENARIOS)
+        views = replace(views, source=row.source, target=row.target)
+    return replace(views, size=size or views.size, jitter_impl=colour or views.jitter_impl)
 
 
 StepOptionsT = TypeVar("StepOptionsT", bound=StepOptions)

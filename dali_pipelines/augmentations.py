@@ -14,6 +14,13 @@ from shards.errors import UserError
 
 JitterImpl = Literal["linear", "torchvision"]
 
+ViewBackend = Literal["gpu", "cpu", "triton"]
+"""Implementation of the two views.
+
+`gpu`, `cpu`: all operators in DALI, on this device. `triton`: decoding, crop and resize in DALI on the pipeline's
+device; both views' photometric ops by Triton kernels from the recorded parameters (photometric_kernels.py).
+"""
+
 
 class AugmentationError(UserError):
     """Invalid augmentation settings. The message names the field."""
@@ -163,6 +170,10 @@ class PhotometricConfig:
         """Return the probability that an op is applied; jitter ops share one."""
         chance: float = getattr(self, "jitter_probability" if op.kind == "jitter" else f"{op.name}_probability")
         return chance
+
+    def applies(self, op: Op) -> bool:
+        """Return True where an op can change an image."""
+        return self.probability(op) > 0 and (op.kind == "destructive" or getattr(self, op.name) > 0)
 
     def value_range(self, op: Op) -> tuple[float, float]:
         """Return the range that an op's parameter is sampled from; (1, 1) for an op without a parameter."""

@@ -6,7 +6,7 @@ validation_loader.py has the loaders of one ordered pass.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
@@ -15,11 +15,19 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
-from dali_pipelines.augmentations import Views
+from dali_pipelines.augmentations import ViewBackend, Views
 from dali_pipelines.crops import CropSettings, SegmentationCrops
 from dali_pipelines.dali import dali_version
 from dali_pipelines.decoder import GPU_DECODER, GpuDecoder
-from dali_pipelines.outputs import SampleKeys, build_pipeline, parse_labels, pipeline_options, run_pipeline
+from dali_pipelines.outputs import (
+    SampleKeys,
+    backend_of,
+    build_pipeline,
+    parse_labels,
+    pipeline_options,
+    run_pipeline,
+)
+from dali_pipelines.photometric_kernels import apply_views
 from dali_pipelines.pipelines import labelled_crops, segmentation_crops, two_views
 from dali_pipelines.reader import open_source
 from dali_pipelines.seeds import derive_seed
@@ -65,6 +73,8 @@ class ResumableLoader(ABC, Generic[SettingsT, BatchT]):
     """Name of the settings in a saved state and a LoaderStateError."""
     masks = False
     """True where each sample's segmentation mask is read with its image."""
+    graph: Mapping[str, Any] = {}
+    """Further keywords of `pipeline`, which are part of a saved state."""
 
     def __init__(
         self,
@@ -111,6 +121,7 @@ class ResumableLoader(ABC, Generic[SettingsT, BatchT]):
             "shuffle_buffer": shuffle_buffer,
             "device": options["backend"],
             "dali": dali_version,
+            **self.graph,
         }
         self._pipeline = self.pipeline(
             source,
@@ -119,7 +130,7 @@ class ResumableLoader(ABC, Generic[SettingsT, BatchT]):
             shuffle_seed=derive_seed(seed),
             seed=derive_seed(seed, rank),
             checkpoint=None if state is None else self._check_state(state),
-            **options,
+            **{**options, **self.graph},
         )
         build_pipeline(self._pipeline, folder)
 
@@ -155,7 +166,10 @@ class ResumableLoader(ABC, Generic[SettingsT, BatchT]):
 
 
 class ViewBatch(NamedTuple):
-    """Two views of each image, on the pipeline's device, in DALI's memory (reused once the tensors are gone)."""
+    """Two views of each image, on the pipeline's device, in DALI's memory (reused once the tensors are gone).
+
+    Views of backend `triton` are in torch's memory.
+    """
 
     source: UInt8[Tensor, "b h w 3"]
     target: UInt8[Tensor, "b h w 3"]
@@ -176,8 +190,26 @@ class ViewLoader(ResumableLoader[Views, ViewBatch]):
     pipeline = staticmethod(two_views)
     settings_name = "views"
 
+    def __init__(
+        self, folder: Path, split: str, settings: Views, *, backend: ViewBackend | None = None, **options: Any
+    ) -> None:
+        """Open the shards and build the pipeline.
+
+        `backend`: implementation of the views; it does not affect params. None: all in DALI on `device`. `options`:
+        keywords of ResumableLoader.
+        """
+        self._views = settings
+        self.backend: ViewBackend = backend or backend_of(options.get("device", "cpu"))[0]
+        self.graph = {"backend": self.backend}
+        super().__init__(folder, split, settings, **options)
+
     def batch(self, outputs: list[Tensor]) -> ViewBatch:
-        source, target, params, source_info, *codes = outputs
+        if self.backend == "triton":
+            params, crops, *rest = outputs
+            source, target = apply_views(crops, params, self._views)
+        else:
+            params, source, target, *rest = outputs
+        source_info, *codes = rest
         keys = SampleKeys(source_info)
         label = parse_labels(codes[0], keys, self._source).to(params.device, non_blocking=True) if codes else None
         return ViewBatch(source, target, params, label, keys)

@@ -72,7 +72,10 @@ def parse_labels(codes: UInt8[Tensor, "b n"], keys: Sequence[str], source: DataS
 
 
 def run_pipeline(pipeline: Any, folder: Path) -> list[Tensor]:
-    """Return the next outputs as torch tensors in DALI's memory, which DALI does not reuse while they exist."""
+    """Return the next outputs as torch tensors in DALI's memory, which DALI does not reuse while they exist.
+
+    On a GPU they are bound to the current stream: DALI reuses their memory after the work that is queued there.
+    """
     on_gpu = pipeline.device_id is not None
     with _translate_errors(folder):
         outputs = pipeline.run(torch.cuda.current_stream(pipeline.device_id)) if on_gpu else pipeline.run()

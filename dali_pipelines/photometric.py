@@ -25,6 +25,7 @@ DataNode = Any
 """A node of a DALI graph: one value per sample. DALI ships no types."""
 
 Backend = Literal["cpu", "gpu"]
+"""Device of DALI's operators on images."""
 
 
 class PhotometricParams(NamedTuple):
@@ -61,7 +62,12 @@ class SharedImage(NamedTuple):
 
 
 def prepare(image: DataNode, backend: Backend) -> SharedImage:
-    """Compute the inputs that both views share from the resized crop, uint8 HWC."""
+    """Compute the inputs that both views share from the resized crop, uint8 HWC.
+
+    On a GPU the mean grey, 4 bytes per image, returns to CPU memory, and a thread of DALI waits for it: operators take
+    their arguments from there only. Brightness and contrast as arithmetic on the GPU would need no copy, but four
+    kernels instead of one for each view, and float32 images between them (54 bytes per pixel instead of 6).
+    """
     return SharedImage(image, as_op_argument(mean_grey(image, backend), backend), _permuted(image, "CHW"))
 
 
@@ -242,9 +248,12 @@ def mean_grey(image: DataNode, backend: Backend) -> DataNode:
     return fn.reductions.mean(grey(image, channels=1, backend=backend))
 
 
-def contiguous(image: DataNode, backend: Backend) -> DataNode:
-    """Make an output contiguous for torch. On a GPU, a merged batch would otherwise be copied image by image."""
-    return fn.copy(image) if backend == "gpu" else image
+def contiguous(image: DataNode, on_gpu: bool) -> DataNode:
+    """Make an output in GPU memory, or one that will be copied there, contiguous.
+
+    A batch merged from conditional branches would otherwise be copied image by image.
+    """
+    return fn.copy(image) if on_gpu else image
 
 
 def to_uint8(image: DataNode) -> DataNode:

@@ -20,6 +20,7 @@ from dali_pipelines import photometric, rand_augment
 from dali_pipelines.augmentations import (
     MEAN_COLOUR,
     PHOTOMETRIC_FIELDS,
+    ViewBackend,
     Views,
 )
 from dali_pipelines.crops import CropSettings, RandAugment, SegmentationCrops, parse_rand_augment
@@ -35,31 +36,39 @@ def two_views(
     source: DataSource,
     views: Views,
     *,
-    backend: Backend,
+    backend: ViewBackend,
     shuffle_buffer: int,
     shuffle_seed: int,
     reader_prefetch: int,
     decoder: GpuDecoder,
 ) -> tuple[DataNode, ...]:
-    """Make the pipeline with outputs source, target (uint8 HWC), params (float32 [len(PARAMS)]), source_info, label.
+    """Make the pipeline with outputs params (float32 [len(PARAMS)]), source, target (uint8 HWC), source_info, label.
 
-    The label exists only where the source has a label column. source_info and label are in CPU memory, the
-    others in the memory of `backend`.
+    The label exists only where the source has a label column. source_info and label are in CPU memory, the others in
+    the memory of the pipeline's device: on a GPU, `cpu` copies them there, each in one piece. In place of source and
+    target, `triton` has one output, the resized crop, from which photometric_kernels.apply_views makes them.
+
+    DALI seeds random operators in the order in which they are reached from the outputs. All of them lead to params, the
+    first output, so all backends draw the same numbers.
     """
+    on_gpu = Pipeline.current().device_id is not None
+    device: Backend = "gpu" if on_gpu and backend != "cpu" else "cpu"
     encoded = read(source, shuffle_buffer=shuffle_buffer, seed=shuffle_seed, prefetch=reader_prefetch)
     crop = draw_crop(encoded.jpeg, views.crop_scale, views.crop_ratio, views.flip_probability)
     drawn_target = photometric.sample(views.target)
     drawn_source = photometric.sample(views.source)
-    box = decode_crop(encoded.jpeg, crop, backend, decoder)
-    shared = photometric.prepare(resize_box(box, crop, views.size, backend), backend)
-    target_view = photometric.apply(shared, drawn_target, views.target, views.jitter_impl, backend)
-    source_view = photometric.apply(shared, drawn_source, views.source, views.jitter_impl, backend)
-    params = _params(crop, drawn_target, drawn_source)
-    if backend == "gpu":
-        params = params.gpu()
-    source_view, target_view = (photometric.contiguous(view, backend) for view in (source_view, target_view))
-    outputs = (source_view, target_view, params, encoded.source_info)
-    return outputs if encoded.label is None else (*outputs, encoded.label)
+    image = resize_box(decode_crop(encoded.jpeg, crop, device, decoder), crop, views.size, device)
+    if backend == "triton":
+        images = [image]
+    else:
+        shared = photometric.prepare(image, device)
+        target_view = photometric.apply(shared, drawn_target, views.target, views.jitter_impl, device)
+        source_view = photometric.apply(shared, drawn_source, views.source, views.jitter_impl, device)
+        images = [photometric.contiguous(view, on_gpu) for view in (source_view, target_view)]
+    outputs = [_params(crop, drawn_target, drawn_source), *images]
+    if on_gpu:
+        outputs = [output.gpu() for output in outputs]
+    return (*outputs, encoded.source_info, *(() if encoded.label is None else (encoded.label,)))
 
 
 def _params(crop: Crop, target: PhotometricParams, source: PhotometricParams) -> DataNode:
@@ -103,7 +112,7 @@ def _labelled_crops(
     if layers is not None:
         drawn_layers = rand_augment.sample(layers)
         image = rand_augment.apply(image, drawn_layers, layers.increasing, crops.size, crops.interpolation, backend)
-    return photometric.contiguous(image, backend), encoded.source_info, encoded.label
+    return photometric.contiguous(image, backend == "gpu"), encoded.source_info, encoded.label
 
 
 @pipeline_def(exec_dynamic=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from dali_pipelines.augmentations import AugmentationError, Views
+from dali_pipelines.augmentations import AugmentationError, ViewBackend, Views
 from dali_pipelines.decoder import GPU_DECODER
 from iwm.ranges import ConfigError as ConfigError
 from iwm.ranges import Range, check_ranges
@@ -19,6 +19,8 @@ EncoderName = Literal["teacher", "student"]
 """EMA target encoder (teacher) or trained context encoder (student), as the paper's tables name them."""
 
 ENCODERS: tuple[EncoderName, ...] = ("teacher", "student")
+
+PipelineBackend = Literal["auto", ViewBackend]
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,12 @@ class DataConfig:
     micro_batch_size: Annotated[int | None, Range(min=1)] = None
     """Maximum number of images per process in one forward and backward pass. None: one pass per step.
     Gradients are accumulated over the passes of a step."""
+    backend: PipelineBackend = "auto"
+    """Where the views are made. The sampled parameters are the same everywhere; pixels differ by rounding.
+    `gpu`: DALI decodes and augments on the GPU.
+    `cpu`: DALI decodes and augments on CPU cores; finished views are copied to the model's device.
+    `triton`: DALI decodes, crops and resizes on the GPU; Triton kernels compute the colours on training's stream.
+    `auto`: `gpu` where the model is on a GPU, else `cpu`."""
     num_threads: Annotated[int, Range(min=0)] = 0
     """CPU threads of each process's input pipeline.
     0: the process's share of the available cores, less two for torch's operators where the model is on a GPU."""

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import iwm
 from dali_pipelines.augmentations import NO_PHOTOMETRIC, PARAMS, SINGLE_OP, SOURCE, TARGET, PhotometricConfig, Views
 from dali_pipelines.loader import ViewBatch, ViewLoader
+from dali_pipelines.photometric_kernels import missing_ops
 from dali_pipelines.replay import apply_photometric, sample_photometric
 from iwm.ablation.studies import STUDIES
 from iwm.actions import action_from_params, action_schema, action_spec, describe_action, make_action
@@ -81,7 +82,7 @@ def check_action(batch: ViewBatch) -> None:
 
 
 def check_evaluation() -> None:
-    """Check both ops in sweeps, corruptions, the explorer and the pipeline profile; the torchvision baseline fails."""
+    """Check both ops in sweeps, corruptions, the explorer and the profile; torchvision and Triton refuse them."""
     checkpoint = Path("unused")
     strong = replace(NEW, gamma=0.5)
     views = replace(VIEWS, source=strong, target=replace(strong, posterize_probability=0.0))
@@ -97,6 +98,8 @@ def check_evaluation() -> None:
     assert {"gamma", "posterize"} <= set(SINGLE_OP)
     with pytest.raises(ConfigError, match="gamma, posterize"):
         colours(NEW, "tensor")
+    assert missing_ops(VIEWS) == ["gamma", "posterize"]
+    assert missing_ops(Views()) == []
 
 
 def check_conditioning(batch: ViewBatch) -> None:

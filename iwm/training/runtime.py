@@ -17,7 +17,10 @@ from types import FrameType
 
 import torch
 
-from iwm.config import ConfigError
+from dali_pipelines.augmentations import ViewBackend, Views
+from dali_pipelines.photometric_kernels import missing_ops
+from iwm.compat import HAS_TRITON
+from iwm.config import ConfigError, PipelineBackend
 
 
 class StopFlag:
@@ -93,6 +96,26 @@ def select_device(name: str, option: str, local_rank: int = 0) -> torch.device:
             f"rank {local_rank} there; lower --nproc_per_node"
         )
     return torch.device("cuda", local_rank)
+
+
+def select_backend(name: PipelineBackend, device: torch.device, views: Views, option: str) -> ViewBackend:
+    """Return the backend of the two-view pipeline; `auto` is `gpu` where the model is on a GPU, else `cpu`.
+
+    device: device of the model. Raises ConfigError, which names `option`, where the machine or the views rule the
+    backend out.
+    """
+    if name == "auto":
+        return "gpu" if device.type == "cuda" else "cpu"
+    if name != "cpu" and device.type != "cuda":
+        raise ConfigError(f"{option} {name}: it needs a GPU, and the model is on the CPU; use {option} cpu")
+    if name == "triton" and not HAS_TRITON:
+        raise ConfigError(f"{option} triton: torch came without Triton; use {option} gpu, or torch's build for CUDA")
+    if name == "triton" and (missing := missing_ops(views)):
+        raise ConfigError(
+            f"{option} triton: its kernels lack {', '.join(missing)}; use {option} gpu, or add them to "
+            "dali_pipelines/photometric_triton.py"
+        )
+    return name
 
 
 def device_name(device: torch.device) -> str:

@@ -23,6 +23,7 @@ from iwm.training.cuda_graph import build_forward_backward
 from iwm.training.distributed import DistEnv, loader_threads
 from iwm.training.optim import Schedules, build_optimizer, build_schedules, load_optimizer_state, optimizer_state_dict
 from iwm.training.parallel import full_tensor, parallelize
+from iwm.training.runtime import select_backend
 from iwm.training.step import ForwardBackward
 
 
@@ -82,8 +83,9 @@ def build_train_state(config: Config, run: Path, dist: DistEnv) -> TrainState:
     messages = [
         f"{run}: {schedules.steps:,} steps of {config.data.global_batch_size} images ({dist.size} processes × "
         f"{micro_batch} images × {accumulation} passes) on {dist.device.type}, {config.train.precision}, {kernels}",
-        f"{loader.samples_per_epoch:,} images in {config.data.shards} '{config.data.train}'; context encoder "
-        f"{encoder:.2f} M parameters, predictor {predictor:.2f} M, {config.action.conditioning} conditioning",
+        f"{loader.samples_per_epoch:,} images in {config.data.shards} '{config.data.train}', backend {loader.backend}; "
+        f"context encoder {encoder:.2f} M parameters, predictor {predictor:.2f} M, {config.action.conditioning} "
+        "conditioning",
         f"attention: {attention} (torch {torch.__version__}); forward and backward passes {issued}",
         *(f"changed since the last checkpoint: {change}" for change in changes),
         *restart,
@@ -126,7 +128,7 @@ def split_batch(batch: int, most: int | None, processes: int, names: tuple[str, 
     return micro_batch, share // micro_batch
 
 
-LOADER_RESET_FIELDS = {"batch_size", "world_size", "rank", "device", "dali"}
+LOADER_RESET_FIELDS = {"batch_size", "world_size", "rank", "device", "backend", "dali"}
 """Loader settings that may change on resume; the epoch restarts."""
 
 
@@ -139,6 +141,8 @@ def _open_loader(
     checkpoint was trained on other data.
     """
 
+    backend = select_backend(config.data.backend, dist.device, config.views, "data.backend")
+
     def open_with(seed: int, state: dict[str, Any] | None) -> ViewLoader:
         return ViewLoader(
             config.data.shards,
@@ -146,6 +150,7 @@ def _open_loader(
             config.views,
             batch_size=micro_batch,
             seed=seed,
+            backend=backend,
             device=dist.device,
             rank=dist.rank,
             world_size=dist.size,
@@ -191,6 +196,7 @@ def to_checkpoint(state: TrainState) -> Checkpoint:
 
 RESUMABLE_CHANGES = (
     "data.shards",
+    "data.backend",
     "data.num_threads",
     "data.prefetch_queue_depth",
     "data.hw_decoder_load",
@@ -209,7 +215,7 @@ RESUMABLE_CHANGES = (
     "log.",
 )
 """Fields that may change on resume, in the form of config_io.split_changes. They change the model by rounding at most;
-another data.micro_batch_size or train.device also restarts the epoch."""
+another data.micro_batch_size, data.backend or train.device also restarts the epoch."""
 
 
 @contextmanager

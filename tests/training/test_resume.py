@@ -18,9 +18,9 @@ from iwm.config import ConfigError, LogConfig, OptimConfig
 from iwm.training import checkpoint as checkpoints
 from iwm.training.checkpoint import CheckpointError, load_world_model
 from iwm.training.runtime import StopFlag
-from iwm.training.train_state import find_resume_checkpoint, run_lock
+from iwm.training.train_state import build_train_state, find_resume_checkpoint, run_lock
 from tests.disks import small_disk
-from tests.training.runs import assert_same, command, finish, metrics, start, tiny_config, train_here
+from tests.training.runs import alone, assert_same, command, finish, metrics, start, tiny_config, train_here
 
 
 def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
@@ -110,6 +110,22 @@ def test_other_settings_are_refused_by_name_and_harmless_ones_are_not(tiny_shard
     found, changes = find_resume_checkpoint(tmp_path, replace(config, log=replace(config.log, interval=7)))
     assert found is not None
     assert changes == ["log.interval: 5 → 7"]
+
+
+def test_another_backend_of_the_pipeline_is_allowed_and_restarts_the_epoch(tiny_shards: Path, tmp_path: Path) -> None:
+    config = tiny_config(tiny_shards, 5)
+    train_here(config, tmp_path)
+    changed = replace(config, data=replace(config.data, backend="cpu"))
+    messages = build_train_state(changed, tmp_path, alone()).startup_messages
+    assert "changed since the last checkpoint: data.backend: auto → cpu" in messages
+    assert not any("a new epoch begins" in line for line in messages), "auto was cpu before"
+
+    saved = checkpoints.load_newest(tmp_path)
+    assert saved is not None
+    saved.loader["ranks"][0]["backend"] = "gpu"
+    checkpoints.save_checkpoint(tmp_path, saved)
+    (restart,) = (x for x in build_train_state(changed, tmp_path, alone()).startup_messages if "a new epoch" in x)
+    assert "backend was 'gpu', is 'cpu'" in restart
 
 
 def test_a_finished_run_is_left_as_it_is(tiny_shards: Path, tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ def test_unknown_names_are_refused(arguments: list[str], named: str, capsys: pyt
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="no mistake where there is a GPU"),
         ),
         (["--optim.implementation", "apex", "--train.device", "cpu"], "optim.implementation apex"),
+        (["--data.backend", "gpu", "--train.device", "cpu"], "data.backend gpu: it needs a GPU"),
         (["--data.val", "test"], "no split 'test'"),
     ],
 )
