@@ -221,7 +221,8 @@ class TrainConfig:
     """On a GPU: run the step on a CUDA stream of higher priority than that of the pipeline."""
     max_nonfinite_steps: int = 10
     """Number of consecutive steps with a non-finite gradient after which the run stops.
-    Each such step is skipped and counted."""
+    Each such step is skipped and counted.
+    They are found when metrics are read, so the run may stop log.interval steps later, on a GPU a few more."""
     deterministic: bool = False
     """Use deterministic, slower kernels on a GPU, for exact resume. Runs on a CPU are always deterministic."""
 
@@ -231,7 +232,8 @@ class LogConfig:
     """Metrics, checkpoints and validation during training."""
 
     interval: Annotated[int, Range(min=1)] = 50
-    """Interval between two lines of metrics.jsonl (optimiser steps). Reading the metrics waits for the device."""
+    """Interval between two lines of metrics.jsonl (optimiser steps). On a GPU a line is written a few steps later.
+    A line is also written before every validation and every checkpoint."""
     checkpoint_interval: Annotated[int, Range(min=1)] = 1000
     """Interval between two checkpoints (optimiser steps)."""
     keep_last_k: Annotated[int, Range(min=1)] = 2
