@@ -178,6 +178,7 @@ class ScheduleConfig:
 
 
 AttentionImpl = Literal["auto", "triton", "sdpa", "eager"]
+CompileMode = Literal["default", "max-autotune-no-cudagraphs"]
 ResidualDtype = Literal["auto", "bf16", "fp32"]
 
 
@@ -199,6 +200,11 @@ class TrainConfig:
     `bf16`: bf16 autocast; parameters, optimiser state and EMA stay in float32."""
     compile: bool = True
     """Compile each block of the encoders and the predictor with torch.compile."""
+    compile_mode: CompileMode = "default"
+    """Mode of torch.compile. `default`: matrix products run in the vendor's library (cuBLAS on a GPU).
+    `max-autotune-no-cudagraphs`: each product is timed there and as generated kernels, and the fastest is kept.
+    Generated kernels can include what follows the product (bias, GELU, residual). Compilation takes longer.
+    The choice may differ between two starts of a run, so a resumed run is not the same bit for bit."""
     attention_impl: AttentionImpl = "auto"
     """Attention kernels.
     `triton`: the project's kernels for bf16 sequences of at most 256 tokens on a GPU, otherwise as `sdpa`.
@@ -313,6 +319,17 @@ class Config:
             c.train.parallel == "ddp" or c.optim.implementation != "apex",
             "optim.implementation apex: apex does not support sharded parameters; use --optim.implementation auto with "
             "--train.parallel fsdp",
+        )
+        tuned = c.train.compile_mode != "default"
+        _need(
+            c.train.compile or not tuned,
+            f"train.compile_mode {c.train.compile_mode}: nothing is compiled; use --train.compile or "
+            "--train.compile-mode default",
+        )
+        _need(
+            not (c.train.deterministic and tuned),
+            f"train.compile_mode {c.train.compile_mode}: kernels are chosen by their times, which train.deterministic "
+            "forbids; use --train.compile-mode default or --train.no-deterministic",
         )
         _need(
             c.schedule.warmup_epochs < c.schedule.epochs,

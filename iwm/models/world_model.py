@@ -100,10 +100,11 @@ class WorldModel(nn.Module):
         """
         to_device(self, device, self.config.train.attention_impl)
         if compiled:
+            mode = self.config.train.compile_mode
             for encoder in (self.encoder, self.target_encoder):
-                compile_blocks(encoder, (*encoder.blocks, encoder.norm), "embed")
-            compile_blocks(self.predictor, self.predictor.blocks, "build_sequence", "unpack_predictions")
-            compile_blocks(self, (), "normalize_features", "loss")
+                compile_blocks(encoder, (*encoder.blocks, encoder.norm), "embed", mode=mode)
+            compile_blocks(self.predictor, self.predictor.blocks, "build_sequence", "unpack_predictions", mode=mode)
+            compile_blocks(self, (), "normalize_features", "loss", mode=mode)
         return self
 
     def attention_kernels(self) -> dict[str, str]:

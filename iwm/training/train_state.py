@@ -200,6 +200,7 @@ RESUMABLE_CHANGES = (
     "train.device",
     "train.num_threads",
     "train.compile",
+    "train.compile_mode",
     "train.activation_checkpointing",
     "train.parallel",
     "train.cuda_graph",
