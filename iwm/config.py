@@ -186,6 +186,7 @@ class ScheduleConfig:
 
 
 AttentionImpl = Literal["auto", "triton", "sdpa", "eager"]
+CompileMode = Literal["default", "max-autotune-no-cudagraphs"]
 ResidualDtype = Literal["auto", "bf16", "fp32"]
 
 
@@ -207,6 +208,11 @@ class TrainConfig:
     `bf16`: bf16 autocast; parameters, optimiser state and EMA stay in float32."""
     compile: bool = True
     """Compile each block of the encoders and the predictor with torch.compile."""
+    compile_mode: CompileMode = "default"
+    """Mode of torch.compile. `default`: matrix products run in the vendor's library (cuBLAS on a GPU).
+    `max-autotune-no-cudagraphs`: each product is timed there and as generated kernels, and the fastest is kept.
+    Generated kernels can include what follows the product (bias, GELU, residual). Compilation takes longer.
+    The choice may differ between two starts of a run, so a resumed run is not the same bit for bit."""
     attention_impl: AttentionImpl = "auto"
     """Attention kernels.
     `triton`: the project's kernels for bf16 sequences of at most 256 tokens on a GPU, otherwise as `sdpa`.
@@ -233,7 +239,8 @@ class TrainConfig:
     """On a GPU: run the step on a CUDA stream of higher priority than that of the pipeline."""
     max_nonfinite_steps: int = 10
     """Number of consecutive steps with a non-finite gradient after which the run stops.
-    Each such step is skipped and counted."""
+    Each such step is skipped and counted.
+    They are found when metrics are read, so the run may stop log.interval steps later, on a GPU a few more."""
     deterministic: bool = False
     """Use deterministic, slower kernels on a GPU, for exact resume. Runs on a CPU are always deterministic."""
 
@@ -243,7 +250,8 @@ class LogConfig:
     """Metrics, checkpoints and validation during training."""
 
     interval: Annotated[int, Range(min=1)] = 50
-    """Interval between two lines of metrics.jsonl (optimiser steps). Reading the metrics waits for the device."""
+    """Interval between two lines of metrics.jsonl (optimiser steps). On a GPU a line is written a few steps later.
+    A line is also written before every validation and every checkpoint."""
     checkpoint_interval: Annotated[int, Range(min=1)] = 1000
     """Interval between two checkpoints (optimiser steps)."""
     keep_last_k: Annotated[int, Range(min=1)] = 2
@@ -328,6 +336,17 @@ class Config:
             c.train.parallel == "ddp" or c.optim.implementation != "apex",
             "optim.implementation apex: apex does not support sharded parameters; use --optim.implementation auto with "
             "--train.parallel fsdp",
+        )
+        tuned = c.train.compile_mode != "default"
+        _need(
+            c.train.compile or not tuned,
+            f"train.compile_mode {c.train.compile_mode}: nothing is compiled; use --train.compile or "
+            "--train.compile-mode default",
+        )
+        _need(
+            not (c.train.deterministic and tuned),
+            f"train.compile_mode {c.train.compile_mode}: kernels are chosen by their times, which train.deterministic "
+            "forbids; use --train.compile-mode default or --train.no-deterministic",
         )
         _need(
             c.schedule.warmup_epochs < c.schedule.epochs,

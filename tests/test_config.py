@@ -9,7 +9,7 @@ import pytest
 
 import iwm
 from dali_pipelines.augmentations import SCENARIOS, PhotometricConfig, Views
-from iwm.config import Config, ConfigError, DataConfig, EncoderConfig, MaskingConfig
+from iwm.config import Config, ConfigError, DataConfig, EncoderConfig, MaskingConfig, TrainConfig
 from iwm.config_io import config_diff, from_dict, from_yaml, to_dict, to_yaml
 from iwm.recipes import RECIPES, with_scenario
 
@@ -50,6 +50,14 @@ def test_differences_name_the_field_and_both_values() -> None:
         (
             Config(views=Views(crop_scale=(0.5, 0.3))),
             r"views.crop_scale 0.5 0.3 must be MIN MAX with 0 < MIN <= MAX <= 1",
+        ),
+        (
+            Config(train=TrainConfig(compile=False, compile_mode="max-autotune-no-cudagraphs")),
+            r"train.compile_mode max-autotune-no-cudagraphs: nothing is compiled; use --train.compile or",
+        ),
+        (
+            Config(train=TrainConfig(deterministic=True, compile_mode="max-autotune-no-cudagraphs")),
+            r"train.compile_mode max-autotune-no-cudagraphs: kernels are chosen by their times",
         ),
         (Config(data=DataConfig(global_batch_size=0)), r"data.global_batch_size 0: must be at least 1"),
     ],

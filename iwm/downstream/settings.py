@@ -79,7 +79,7 @@ class TrainSettings(EvalSettings):
     checkpoint_every: Annotated[int, Range(min=1)] = 1000
     """Interval of checkpoints to resume from (optimiser steps)."""
     log_every: Annotated[int, Range(min=1)] = 50
-    """Interval of lines in metrics.jsonl (optimiser steps). The host waits for the device only then."""
+    """Interval of lines in metrics.jsonl (optimiser steps). On a GPU a line is written a few steps later."""
     tensorboard: bool = False
     """Also write metrics for TensorBoard."""
 

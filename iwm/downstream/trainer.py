@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -20,7 +20,8 @@ from iwm.downstream.optim import set_lr
 from iwm.downstream.progress import BEST, LAST, Scores, TrainPlan, TrainProgress, save_state
 from iwm.downstream.study import Study
 from iwm.training.distributed import DistEnv, StopConsensus
-from iwm.training.metrics import MetricLogger, MetricWindow, memory_gib, truncate_metrics_after
+from iwm.training.metric_window import MetricQueue, MetricWindow, WindowMetrics
+from iwm.training.metrics import MetricLogger, memory_gib, truncate_metrics_after
 from iwm.training.optim import step_if_finite
 from iwm.training.parallel import gradient_norm, replicate
 from iwm.training.runtime import StopFlag, manual_gc
@@ -41,7 +42,7 @@ def train(plan: TrainPlan, dist: DistEnv, stop: StopFlag, last: dict[str, Any] |
         progress = _restore(plan, last)
     modules = _parallelized(study, dist)
     evaluate_every = max(1, round(plan.validate_every * plan.steps_per_epoch))
-    consensus, window = StopConsensus(dist), MetricWindow()
+    consensus = StopConsensus(dist)
     if dist.is_main:
         plan.folder.mkdir(parents=True, exist_ok=True)
         truncate_metrics_after(plan.folder, progress.step)
@@ -50,10 +51,11 @@ def train(plan: TrainPlan, dist: DistEnv, stop: StopFlag, last: dict[str, Any] |
         MetricLogger(
             plan.folder, plan.title, plan.steps, progress.step, main=dist.is_main, tensorboard=plan.tensorboard
         ) as monitor,
+        MetricQueue() as queue,
     ):
         for line in plan.startup_messages:
             monitor.print(line)
-        stopped = False
+        window, stopped = MetricWindow(device), False
         while progress.step < plan.steps and not stopped:
             share = plan.lr_factor(progress.step)
             for optimizer in plan.optimizers:
@@ -72,18 +74,15 @@ def train(plan: TrainPlan, dist: DistEnv, stop: StopFlag, last: dict[str, Any] |
 
             # A window ends at every evaluation and every last.pt, so that neither loses a part of it.
             if progress.step % plan.log_every == 0 or evaluating or saving:
-                totals = window.read(dist, plan.batch_size)
-                for trial, count in enumerate(totals.skipped.sum(dim=0).tolist()):
-                    progress.skipped[trial] += count
-                metrics = _mean_losses(study.names, totals.loss) | totals.speed
-                epoch = progress.step / plan.steps_per_epoch
-                rest = {"lr_factor": share, "epoch": epoch, "memory_gib": memory_gib(device)}
-                monitor.log(progress.step, metrics | rest | {"skipped": sum(progress.skipped)})
+                queue.append(window.end(dist, plan.batch_size), _writer(plan, progress, monitor, share, device))
+                window = MetricWindow(device)
                 gc.collect()
-                window = MetricWindow()
+            queue.write_ready()
+            if evaluating or saving:
+                queue.write_all()
             if evaluating:
                 _evaluate(plan, progress, monitor, dist)
-                window = MetricWindow()
+                window = MetricWindow(device)
             if saving:
                 _save(plan, progress, monitor, dist, required=ended)
         if stopped and progress.step < plan.steps:
@@ -178,6 +177,22 @@ def _step(plan: TrainPlan, norm_buffers: NormBuffers) -> tuple[Tensor, Tensor]:
         for buffer, before in buffers:
             buffer.copy_(torch.where(skipped[-1], before, buffer))
     return torch.stack(norms), torch.stack(skipped)
+
+
+def _writer(
+    plan: TrainPlan, progress: TrainProgress, monitor: MetricLogger, lr_factor: float, device: torch.device
+) -> Callable[[WindowMetrics], None]:
+    """Return the function that writes the line of a window which ends now, at the current step."""
+    step, memory = progress.step, memory_gib(device)
+
+    def write(totals: WindowMetrics) -> None:
+        for trial, count in enumerate(totals.skipped.sum(dim=0).tolist()):
+            progress.skipped[trial] += count
+        metrics = _mean_losses(plan.study.names, totals.loss) | totals.speed
+        rest = {"lr_factor": lr_factor, "epoch": step / plan.steps_per_epoch, "memory_gib": memory}
+        monitor.log(step, metrics | rest | {"skipped": sum(progress.skipped)})
+
+    return write
 
 
 def _mean_losses(names: Sequence[str], losses: Float[Tensor, "steps a"]) -> dict[str, float]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from iwm.compat import set_recompile_limit
-from iwm.config import ResidualDtype
+from iwm.config import CompileMode, ResidualDtype
 from iwm.packing import Packing
 
 
@@ -146,10 +146,15 @@ torch counts all blocks of a process as one function, and the downstream protoco
 """
 
 
-def compile_blocks(module: nn.Module, blocks: Iterable[nn.Module], *methods: str) -> None:
-    """Compile each block separately, and the named methods of the module, for static shapes."""
+def compile_blocks(
+    module: nn.Module, blocks: Iterable[nn.Module], *methods: str, mode: CompileMode = "default"
+) -> None:
+    """Compile each block separately, and the named methods of the module, for static shapes.
+
+    mode: train.compile_mode.
+    """
     set_recompile_limit(RECOMPILE_LIMIT)
     for block in blocks:
-        block.compile(dynamic=False)
+        block.compile(dynamic=False, mode=mode)
     for method in methods:
-        setattr(module, method, torch.compile(getattr(module, method), dynamic=False))
+        setattr(module, method, torch.compile(getattr(module, method), dynamic=False, mode=mode))

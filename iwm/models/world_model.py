@@ -98,11 +98,12 @@ class WorldModel(nn.Module):
         """
         to_device(self, device, self.config.train.attention_impl)
         if compiled:
+            mode = self.config.train.compile_mode
             set_activation_memory_budget(self.config.train.activation_memory_budget)
             for encoder in (self.encoder, self.target_encoder):
-                compile_blocks(encoder, (*encoder.blocks, encoder.norm), "embed")
-            compile_blocks(self.predictor, self.predictor.blocks, "build_sequence", "project")
-            compile_blocks(self, (), "normalize_features", "loss")
+                compile_blocks(encoder, (*encoder.blocks, encoder.norm), "embed", mode=mode)
+            compile_blocks(self.predictor, self.predictor.blocks, "build_sequence", "project", mode=mode)
+            compile_blocks(self, (), "normalize_features", "loss", mode=mode)
         return self
 
     def attention_kernels(self) -> dict[str, str]:

@@ -11,7 +11,9 @@ from iwm.models.flops import measure_matmul_flops, training_flops
 from iwm.models.world_model import WorldModel
 from iwm.training import checkpoint as checkpoints
 from iwm.training.distributed import StopConsensus
-from iwm.training.metrics import MetricLogger, MetricWindow, memory_gib, truncate_metrics_after
+from iwm.training.metric_window import MetricQueue, MetricWindow, WindowMetrics
+from iwm.training.metrics import MetricLogger, memory_gib, truncate_metrics_after
+from iwm.training.optim import ScheduleValues
 from iwm.training.runtime import StopFlag, manual_gc
 from iwm.training.step import prepare_masks, train_step
 from iwm.training.train_state import TrainState, to_checkpoint
@@ -36,16 +38,18 @@ def pretrain(
         write_atomically(s.run / "config.yaml", to_yaml(config).encode())
         truncate_metrics_after(s.run, s.step)
     flops_share = training_flops(config).total / measure_matmul_flops(dist.device, config.train.precision) / dist.size
-    agreement, streak = StopConsensus(dist), 0
+    agreement = StopConsensus(dist)
     with (
         manual_gc(),
         MetricLogger(
             s.run, f"iwm · {s.run}", s.schedules.steps, s.step, main=dist.is_main, tensorboard=config.log.tensorboard
         ) as monitor,
+        MetricQueue() as queue,
     ):
         for line in s.startup_messages:
             monitor.print(line)
-        window, ended, saved = MetricWindow(), s.step >= s.schedules.steps, True
+        lines = _MetricLines(s, monitor, flops_share)
+        window, ended, saved = MetricWindow(dist.device), s.step >= s.schedules.steps, True
         while not ended:
             values = s.schedules.values_at(s.step)
             waiting = time.perf_counter()
@@ -57,35 +61,26 @@ def pretrain(
             s.step += 1
             s.samples += config.data.global_batch_size
             monitor.set_step(s.step)
-            ended = agreement.any_rank_stopped(bool(stop)) or s.step == s.schedules.steps
+            # The processes may see the same error after different steps, but stop after the same one.
+            failed = lines.error is not None
+            ended = agreement.any_rank_stopped(bool(stop) or failed) or s.step == s.schedules.steps
+            due = s.step % config.log.eval_interval == 0 or s.step == s.schedules.steps
+            measure = validate if due else None
+            saving = s.step % config.log.checkpoint_interval == 0 or ended
 
-            if s.step % config.log.interval == 0 or ended:
-                loss, norm, skipped, speed = window.read(dist, config.data.global_batch_size)
-                flags = skipped.tolist()
-                s.skipped += sum(flags)
-                streak = _streak(flags, streak, config.train.max_nonfinite_steps, window)
-                monitor.log(
-                    s.step,
-                    {
-                        "loss": loss[~skipped].mean().item(),
-                        "gradient_norm": norm[~skipped].mean().item(),
-                        **speed,
-                        "mfu": speed["images_per_second"] * flops_share,
-                        "lr": values.lr,
-                        "weight_decay": values.weight_decay,
-                        "ema": values.ema,
-                        "samples": s.samples,
-                        "epoch": s.samples / s.loader.samples_per_epoch,
-                        "skipped": s.skipped,
-                        "memory_gib": memory_gib(dist.device),
-                    },
-                )
+            # A window ends at every validation and every checkpoint, so that neither loses a part of it.
+            if s.step % config.log.interval == 0 or measure is not None or saving:
+                queue.append(window.end(dist, config.data.global_batch_size), lines.writer(window, values))
+                window = MetricWindow(dist.device)
                 gc.collect()
-                window = MetricWindow()
-            if validate is not None and (s.step % config.log.eval_interval == 0 or s.step == s.schedules.steps):
-                monitor.log(s.step, validate(s.model))
-                window = MetricWindow()
-            if s.step % config.log.checkpoint_interval == 0 or ended:
+            queue.write_ready()
+            if measure is not None or saving:
+                queue.write_all()
+                lines.raise_error()
+            if measure is not None:
+                monitor.log(s.step, measure(s.model))
+                window = MetricWindow(dist.device)
+            if saving:
                 saved = _save(s, monitor)
         if s.step < s.schedules.steps:
             monitor.print(f"stopped by a signal after step {s.step:,}; rerun the same command to resume")
@@ -95,21 +90,69 @@ def pretrain(
         )
 
 
-def _streak(flags: list[bool], before: int, limit: int, window: MetricWindow) -> int:
-    """Return the current number of consecutive skipped steps, of which `before` precede the window.
+class _MetricLines:
+    """Lines of metrics.jsonl, one per window, and the number of consecutive skipped steps up to the last line."""
 
-    Raises TrainingError, which names the samples of the last one, where the number reaches `limit`.
-    """
-    streak = before
-    for flag, keys in zip(flags, window.keys, strict=True):
-        streak = streak + 1 if flag else 0
-        if streak >= limit:
-            samples = ", ".join(key for part in keys for key in part)
-            raise TrainingError(
-                f"the gradient was not finite in {streak} steps in a row; they were skipped, and the last checkpoint "
-                f"is valid. Lower --optim.lr, set --optim.grad-clip, or check the samples of the last step: {samples}"
+    error: TrainingError | None = None
+    """Error that must end the training, found in a window's metrics. Later windows write no line."""
+
+    def __init__(self, state: TrainState, monitor: MetricLogger, flops_share: float) -> None:
+        """Store the arguments. flops_share: MFU of training one image per second."""
+        self._state, self._monitor, self._flops_share = state, monitor, flops_share
+        self._streak = 0
+
+    def writer(self, window: MetricWindow, values: ScheduleValues) -> Callable[[WindowMetrics], None]:
+        """Return the function that writes the line of a window which ends now, at the current step.
+
+        values: hyperparameters of the window's last step.
+        """
+        s = self._state
+        step, samples, memory = s.step, s.samples, memory_gib(s.dist.device)
+
+        def write(metrics: WindowMetrics) -> None:
+            flags = metrics.skipped.tolist()
+            s.skipped += sum(flags)
+            self._count(flags, window)
+            if self.error is not None:
+                return
+            self._monitor.log(
+                step,
+                {
+                    "loss": metrics.loss[~metrics.skipped].mean().item(),
+                    "gradient_norm": metrics.gradient_norm[~metrics.skipped].mean().item(),
+                    **metrics.speed,
+                    "mfu": metrics.speed["images_per_second"] * self._flops_share,
+                    "lr": values.lr,
+                    "weight_decay": values.weight_decay,
+                    "ema": values.ema,
+                    "samples": samples,
+                    "epoch": samples / s.loader.samples_per_epoch,
+                    "skipped": s.skipped,
+                    "memory_gib": memory,
+                },
             )
-    return streak
+
+        return write
+
+    def _count(self, flags: list[bool], window: MetricWindow) -> None:
+        """Count the consecutive skipped steps; where they reach max_nonfinite_steps, set `error`.
+
+        It names the samples of the last of them.
+        """
+        for flag, keys in zip(flags, window.keys, strict=True):
+            self._streak = self._streak + 1 if flag else 0
+            if self.error is None and self._streak >= self._state.config.train.max_nonfinite_steps:
+                samples = ", ".join(key for part in keys for key in part)
+                self.error = TrainingError(
+                    f"the gradient was not finite in {self._streak} steps in a row; they were skipped, and the last "
+                    "checkpoint is valid. Lower --optim.lr, set --optim.grad-clip, or check the samples of the last "
+                    f"step: {samples}"
+                )
+
+    def raise_error(self) -> None:
+        """Raise `error` if it is set."""
+        if self.error is not None:
+            raise self.error
 
 
 def _save(state: TrainState, monitor: MetricLogger) -> bool:

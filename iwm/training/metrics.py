@@ -7,23 +7,16 @@ import math
 import resource
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from dali_pipelines.outputs import SampleKeys
-from iwm.training.distributed import DistEnv
-from iwm.training.step import StepResult
 from shards.atomic import write_atomically
 
 METRICS = "metrics.jsonl"
@@ -66,43 +59,6 @@ def memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-class WindowMetrics(NamedTuple):
-    """Metrics of a window; tensors are on the device."""
-
-    loss: Float[Tensor, "steps *trials"]
-    """Loss of each step (and trial), averaged over processes."""
-    gradient_norm: Float[Tensor, "steps *trials"]
-    skipped: Bool[Tensor, "steps *trials"]
-    speed: dict[str, float]
-    """`images_per_second`, and `data_wait`: the share of the time that the host waited for data (0 to 1)."""
-
-
-@dataclass
-class MetricWindow:
-    """Results of the steps since metrics were last written. Their tensors stay on the device until `read`."""
-
-    results: list[StepResult] = field(default_factory=list)
-    """Result of each step: scalars, or vectors with one entry per trial."""
-    keys: list[list[SampleKeys]] = field(default_factory=list)
-    """Sample keys of each step's batches; optional. Read only if a step was skipped."""
-    waited: float = 0.0
-    """Time that the host waited for data (seconds)."""
-    began: float = field(default_factory=time.perf_counter)
-
-    def read(self, dist: DistEnv, batch: int) -> WindowMetrics:
-        """Return the window's metrics; `batch` is the number of images per step. Waits for the device."""
-        loss, norm, skipped = (torch.stack(values) for values in zip(*self.results, strict=True))
-        loss = dist.mean(loss)
-        loss.tolist()  # waits for all steps, before the clock is read
-        seconds = time.perf_counter() - self.began
-        return WindowMetrics(
-            loss,
-            norm,
-            skipped,
-            {"images_per_second": len(self.results) * batch / seconds, "data_wait": self.waited / seconds},
-        )
 
 
 class MetricLogger:

@@ -206,6 +206,7 @@ RESUMABLE_CHANGES = (
     "train.device",
     "train.num_threads",
     "train.compile",
+    "train.compile_mode",
     "train.activation_checkpointing",
     "train.activation_memory_budget",
     "train.parallel",

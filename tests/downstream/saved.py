@@ -30,7 +30,7 @@ from iwm.models.heads import AttentiveHead, LinearHead
 from iwm.models.predictor_backbone import PredictorBackbone, copy_pretrained
 from iwm.models.world_model import WorldModel
 from iwm.recipes import demo
-from iwm.training.metrics import MetricWindow
+from iwm.training.metric_window import MetricWindow
 from tests.training.runs import alone
 
 CLASSES = 10
@@ -160,7 +160,7 @@ def plan_of(
 
 def trial_by_trial(plan: TrainPlan) -> None:
     """Compute the gradients of a pass as in training."""
-    trainer._pass(plan, list(plan.study.trials), 0, alone(), MetricWindow())
+    trainer._pass(plan, list(plan.study.trials), 0, alone(), MetricWindow(torch.device("cpu")))
 
 
 def all_at_once(plan: TrainPlan) -> None:

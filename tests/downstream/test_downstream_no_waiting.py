@@ -15,8 +15,9 @@ from iwm.downstream.optim import adamw, lars, set_lr
 from iwm.downstream.progress import TrainPlan
 from iwm.downstream.tasks import CachedFeatures
 from iwm.training.distributed import DistEnv
-from iwm.training.metrics import MetricWindow
+from iwm.training.metric_window import MetricWindow
 from iwm.training.optim import step_if_finite
+from iwm.training.step import StepResult
 from tests.training.test_no_waiting import NoReads
 
 PROTOCOLS: list[tuple[str, dict[str, Any]]] = [
@@ -42,7 +43,7 @@ NAMES = [name + "".join(word for option, word in KINDS.items() if option in opti
 def steps_of(
     monkeypatch: pytest.MonkeyPatch, leverage: Callable[..., Any], name: str, **options: Any
 ) -> Callable[[], None]:
-    """Return a function that takes one step of a protocol on real shards, whose images are already decoded."""
+    """Return a function that takes one step of a protocol, a window of metrics, on images that are already decoded."""
     made: list[tuple[TrainPlan, DistEnv]] = []
     monkeypatch.setattr(experiment, "train", lambda plan, dist, *rest: made.append((plan, dist)))
     leverage(name, **options)
@@ -58,8 +59,10 @@ def steps_of(
             set_lr(optimizer, 0.5)
             optimizer.zero_grad(set_to_none=True)
         norm_buffers = trainer._norm_buffers(study)
-        trainer._pass(plan, list(study.trials), next(taken), dist, MetricWindow())
-        trainer._step(plan, norm_buffers)
+        window = MetricWindow(dist.device)
+        losses = trainer._pass(plan, list(study.trials), next(taken), dist, window)
+        window.results.append(StepResult(losses, *trainer._step(plan, norm_buffers)))
+        window.end(dist, plan.batch_size)
 
     return step
 

@@ -1,14 +1,20 @@
-"""The compiled step has the losses of the eager step and does not recompile after the warm-up."""
+"""The compiled step has the losses of the eager step, does not recompile after the warm-up, and is tuned on request."""
 
 import json
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
+from torch._inductor import config as inductor
 
+from iwm.config import CompileMode, TrainConfig
+from iwm.models.layers import compile_blocks
+from iwm.models.world_model import WorldModel
 from iwm.recipes import parse
 from iwm.training.runtime import StopFlag
-from tests.training.runs import arguments, finish, metrics, train_here
+from tests.training.runs import arguments, finish, metrics, tiny_config, train_here
 
 STEPS, COMPARED, WARM = 500, 24, 3
 GRAPHS = 13
@@ -41,3 +47,29 @@ def test_nothing_is_recompiled_in_500_steps_and_losses_are_the_eager_ones(tiny_s
     assert counted["breaks"] == 0
     losses = [[line["loss"] for line in metrics(run) if "loss" in line][: COMPARED // 4] for run in (eager, compiled)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_every_compiled_part_of_the_model_has_the_configured_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[object] = []
+
+    def compile_nothing(function: object, **options: object) -> object:
+        modes.append(options["mode"])
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)  # Module.compile calls it too
+    train = TrainConfig(compile_mode="max-autotune-no-cudagraphs")
+    WorldModel(tiny_config(Path("unused"), 4, train=train)).setup(torch.device("cpu"), compiled=True)
+    assert modes == ["max-autotune-no-cudagraphs"] * GRAPHS
+
+
+@pytest.mark.parametrize(("mode", "tuned"), [("default", False), ("max-autotune-no-cudagraphs", True)])
+def test_the_mode_reaches_the_compiler(mode: CompileMode, tuned: bool) -> None:
+    torch.manual_seed(0)
+    block, x, seen = nn.Sequential(nn.Linear(32, 64), nn.GELU()), torch.randn(16, 32), list[bool]()
+    # A graph with a pass of its own is not taken from torch's caches.
+    observe = inductor.patch(post_grad_custom_post_pass=lambda graph: seen.append(inductor.max_autotune))
+    with torch.no_grad(), observe:
+        expected = block(x)
+        compile_blocks(nn.Module(), [block], mode=mode)
+        assert torch.allclose(block(x), expected, atol=1e-6)
+    assert seen == [tuned]

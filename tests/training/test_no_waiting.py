@@ -1,4 +1,4 @@
-"""A training step contains no host-device synchronisation."""
+"""A training step, with the end of a window of metrics, contains no host-device synchronisation."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +13,7 @@ from iwm.config import ActionConfig, MaskingConfig, OptimConfig, TrainConfig
 from iwm.masking import PackedMasks
 from iwm.models.world_model import WorldModel
 from iwm.training.cuda_graph import WARMUP_STEPS, build_forward_backward
+from iwm.training.metric_window import MetricQueue, MetricWindow
 from iwm.training.optim import ScheduleValues, build_optimizer
 from iwm.training.parallel import parallelize
 from iwm.training.step import prepare_masks, train_step
@@ -61,7 +62,9 @@ def test_no_operator_of_a_step_reads_a_value_back(kind: str, conditioning: str) 
     values = ScheduleValues(lr=1e-3, weight_decay=0.1, ema=0.9)
     masks: PackedMasks = prepare_masks(config, dist, 0, 0, BATCH)
     with NoReads():
-        train_step(model, gradient, optimizer, [batch], [masks], values)
+        window = MetricWindow(dist.device)
+        window.results.append(train_step(model, gradient, optimizer, [batch], [masks], values))
+        window.end(dist, BATCH)
 
 
 def test_the_check_finds_what_it_looks_for() -> None:
@@ -77,10 +80,16 @@ def test_torch_sees_no_synchronisation_in_a_step_on_a_gpu(kind: str, conditionin
     values = ScheduleValues(lr=1e-3, weight_decay=0.1, ema=0.9)
     with torch.cuda.stream(torch.cuda.Stream()):
         config, dist, model, gradient, optimizer, batch = prepared(kind, conditioning, torch.device("cuda", 0))
+        queue, losses = MetricQueue(), list[float]()
         for step in range(WARMUP_STEPS + 4):
             torch.cuda.set_sync_debug_mode("error" if step > WARMUP_STEPS else "default")
             try:
                 masks = prepare_masks(config, dist, step, 0, BATCH)
-                train_step(model, gradient, optimizer, [batch], [masks], values)
+                window = MetricWindow(dist.device)
+                window.results.append(train_step(model, gradient, optimizer, [batch], [masks], values))
+                queue.append(window.end(dist, BATCH), lambda metrics: losses.append(metrics.loss.item()))
+                queue.write_ready()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
+        queue.write_all()
+        assert len(losses) == WARMUP_STEPS + 4
