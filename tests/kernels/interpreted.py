@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,10 +15,12 @@ pytest.importorskip("triton")
 
 import triton.language as tl
 from triton.runtime import interpreter
+from triton.runtime.interpreter import TensorHandle
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-_patch_lang = interpreter._patch_lang
+_patch_lang, _create_dot = interpreter._patch_lang, interpreter.InterpreterBuilder.create_dot
+_convert_float = interpreter._convert_float
 
 
 def _loops_over_loaded_bounds(kernel: object) -> object:
@@ -26,4 +30,24 @@ def _loops_over_loaded_bounds(kernel: object) -> object:
     return scope
 
 
+def _products_of_bf16(self: object, a: TensorHandle, b: TensorHandle, *rest: object) -> TensorHandle:
+    """Work around Triton 3.6, which stores bf16 as uint16 and multiplies it as such."""
+
+    def widen(x: TensorHandle) -> TensorHandle:
+        return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    return _create_dot(self, *(widen(x) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b)), *rest)
+
+
+def _to_nearest_bf16(data: np.ndarray, kind: Any, target: Any, rounding: Any) -> np.ndarray:
+    """Round float32 to the nearest bf16, ties to even, as a GPU does; the interpreter truncates."""
+    if kind == tl.float32 and target == tl.bfloat16:
+        bits = np.ascontiguousarray(data).view(np.uint32)
+        rounded = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+        return np.where(np.isnan(data), np.uint16(0x7FC0), rounded)
+    return _convert_float(data, kind, target, rounding)
+
+
 interpreter._patch_lang = _loops_over_loaded_bounds
+interpreter._convert_float = _to_nearest_bf16
+interpreter.InterpreterBuilder.create_dot = _products_of_bf16

@@ -8,5 +8,5 @@ from tests.training.runs import finish
 def test_the_kernels_and_their_gradients_are_those_of_fp32() -> None:
     """Run in a separate process, because Triton decides at a kernel's definition whether to interpret it."""
     options = ["-q", "-p", "no:cacheprovider", "-o", "addopts=-ra --strict-markers"]
-    cases = [f"tests/kernels/{kernel}_cases.py" for kernel in ("short_attention", "mlp", "residual_norm")]
+    cases = [f"tests/kernels/{kernel}_cases.py" for kernel in ("short_attention", "mlp", "residual_norm", "step")]
     finish([sys.executable, "-m", "pytest", *options, *cases])
