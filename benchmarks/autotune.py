@@ -3,6 +3,9 @@
 The settings affect speed only. Each setting's candidates are measured in turns; one is chosen, and the next setting is
 swept with it. A candidate's pipeline is built for each turn and freed after it, so that two pipelines never share the
 cores and the GPU's memory. A turn is measured after the pipeline has settled.
+
+On a GPU this is done for each backend of the pipeline, and training itself is then measured with each backend and the
+settings chosen for it: a pipeline that is fast alone may slow the model down.
 """
 
 from __future__ import annotations
@@ -13,18 +16,26 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from environment import BenchmarkError, lookup
-from loader_rates import LoaderSettings, LoaderSetup, decoder_size_hint, model_rate, rate
+from loader_rates import (
+    LoaderSettings,
+    LoaderSetup,
+    decoder_size_hint,
+    model_rate,
+    option,
+    rate,
+    training_rates,
+)
 from options import TuneOptions
 from rich.console import Console
 from rich.table import Table
 from synthetic_data import generated_shards
 
-from iwm.ranges import check_ranges
+from dali_pipelines.augmentations import ViewBackend
+from iwm.ranges import ConfigError, check_ranges
 from iwm.recipes import RECIPES, with_scenario
 from iwm.training.distributed import loader_threads
-from iwm.training.runtime import select_device
+from iwm.training.runtime import select_backend, select_device
 from shards.format import load_manifest
 
 PAPER = "iwm_b16_equi_18x384"
@@ -48,33 +59,92 @@ def run(options: TuneOptions, console: Console) -> dict[str, Any]:
     Raises BenchmarkError, ConfigError and ShardError.
     """
     check_ranges(options)
-    work = loader_setup(options, console)
-    chosen: dict[str, int | float] = {}
-    model = None
-    if work.device.type == "cuda":
+    work, recipe = loader_setup(options, console), options.recipe or PAPER
+    backends, hints, model = backends_for(options, work, console), dict[str, int | float](), None
+    if set(backends) & set(ON_GPU):
         width, height = decoder_size_hint(work.folder, work.split)
-        chosen |= {"decoder_width_hint": width, "decoder_height_hint": height}
-        model = options.model_rate or model_rate(options.recipe or PAPER, work, console)
+        hints = {"decoder_width_hint": width, "decoder_height_hint": height}
+        model = options.model_rate or model_rate(recipe, work, console)
+    tuned: dict[ViewBackend, dict[str, int | float]] = {}
     sweeps: list[dict[str, Any]] = []
-    for sweep in sweeps_for(work.device, work.cores):
-        if sweep.setting == SHARE and model is not None:
-            rates, value, why = decoder_share(work, sweep, chosen, model, options, console)
+    for backend in backends:
+        same = next((tuned[other] for other in ON_GPU if backend in ON_GPU and other in tuned), None)
+        if same is None:
+            begin = hints if backend in ON_GPU else {}
+            tuned[backend], swept = sweep_settings(work._replace(backend=backend), begin, model, options, console)
+            sweeps += swept
         else:
-            rates = measured(work, sweep, chosen, options, console)
-            value, why = choose(rates)
-        chosen[sweep.setting] = value
-        sweeps.append({"setting": sweep.setting, "images_per_second": by_name(rates), "chosen": value, "why": why})
-        show(sweep, rates, value, why, console)
-    words = " ".join(f"--data.{name.replace('_', '-')} {value}" for name, value in chosen.items())
-    console.print(f"iwm/train.py {options.recipe or PAPER} {words}", soft_wrap=True, highlight=False)
+            tuned[backend] = same
+    training: dict[ViewBackend, list[float]] = {}
+    chosen, words = backends[0], [recipe]
+    if len(backends) > 1:
+        for backend in backends:
+            pipeline = work._replace(backend=backend)
+            training[backend] = training_rates(recipe, options.scenario, pipeline, tuned[backend], console)
+        chosen, why = choose_backend(training)
+        show("training: images/s by backend", training, chosen, why, console)
+    if work.device.type == "cuda":
+        words += ["--data.backend", chosen]
+    words += [word for name, value in tuned[chosen].items() for word in (option(name), str(value))]
+    console.print(f"iwm/train.py {' '.join(words)}", soft_wrap=True, highlight=False)
     return {
         "settings": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()},
         "shards": str(work.folder),
         "batch_size": work.batch_size,
         "model_rate": model,
         "sweeps": sweeps,
-        "data": chosen,
+        "training": {backend: [round(rate, 1) for rate in rates] for backend, rates in training.items()},
+        "backend": chosen,
+        "data": tuned[chosen],
     }
+
+
+ON_GPU: tuple[ViewBackend, ...] = ("gpu", "triton")
+"""Backends that decode on the GPU. They do the same on the CPU and in the decoder, so they share their settings."""
+
+
+def backends_for(options: TuneOptions, work: LoaderSetup, console: Console) -> list[ViewBackend]:
+    """Return the backends to compare: on a GPU those of the options that this machine can run, else `cpu`.
+
+    Others are reported. Raises ConfigError where none is left.
+    """
+    if work.device.type == "cpu":
+        return ["cpu"]
+    found: list[ViewBackend] = []
+    refused = None
+    for name in dict.fromkeys(options.backends):
+        try:
+            found.append(select_backend(name, work.device, work.views, "--backends"))
+        except ConfigError as error:
+            console.print(f"without {name}: {error}")
+            refused = error
+    if refused is not None and not found:
+        raise refused
+    if not found:
+        raise BenchmarkError("--backends: name at least one")
+    return found
+
+
+def sweep_settings(
+    work: LoaderSetup, begin: LoaderSettings, model: float | None, options: TuneOptions, console: Console
+) -> tuple[dict[str, int | float], list[dict[str, Any]]]:
+    """Sweep the settings of work.backend one after another. Return all settings with `begin`, and the sweeps' results.
+
+    model: the model's images/s, for which the decoder's share is chosen.
+    """
+    chosen, results = dict(begin), list[dict[str, Any]]()
+    for sweep in sweeps_for(work.backend, work.cores):
+        if sweep.setting == SHARE and model is not None:
+            rates, value, why = decoder_share(work, sweep, chosen, model, options, console)
+        else:
+            rates = measured(work, sweep, chosen, options, console)
+            value, why = choose(rates)
+        chosen[sweep.setting] = value
+        result = {"setting": sweep.setting, "images_per_second": by_name(rates), "chosen": value, "why": why}
+        results.append({"backend": work.backend, **result})
+        paced = " with a consumer as slow as the pipeline" if sweep.paced else ""
+        show(f"backend {work.backend}, data.{sweep.setting}: images/s{paced}", rates, value, why, console)
+    return chosen, results
 
 
 def loader_setup(options: TuneOptions, console: Console) -> LoaderSetup:
@@ -98,10 +168,10 @@ def loader_setup(options: TuneOptions, console: Console) -> LoaderSetup:
     return LoaderSetup(folder, options.split, config.views, batch, device, loader_threads(device, options.processes))
 
 
-def sweeps_for(device: torch.device, cores: int) -> list[SettingSweep]:
+def sweeps_for(backend: ViewBackend | None, cores: int) -> list[SettingSweep]:
     """Return the sweeps in order. On a GPU the decoder's share is first, because it affects the CPU threads' work."""
     threads = sorted({2**power for power in range(cores.bit_length()) if 2**power <= cores} | {cores})
-    decoder = [SettingSweep(SHARE, (1.0, 0.8, 0.65, 0.5, 0.0))] if device.type == "cuda" else []
+    decoder = [SettingSweep(SHARE, (1.0, 0.8, 0.65, 0.5, 0.0))] if backend in ON_GPU else []
     return [
         *decoder,
         SettingSweep("num_threads", threads),
@@ -141,9 +211,8 @@ def by_name(rates: Rates) -> dict[str, list[float]]:
     return {str(value): [round(rate, 1) for rate in turns] for value, turns in rates.items()}
 
 
-def show(sweep: SettingSweep, rates: Rates, value: int | float, why: str, console: Console) -> None:
-    paced = " with a consumer as slow as the pipeline" if sweep.paced else ""
-    table = Table(title=f"data.{sweep.setting}: images/s{paced}")
+def show(title: str, rates: Mapping[Any, Sequence[float]], value: Any, why: str, console: Console) -> None:
+    table = Table(title=title)
     table.add_column("")
     for column in ("median", "lowest", "highest"):
         table.add_column(column, justify="right")
@@ -201,3 +270,19 @@ def choose_share(rates: Rates, model: float) -> tuple[int | float, str]:
         )
     value, why = choose(rates)
     return value, f"none reaches {HEADROOM} times the model's {model:.0f} images/s; {why}"
+
+
+def choose_backend(rates: Mapping[ViewBackend, Sequence[float]]) -> tuple[ViewBackend, str]:
+    """Return the first backend with which training is about as fast as with the fastest, and the reason.
+
+    The backends are measured one after another, so their medians are compared.
+    """
+    medians = {backend: float(np.median(turns)) for backend, turns in rates.items()}
+    fastest = max(medians, key=lambda backend: medians[backend])
+    value = next(backend for backend in medians if medians[backend] >= (1 - NOISE_MARGIN) * medians[fastest])
+    if value == fastest:
+        return value, f"training is fastest with {value}, and none before it keeps up"
+    return (
+        value,
+        f"training is fastest with {fastest}; {value} keeps up, at {medians[value] / medians[fastest]:.2f} of it",
+    )

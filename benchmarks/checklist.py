@@ -12,9 +12,9 @@ this order, fits into nine minutes on a machine with one GPU; groups 5 and 6 tak
   1  data, train, parity, no-waiting: correctness
   2  step, all: speed
   3  resume, mrr, linear, segmentation: exact resume, and evaluation of a trained model
-  4  pipeline, step-vit-l, tune: pipeline tests, speed of ViT-L, pipeline settings
-  5  step-torch-adamw, default-priority, kernel-by-kernel, colour, step-12x384, step-vit-l-recomputing,
-     evaluation
+  4  pipeline, step-vit-l: pipeline tests, speed of ViT-L
+  5  tune, step-torch-adamw, default-priority, kernel-by-kernel, colour, step-12x384, step-vit-l-recomputing,
+     evaluation: pipeline backend and settings, alternatives, tests
   6  attentive, finetune-encoder, finetune-predictor, finetune-end-to-end, multitask, downstream
 
 Exit code: 0 all passed; 1 a check failed or was interrupted; 3 --total-minutes ended before all checks had run; 128 + N

@@ -19,8 +19,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "1": ("data", "train", "parity", "no-waiting"),
     "2": ("step", "all"),
     "3": ("resume", "mrr", "linear", "segmentation"),
-    "4": ("pipeline", "step-vit-l", "tune"),
+    "4": ("pipeline", "step-vit-l"),
     "5": (
+        "tune",
         "step-torch-adamw",
         "default-priority",
         "kernel-by-kernel",

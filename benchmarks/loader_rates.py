@@ -1,7 +1,7 @@
-"""Rates for mode `tune`: of a candidate's pipeline, and of the model.
+"""Rates for mode `tune`: of a candidate's pipeline, of the model, and of training with a pipeline.
 
-A candidate's pipeline exists for one turn only. The model's rate is measured by `throughput.py model` in its own
-process, which frees the GPU at its end.
+A candidate's pipeline exists for one turn only. The others are measured by `throughput.py model` and `end-to-end` in
+their own processes, which free the GPU at their end.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,7 +23,7 @@ from environment import BenchmarkError
 from rich.console import Console
 from simplejpeg import decode_jpeg_header
 
-from dali_pipelines.augmentations import Views
+from dali_pipelines.augmentations import ViewBackend, Views
 from dali_pipelines.decoder import GpuDecoder
 from dali_pipelines.loader import ViewLoader
 from iwm.compat import synchronize
@@ -39,6 +39,8 @@ class LoaderSetup(NamedTuple):
     device: torch.device
     cores: int
     """Number of CPU threads where the settings have no num_threads."""
+    backend: ViewBackend | None = None
+    """Backend of the pipeline; None: the device's."""
 
 
 LoaderSettings = Mapping[str, int | float]
@@ -58,6 +60,7 @@ def batches(work: LoaderSetup, settings: LoaderSettings) -> Generator[int, None,
         work.views,
         batch_size=work.batch_size,
         seed=0,
+        backend=work.backend,
         device=work.device,
         num_threads=int(settings.get("num_threads", work.cores)),
         prefetch_queue_depth=int(settings.get("prefetch_queue_depth", 2)),
@@ -96,18 +99,43 @@ def decoder_size_hint(folder: Path, split: str, images: int = 2000) -> tuple[int
 
 
 BRIEF = ("--seconds", "5", "--repeats", "1", "--warmup", "10")
+IN_TURNS = ("--seconds", "9", "--repeats", "3", "--warmup", "10")
 
 
 def model_rate(recipe: str, work: LoaderSetup, console: Console) -> float:
     """Measure the images/s of one process's training steps on resident batches. Raises BenchmarkError on failure."""
-    with TemporaryDirectory() as folder, console.status("the model's rate"):
-        file = Path(folder) / "model.json"
+    with console.status("the model's rate"):
+        (rate,) = _step_rates("model", recipe, work, BRIEF)
+    return rate
+
+
+def training_rates(
+    recipe: str, scenario: str | None, work: LoaderSetup, settings: LoaderSettings, console: Console
+) -> list[float]:
+    """Measure the images/s of training on one process with the pipeline of work.backend, a value per turn.
+
+    Raises BenchmarkError on failure.
+    """
+    words = [word for name, value in settings.items() for word in (option(name), str(value))]
+    words += [] if scenario is None else ["--scenario", scenario]
+    with console.status(f"training with backend {work.backend}"):
+        return _step_rates("end-to-end", recipe, work, (*IN_TURNS, "--data.backend", str(work.backend), *words))
+
+
+def option(name: str) -> str:
+    """Return the option of iwm/train.py for a field of DataConfig."""
+    return f"--data.{name.replace('_', '-')}"
+
+
+def _step_rates(mode: str, recipe: str, work: LoaderSetup, words: Sequence[str]) -> list[float]:
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "result.json"
         data = ("--shards", work.folder, "--data.train", work.split, "--data.global-batch-size", work.batch_size)
-        words = (Path(__file__).with_name("throughput.py"), "model", "--recipe", recipe, *data, *BRIEF, "--json", file)
-        done = subprocess.run([sys.executable, *map(str, words)], stdout=subprocess.DEVNULL, check=False)
+        command = (Path(__file__).with_name("throughput.py"), mode, "--recipe", recipe, *data, *words, "--json", file)
+        done = subprocess.run([sys.executable, *map(str, command)], stdout=subprocess.DEVNULL, check=False)
         if done.returncode != 0:
             raise BenchmarkError(
-                f"--recipe {recipe}: its model's rate could not be measured (code {done.returncode}, see above); "
-                "use --model-rate"
+                f"--recipe {recipe}: the rate of mode {mode} could not be measured (code {done.returncode}, see "
+                "above); set the model's with --model-rate, or leave a backend out with --backends"
             )
-        return float(json.loads(file.read_text())["modes"]["model"]["images_per_second"]["median"])
+        return [float(rate) for rate in json.loads(file.read_text())["modes"][mode]["turns"]]

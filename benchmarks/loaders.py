@@ -23,9 +23,9 @@ from rich.table import Table
 from synthetic_data import GENERATED, generated_shards
 from timing import Rate, Stream, measure, paired_ratio, percentiles
 
-from dali_pipelines.augmentations import Views
+from dali_pipelines.augmentations import ViewBackend, Views
 from iwm.ranges import check_ranges
-from iwm.training.runtime import select_device
+from iwm.training.runtime import select_backend, select_device
 from shards.format import MANIFEST, load_manifest
 
 
@@ -44,9 +44,9 @@ def run(options: LoaderOptions, console: Console) -> dict[str, Any]:
     available = sorted(os.sched_getaffinity(0))
     if options.cores > len(available):
         raise BenchmarkError(f"--cores {options.cores}: this process may use {len(available)}; lower --cores")
-    select_device(options.device, "--device")
+    backend = select_backend(options.backend, select_device(options.device, "--device"), views, "--backend")
     work = LoaderWork(folder, options.split, views, options.batch_size, options.cores)
-    contenders = measured_loaders(work, options.device, baselines, console)
+    contenders = measured_loaders(work, options.device, baselines, console, backend)
     turns: dict[str, list[list[Rate]]] = {name: [] for name in contenders}
     for turn in range(options.repeats):
         for name, contender in contenders.items():
@@ -156,10 +156,17 @@ class MeasuredLoader(NamedTuple):
 
 
 def measured_loaders(
-    work: LoaderWork, device: str, baselines: tuple[Baseline, ...], console: Console
+    work: LoaderWork,
+    device: str,
+    baselines: tuple[Baseline, ...],
+    console: Console,
+    backend: ViewBackend | None = None,
 ) -> dict[str, MeasuredLoader]:
-    """Return the loaders by name, `dali` first. Raises BenchmarkError where a baseline is not installed."""
-    setup = LoaderSetup(work.folder, work.split, work.views, work.batch_size, torch.device(device), work.cores)
+    """Return the loaders by name, `dali` first. Raises BenchmarkError where a baseline is not installed.
+
+    backend: of DALI's pipeline; None: the device's.
+    """
+    setup = LoaderSetup(work.folder, work.split, work.views, work.batch_size, torch.device(device), work.cores, backend)
     chosen = {"dali": MeasuredLoader(partial(batches, setup, {}), True)}
     for baseline in baselines:
         if not installed(baseline):

@@ -13,8 +13,8 @@ import tyro
 from environment import BenchmarkError, lookup
 from synthetic_data import GENERATED
 
-from dali_pipelines.augmentations import SCENARIOS, JitterImpl, Views
-from iwm.config import Config
+from dali_pipelines.augmentations import SCENARIOS, JitterImpl, ViewBackend, Views
+from iwm.config import Config, PipelineBackend
 from iwm.ranges import Range, check_ranges
 from iwm.recipes import RECIPES, with_scenario
 
@@ -124,6 +124,8 @@ class LoaderOptions:
     `decode`: JPEG decoding alone, the limit. `all`: all installed ones. `none`: DALI alone."""
     device: Device = "cpu"
     """Device of the DALI pipeline; baselines run on the CPU."""
+    backend: PipelineBackend = "auto"
+    """Backend of the DALI pipeline, as data.backend of iwm/train.py."""
     cores: Annotated[int, Range(min=1)] = 1
     """CPU cores that each loader is pinned to, and number of its worker threads or processes."""
     batch_size: Annotated[int, Range(min=1)] = 64
@@ -157,6 +159,8 @@ class TuneOptions:
     """Batch size per process (images). None: the recipe's, divided by the processes, at most 256 (64 on a CPU)."""
     processes: Annotated[int, Range(min=1)] = 1
     """Number of training processes that will share this machine's cores (one per GPU)."""
+    backends: tuple[ViewBackend, ...] = ("gpu", "triton", "cpu")
+    """On a GPU: backends that are compared by the speed of training with them, in order of preference."""
     model_rate: Annotated[float | None, Range(above=0)] = None
     """On a GPU: training rate of one process (images/s), for which the decoder's share is chosen. None: measured."""
     seconds: Annotated[float, Range(above=0)] = 1.0

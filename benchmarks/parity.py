@@ -1,9 +1,10 @@
-"""Parity of the pipeline's views with the torch replay of their parameters, and of GPU with CPU.
+"""Parity of the pipeline's views with the torch replay of their parameters, of GPU with CPU, and of Triton's kernels.
 
 python benchmarks/parity.py [--device cuda] [--shards DIR] [--json FILE]
 
 Differences are in grey levels (0 to 255), over all pixels of a batch. `make test` checks that
-the mean difference of each op from the replay is below 1.
+the mean difference of each op from the replay is below 1. Columns `triton`, on a GPU: the views
+of data.backend triton against the replay.
 """
 
 from __future__ import annotations
@@ -24,7 +25,16 @@ from synthetic_data import generated_shards
 from torch import Tensor
 
 from dali_pipelines import replay
-from dali_pipelines.augmentations import NO_PHOTOMETRIC, SINGLE_OP, SOURCE, JitterImpl, PhotometricConfig, Views
+from dali_pipelines.augmentations import (
+    NO_PHOTOMETRIC,
+    SINGLE_OP,
+    SOURCE,
+    JitterImpl,
+    PhotometricConfig,
+    ViewBackend,
+    Views,
+)
+from iwm.compat import HAS_TRITON
 from iwm.training.runtime import select_device
 from shards.errors import run_command
 
@@ -60,17 +70,30 @@ def difference(one: UInt8[Tensor, "b h w 3"], other: UInt8[Tensor, "b h w 3"]) -
 
 
 def one_batch(
-    folder: Path, options: ParityOptions, source: PhotometricConfig, colour: JitterImpl, device: str
+    folder: Path,
+    options: ParityOptions,
+    source: PhotometricConfig,
+    colour: JitterImpl,
+    device: str,
+    backend: ViewBackend | None = None,
 ) -> ViewBatch:
     """Return one batch whose target has no colour augmentation, so that it is the input of the source's."""
     from dali_pipelines.loader import ViewLoader  # not at the top: run_command reports a missing DALI
 
     views = Views(size=options.size, source=source, target=NO_PHOTOMETRIC, jitter_impl=colour)
-    return next(ViewLoader(folder, options.split, views, batch_size=options.images, seed=0, device=device)).clone()
+    loader = ViewLoader(folder, options.split, views, batch_size=options.images, seed=0, device=device, backend=backend)
+    return next(loader).clone()
 
 
-def measured(options: ParityOptions, folder: Path) -> list[dict[str, Any]]:
-    """Return a row per jitter implementation and op: the pipeline against the replay and, on a GPU, against the CPU."""
+def measured(options: ParityOptions, folder: Path, triton: bool) -> list[dict[str, Any]]:
+    """Return a row per jitter implementation and op: the pipeline against the replay and, on a GPU, against the CPU.
+
+    triton: also compare the views of backend `triton` with the replay.
+    """
+
+    def from_replay(made: ViewBatch, colour: JitterImpl) -> dict[str, float]:
+        return difference(made.source, replay.apply_photometric(made.target, made.params[:, SOURCE], colour))
+
     rows = []
     for colour in get_args(JitterImpl):
         for op, spec in {
@@ -79,13 +102,17 @@ def measured(options: ParityOptions, folder: Path) -> list[dict[str, Any]]:
             "all, as in A.1": PhotometricConfig(),
         }.items():
             made = one_batch(folder, options, spec, colour, options.device)
-            again = replay.apply_photometric(made.target, made.params[:, SOURCE], colour)
-            row: dict[str, Any] = {"colour": colour, "op": op, "replay": difference(made.source, again)}
+            row: dict[str, Any] = {"colour": colour, "op": op, "replay": from_replay(made, colour)}
+            others: dict[str, ViewBatch] = {}
             if options.device == "cuda":
-                there = one_batch(folder, options, spec, colour, "cpu")
-                if not torch.equal(there.params, made.params.cpu()):
-                    raise BenchmarkError(f"{op}: CPU and GPU sampled different parameters from the same seed")
-                row["cpu"] = difference(made.source.cpu(), there.source)
+                others["cpu"] = one_batch(folder, options, spec, colour, "cpu")
+                row["cpu"] = difference(made.source.cpu(), others["cpu"].source)
+            if triton:
+                others["triton"] = one_batch(folder, options, spec, colour, options.device, "triton")
+                row["triton"] = from_replay(others["triton"], colour)
+            for name, other in others.items():
+                if not torch.equal(other.params.cpu(), made.params.cpu()):
+                    raise BenchmarkError(f"{op}: {name} sampled different parameters from the same seed")
             rows.append(row)
     return rows
 
@@ -94,7 +121,7 @@ def show(rows: list[dict[str, Any]], options: ParityOptions, console: Console) -
     table = Table(title=f"views of {options.size} px on {options.device}, {options.images} images: grey levels")
     table.add_column("colour")
     table.add_column("op")
-    others = [name for name in ("replay", "cpu") if name in rows[0]]
+    others = [name for name in ("replay", "cpu", "triton") if name in rows[0]]
     for name in others:
         for column in ("mean", "max", "dB"):
             table.add_column(f"{name} {column}", justify="right")
@@ -110,7 +137,7 @@ def main() -> None:
         check_writable("--json", options.json)
     select_device(options.device, "--device")
     folder = options.shards or generated_shards(console)
-    rows = measured(options, folder)
+    rows = measured(options, folder, triton=options.device == "cuda" and HAS_TRITON)
     show(rows, options, console)
     if options.json is not None:
         result = {"rows": rows, "settings": replace(options, json=None).__dict__, "machine": environment_info()}

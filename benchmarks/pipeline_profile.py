@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from loaders import LoaderWork, measured_loaders
@@ -24,7 +24,14 @@ from options import Device
 from rich.console import Console
 from timing import measure, percentiles
 
-from dali_pipelines.augmentations import DESTRUCTIVE_OPS, JITTER_FIELDS, NO_PHOTOMETRIC, PhotometricConfig, Views
+from dali_pipelines.augmentations import (
+    DESTRUCTIVE_OPS,
+    JITTER_FIELDS,
+    NO_PHOTOMETRIC,
+    PhotometricConfig,
+    ViewBackend,
+    Views,
+)
 from dali_pipelines.dali import pipeline_def
 from dali_pipelines.decoder import GpuDecoder
 from dali_pipelines.geometry import decode_crop, draw_crop, resize_box
@@ -32,8 +39,9 @@ from dali_pipelines.photometric import Backend, DataNode
 from dali_pipelines.pipelines import two_views
 from dali_pipelines.reader import DataSource, open_source, read
 from iwm.config import Config
+from iwm.training.runtime import select_backend
 
-TURNS = {"cpu": 5, "cuda": 3}
+TURNS: dict[ViewBackend, int] = {"cpu": 5, "gpu": 3, "triton": 3}
 """Number of measurements of each cut; each builds a pipeline, which takes a second or more on a GPU."""
 
 AHEAD = 2
@@ -52,29 +60,30 @@ def stage_times(
     split: str,
     views: Views,
     *,
-    device: Literal["cpu", "cuda"] = "cpu",
+    backend: ViewBackend = "cpu",
     threads: int = 1,
     batch: int = 64,
     seconds: float = 8.0,
 ) -> dict[str, dict[str, float]]:
     """Measure the milliseconds per image that each stage adds, as median, p10 and p90 over turns.
 
-    Times are CPU time on a CPU and wall time on a GPU; their sum is the whole pipeline's. The measurement runs in its
-    own process, pinned to as many cores as `threads`. Each pipeline is built for its turn and freed after it, because
-    on a GPU each takes gigabytes; this adds to `seconds`. Stages of probability 0 in these views are left out. Work
-    that both views share (planes, mean grey) is attributed to the first colour op. Raises ShardError.
+    Times are CPU time for backend `cpu`, which runs as on a machine without a GPU, and wall time for the others; their
+    sum is the whole pipeline's, for `triton` without the kernels on training's stream. The measurement runs in its own
+    process, pinned to as many cores as `threads`. Each pipeline is built for its turn and freed after it, because on a
+    GPU each takes gigabytes; this adds to `seconds`. Stages of probability 0 in these views are left out. Work that
+    both views share (planes, mean grey) is attributed to the first colour op. Raises ShardError.
     """
     cores = sorted(os.sched_getaffinity(0))[:threads]
-    work = partial(_stage_times, folder, split, views, device, cores, batch, seconds)
+    work = partial(_stage_times, folder, split, views, backend, cores, batch, seconds)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         return process.submit(work).result()
 
 
 def _stage_times(
-    folder: Path, split: str, views: Views, device: str, cores: list[int], batch: int, seconds: float
+    folder: Path, split: str, views: Views, backend: ViewBackend, cores: list[int], batch: int, seconds: float
 ) -> dict[str, dict[str, float]]:
     os.sched_setaffinity(0, cores)
-    on_gpu = device == "cuda"
+    on_gpu = backend != "cpu"
     source = open_source(folder, split, label=None, rank=0, world_size=1)
     settings = {
         "batch_size": batch,
@@ -83,11 +92,11 @@ def _stage_times(
         "seed": 0,
         "prefetch_queue_depth": AHEAD,
     }
-    builds = dict(cuts(source, views, "gpu" if on_gpu else "cpu", settings))
+    builds = dict(cuts(source, views, backend, settings))
     # Once as warm-up of the process, and once more to determine the length of a window.
     for _ in range(2):
         round_of_all = sum(_seconds(build, 1, on_gpu) for build in builds.values())
-    turns = TURNS[device]
+    turns = TURNS[backend]
     batches = max(1, round(seconds / turns / round_of_all))
     times: dict[str, list[float]] = {name: [] for name in builds}
     for _ in range(turns):
@@ -99,11 +108,14 @@ def _stage_times(
     return {name: percentiles(turns) for name, turns in times.items()}
 
 
-def cuts(source: DataSource, views: Views, backend: Backend, settings: dict[str, Any]) -> Iterator[tuple[str, Build]]:
+def cuts(
+    source: DataSource, views: Views, backend: ViewBackend, settings: dict[str, Any]
+) -> Iterator[tuple[str, Build]]:
     """Yield stage names and pipeline builders, each one stage longer than the one before."""
+    device: Backend = "cpu" if backend == "cpu" else "gpu"
     for stage in ("read", "decode", "crop and resize"):
-        yield stage, partial(geometry, source, views, stage, backend, **settings)
-    for stage, until_here in colour_cuts(views):
+        yield stage, partial(geometry, source, views, stage, device, **settings)
+    for stage, until_here in [("parameters", views)] if backend == "triton" else colour_cuts(views):
         whole = partial(
             two_views,
             source,
@@ -225,16 +237,17 @@ def pipeline_stages(
 ) -> dict[str, dict[str, float]]:
     """Measure the milliseconds per image that each operator adds: median, p10 and p90. Raises ShardError.
 
-    On a GPU this is wall time with training's threads, because with one thread the CPU core would be the bottleneck; on
-    a CPU it is CPU time on one core.
+    On a GPU this is wall time with training's threads, because with one thread the CPU core would be the bottleneck;
+    for backend `cpu` it is CPU time on one core.
     """
+    backend = select_backend(config.data.backend, device, config.views, "data.backend")
     with console.status("the pipeline's operators"):
         return stage_times(
             config.data.shards,
             config.data.train,
             config.views,
-            device=kind(device),
-            threads=threads if device.type == "cuda" else 1,
+            backend=backend,
+            threads=1 if backend == "cpu" else threads,
             batch=min(config.data.global_batch_size, BATCH),
             seconds=STAGES_SECONDS,
         )

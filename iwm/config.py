@@ -58,7 +58,7 @@ class DataConfig:
     Wider images cost a reallocation."""
     decoder_height_hint: Annotated[int, Range(min=0)] = GPU_DECODER.height_hint
     """On a GPU: image height (pixels) for which decoder memory is allocated in advance.
-    `benchmarks/throughput.py tune` prints these hints and the best threads, queue depth and decoder load."""
+    `benchmarks/throughput.py tune` prints these hints and the best backend, threads, queue depth and decoder load."""
 
 
 @dataclass(frozen=True)

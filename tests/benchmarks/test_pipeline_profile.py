@@ -12,7 +12,9 @@ import pipeline_profile
 import pytest
 from pipeline_profile import _seconds, _stage_times, colour_cuts
 
-from dali_pipelines.augmentations import SCENARIOS, PhotometricConfig, Views
+from dali_pipelines.augmentations import PARAMS, SCENARIOS, PhotometricConfig, Views
+from dali_pipelines.outputs import run_pipeline
+from dali_pipelines.reader import open_source
 
 JITTER = ["target: brightness, contrast", "target: saturation, hue"]
 JITTER += [name.replace("target", "source") for name in JITTER]
@@ -66,3 +68,13 @@ def test_a_pipeline_is_freed_once_it_is_measured() -> None:
         _seconds(Counted, 3, on_gpu=False)
     assert runs == [1] * 4 + [2] * 4, "one batch before it is measured"
     assert [pipeline() for pipeline in built] == [None, None]
+
+
+def test_with_triton_the_graph_ends_with_the_parameters(tiny_shards: Path) -> None:
+    source = open_source(tiny_shards, "train", label=None, rank=0, world_size=1)
+    settings = {"batch_size": 4, "num_threads": 1, "device_id": None, "seed": 0, "prefetch_queue_depth": 1}
+    built = dict(pipeline_profile.cuts(source, replace(Views(), size=48), "triton", settings))
+    assert list(built) == ["read", "decode", "crop and resize", "parameters"]
+    params, crops, _ = run_pipeline(built["parameters"](), tiny_shards)
+    assert params.shape[1] == len(PARAMS)
+    assert crops.shape == (4, 48, 48, 3)

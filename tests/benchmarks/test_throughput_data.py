@@ -19,6 +19,7 @@ from rich.console import Console
 from timing import Rate
 
 from dali_pipelines.augmentations import NO_PHOTOMETRIC, PhotometricConfig, Views
+from iwm.config import ConfigError
 from tests.benchmarks.tile_shards import tile_shards
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -72,6 +73,11 @@ def test_a_users_mistake_is_one_line_and_no_traceback(shards: Path) -> None:
 def test_other_mistakes_name_the_option_and_what_there_is(shards: Path, mistake: dict[str, Any], message: str) -> None:
     with pytest.raises(BenchmarkError, match=message):
         run(LoaderOptions(shards=shards, batch_size=8, **mistake), Console())
+
+
+def test_a_backend_that_needs_a_gpu_is_refused_beside_none(shards: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--backend triton: it needs a GPU.*use --backend cpu"):
+        run(LoaderOptions(shards=shards, batch_size=8, backend="triton"), Console())
 
 
 def test_the_ratio_is_over_the_faster_baseline_turn_by_turn() -> None:
