@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from iwm.compat import HAS_TRITON, REPLANS_CUDNN_VARLEN, matmul_dtype
 from iwm.config import AttentionImpl
-from iwm.kernels.short_attention import LONGEST, projected_attention
+from iwm.kernels.short_attention import LONGEST, projected_attention, short_attention
 from iwm.packing import Packing, gather_unique
 
 
@@ -44,7 +44,10 @@ class Attention(TimmAttention):
         rows = x.flatten(0, 1)
         if short:
             offsets = None if packing is None else packing.cu_seqlens
-            attended = projected_attention(rows, self.qkv.weight, self.qkv.bias, self.num_heads, offsets, longest)
+            if type(self.qkv) is nn.Linear:
+                attended = projected_attention(rows, self.qkv.weight, self.qkv.bias, self.num_heads, offsets, longest)
+            else:  # a subclass (float8) computes another product
+                attended = short_attention(self.qkv(rows), self.num_heads, offsets, longest)
         else:
             assert packing is not None  # for mypy: dense tokens without `short` returned above
             qkv = self.qkv(rows)

@@ -38,7 +38,7 @@ def test_nothing_is_recompiled_in_500_steps_and_losses_are_the_eager_ones(tiny_s
     settings = ("--train.precision", "fp32", "--log.interval", "4", "--log.eval-interval", "250")
     words = arguments(tiny_shards, compiled, STEPS, *settings)
     train_here(parse([*words, "--train.no-compile"]).config, eager, StopAfter(COMPARED))
-    output = finish([sys.executable, "tests/training/graphs.py", str(compiled), *words, "--train.compile"])
+    output = finish([sys.executable, "tests/training/graphs.py", "inductor", str(compiled), *words, "--train.compile"])
     counted = json.loads(output.splitlines()[-1])
     assert len(counted["graphs"]) >= STEPS
     assert counted["graphs"][-1] == counted["graphs"][WARM], f"recompiled after step {WARM}: {counted['graphs']}"
