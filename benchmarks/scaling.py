@@ -26,7 +26,7 @@ from iwm.models.world_model import WorldModel
 from iwm.training.distributed import DistEnv, init_distributed
 from iwm.training.optim import build_optimizer
 from iwm.training.step import ForwardBackward
-from iwm.training.train_state import TrainState
+from iwm.training.train_state import TrainState, build_model
 
 
 def run(options: ScalingOptions, console: Console) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def measure(options: ScalingOptions, dist: DistEnv, console: Console) -> dict[st
 def by_itself(state: TrainState) -> TrainState:
     """Return a state with the same batches and masks and its own model, which does not communicate."""
     dist = replace(state.dist, size=1)
-    model = WorldModel(state.config).setup(dist.device, compiled=state.config.train.compile)
+    model, _ = build_model(state.config, dist.device, state.micro_batch)
     optimizer, _ = build_optimizer(model, state.config.optim, dist.device)
     return replace(state, dist=dist, model=model, forward_backward=ForwardBackward(model, model), optimizer=optimizer)
 

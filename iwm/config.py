@@ -203,9 +203,11 @@ class TrainConfig:
     0: two threads where the model is on a GPU, else the process's share of the cores.
     On a CPU small models are faster with 1 thread: their operators are too short to parallelise.
     The pipeline then uses the other cores."""
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["bf16", "fp32", "fp8"] = "bf16"
     """Precision of the computation. `fp32`: float32 throughout.
-    `bf16`: bf16 autocast; parameters, optimiser state and EMA stay in float32."""
+    `bf16`: bf16 autocast; parameters, optimiser state and EMA stay in float32.
+    `fp8`: as `bf16`, with the linear layers of all blocks in float8; needs torchao (pip install 'iwm[fp8]').
+    It needs a GPU of compute capability 8.9 (Ada, Hopper); a CPU emulates it. Not yet timed on a GPU."""
     compile: bool = True
     """Compile each block of the encoders and the predictor with torch.compile."""
     compile_mode: CompileMode = "default"
@@ -243,6 +245,11 @@ class TrainConfig:
     They are found when metrics are read, so the run may stop log.interval steps later, on a GPU a few more."""
     deterministic: bool = False
     """Use deterministic, slower kernels on a GPU, for exact resume. Runs on a CPU are always deterministic."""
+
+    @property
+    def bf16_autocast(self) -> bool:
+        """True where operators run in bf16 autocast."""
+        return self.precision != "fp32"
 
 
 @dataclass(frozen=True)
@@ -307,12 +314,18 @@ class Config:
             c.views.size % c.encoder.patch_size == 0,
             f"views.size {c.views.size} is not a multiple of encoder.patch_size {c.encoder.patch_size}",
         )
-        for name, width, heads in (
-            ("encoder", c.encoder.embed_dim, c.encoder.num_heads),
-            ("predictor", c.predictor.embed_dim, c.predictor.num_heads),
+        for name, width, heads, ratio in (
+            ("encoder", c.encoder.embed_dim, c.encoder.num_heads, c.encoder.mlp_ratio),
+            ("predictor", c.predictor.embed_dim, c.predictor.num_heads, c.predictor.mlp_ratio),
         ):
             _need(width % heads == 0, f"{name}.embed_dim {width} is not a multiple of {name}.num_heads {heads}")
             _need(width % 4 == 0, f"{name}.embed_dim {width} is not a multiple of 4, which 2-D sin-cos positions need")
+            hidden = int(width * ratio)
+            _need(
+                c.train.precision != "fp8" or (width % 16 == 0 and hidden % 16 == 0),
+                f"train.precision fp8: {name}.embed_dim {width} and {name}.mlp_ratio {ratio} make layers of {width} "
+                f"and {hidden} features, which must be multiples of 16; change them, or use --train.precision bf16",
+            )
         _need(
             c.grid_size >= 3,
             f"views.size {c.views.size}: a grid of {c.grid_size}×{c.grid_size} patches is too small to mask; increase "
@@ -336,6 +349,11 @@ class Config:
             c.train.parallel == "ddp" or c.optim.implementation != "apex",
             "optim.implementation apex: apex does not support sharded parameters; use --optim.implementation auto with "
             "--train.parallel fsdp",
+        )
+        _need(
+            c.train.parallel == "ddp" or c.train.precision != "fp8",
+            "train.precision fp8: float8 layers of sharded parameters were never tested; use --train.parallel ddp or "
+            "--train.precision bf16",
         )
         tuned = c.train.compile_mode != "default"
         _need(

@@ -22,6 +22,10 @@ CAPACITY_SIGMAS = 4.0
 more; pack_tokens then enlarges the buffer."""
 
 
+TOKEN_MULTIPLE = 16
+"""Factor of every static number of tokens: the alignment for tensor cores, 8 in bf16 and 16 in float8."""
+
+
 class Packing(NamedTuple):
     """Packing of the True entries of a mask [sequences, positions], in row-major order, into a buffer of t tokens.
 
@@ -72,8 +76,7 @@ def buffer_size(mean: float, deviation: float, images: int, longest: int) -> Buf
 
 
 def _round_up(tokens: float) -> int:
-    """Round up to a multiple of 8, the alignment for tensor cores."""
-    return 8 * math.ceil(tokens / 8)
+    return TOKEN_MULTIPLE * math.ceil(tokens / TOKEN_MULTIPLE)
 
 
 def pack_tokens(present: Bool[Tensor, "r n"], fixed: BufferSize | None) -> Packing:

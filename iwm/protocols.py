@@ -58,7 +58,8 @@ def _evaluate(context: EvalContext, name: str, settings: EvalSettings) -> dict[s
     start = time.perf_counter()
     output = settings.output or context.run / "eval" / f"{name}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
-    precision = context.config.train.precision if settings.precision == "auto" else settings.precision
+    trained = "bf16" if context.config.train.bf16_autocast else "fp32"
+    precision = trained if settings.precision == "auto" else settings.precision
     with torch.autocast(context.device.type, torch.bfloat16, enabled=precision == "bf16"):
         figures = EVALUATORS[name].evaluate(context, settings, output)
     figures = {

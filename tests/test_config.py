@@ -9,7 +9,7 @@ import pytest
 
 import iwm
 from dali_pipelines.augmentations import SCENARIOS, PhotometricConfig, Views
-from iwm.config import Config, ConfigError, DataConfig, EncoderConfig, MaskingConfig, TrainConfig
+from iwm.config import Config, ConfigError, DataConfig, EncoderConfig, MaskingConfig, PredictorConfig, TrainConfig
 from iwm.config_io import config_diff, from_dict, from_yaml, to_dict, to_yaml
 from iwm.recipes import RECIPES, with_scenario
 
@@ -50,6 +50,14 @@ def test_differences_name_the_field_and_both_values() -> None:
         (
             Config(views=Views(crop_scale=(0.5, 0.3))),
             r"views.crop_scale 0.5 0.3 must be MIN MAX with 0 < MIN <= MAX <= 1",
+        ),
+        (
+            Config(train=TrainConfig(precision="fp8"), predictor=PredictorConfig(embed_dim=376, num_heads=8)),
+            r"train.precision fp8: predictor.embed_dim 376 and predictor.mlp_ratio 4.0 make layers of 376 and 1504",
+        ),
+        (
+            Config(train=TrainConfig(precision="fp8", parallel="fsdp")),
+            r"train.precision fp8: float8 layers of sharded parameters were never tested; use --train.parallel ddp",
         ),
         (
             Config(train=TrainConfig(compile=False, compile_mode="max-autotune-no-cudagraphs")),

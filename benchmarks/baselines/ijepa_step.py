@@ -88,7 +88,7 @@ def baseline_step(config: Config, dist: DistEnv, batches: Sequence[ViewBatch]) -
     config = replace(config, masking=replace(config.masking, type="ijepa"), loss=replace(config.loss, predict="masked"))
     model = BlockwiseWorldModel(config).setup(dist.device, compiled=False)
     wrapped = distributed(model, dist)
-    o, bf16 = config.optim, config.train.precision == "bf16"
+    o, bf16 = config.optim, config.train.bf16_autocast
     optimizer = torch.optim.AdamW(param_groups(model), lr=o.lr, betas=o.betas, weight_decay=o.weight_decay)
     scaler = torch.amp.GradScaler(dist.device.type, enabled=bf16)
     masks = [

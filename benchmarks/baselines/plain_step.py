@@ -109,7 +109,7 @@ def baseline_step(config: Config, dist: DistEnv, batches: Sequence[ViewBatch]) -
         optimizer.zero_grad()
         for part, batch in enumerate(batches):
             masks = sample_step_masks(config, dist, number, part, len(batch.source), dist.device)
-            with torch.autocast(dist.device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
+            with torch.autocast(dist.device.type, torch.bfloat16, enabled=config.train.bf16_autocast):
                 loss = wrapped(batch.source, batch.target, batch.params, masks) / len(batches)
             loss.backward()
             read(loss)

@@ -109,7 +109,7 @@ def _load_run(settings: TrainSettings, device: torch.device) -> Pretrained:
         shards=data.shards or config.data.shards,
         train=data.train or config.data.train,
         val=val,
-        bf16=(config.train.precision if settings.precision == "auto" else settings.precision) == "bf16",
+        bf16=config.train.bf16_autocast if settings.precision == "auto" else settings.precision == "bf16",
     )
 
 

@@ -70,7 +70,7 @@ def measure_health(model: WorldModel, images: UInt8[Tensor, "b h w 3"]) -> dict[
     log = model.config.log
     was_training = model.training
     model.eval()
-    bf16 = torch.autocast(images.device.type, torch.bfloat16, enabled=model.config.train.precision == "bf16")
+    bf16 = torch.autocast(images.device.type, torch.bfloat16, enabled=model.config.train.bf16_autocast)
     # Eager, because each batch shape here would trigger another compilation.
     with bf16, torch.compiler.set_stance("force_eager"):
         settings = BankSettings(num_images=log.eval_images, num_views=log.eval_bank_size)

@@ -54,7 +54,8 @@ class EvalSettings:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: the GPU if there is one."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """`bf16`: autocast of the model; distances and ranks are not rounded. `auto`: the precision of the training."""
+    """`bf16`: autocast of the model; distances and ranks are not rounded. `auto`: the precision of the training.
+    A model that was trained in fp8 runs in bf16."""
 
 
 @dataclass(frozen=True)

@@ -197,6 +197,30 @@ class ProjectedAttention(torch.autograd.Function):
         return grad_x, weight_gradient(grad_qkv, x, of_weight), grad_bias, None, None, None, None, None
 
 
+class ShortAttention(torch.autograd.Function):
+    """Attention of queries, keys and values that are already projected."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, heads: int, offsets: Tensor | None, length: int) -> Tensor:
+        qkv = qkv.contiguous()
+        out, lse = attend(_checked(qkv, heads, offsets, length), heads, offsets, length)
+        ctx.save_for_backward(qkv, out, lse, offsets)
+        ctx.heads, ctx.length = heads, length
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, None, None]:
+        qkv, out, lse, offsets = ctx.saved_tensors
+        grad_qkv, _ = attend_backward(grad_out, qkv, out, lse, ctx.heads, offsets, ctx.length)
+        return grad_qkv, None, None, None
+
+
+def short_attention(qkv: Tensor, heads: int, offsets: Tensor | None, length: int) -> Tensor:
+    """Return the attention [t, heads · dim] of bf16 qkv [t, 3 · heads · dim]; see projected_attention."""
+    out: Tensor = ShortAttention.apply(qkv, heads, offsets, length)
+    return out
+
+
 def projected_attention(x: Tensor, projection: nn.Linear, heads: int, offsets: Tensor | None, length: int) -> Tensor:
     """Project x [t, w] to queries, keys and values and return their attention [t, heads · dim] in bf16.
 

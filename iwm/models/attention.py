@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from iwm.compat import HAS_TRITON, REPLANS_CUDNN_VARLEN, matmul_dtype
 from iwm.config import AttentionImpl
 from iwm.kernels.bf16_weights import linear
-from iwm.kernels.short_attention import LONGEST, projected_attention
+from iwm.kernels.short_attention import LONGEST, projected_attention, short_attention
 from iwm.packing import Packing, gather_unique
 
 
@@ -45,8 +45,10 @@ class Attention(TimmAttention):
         longest = x.shape[1] if packing is None else packing.token_mask.shape[1]
         if self._uses_short_kernels(x, packing, longest):
             offsets = None if packing is None else packing.cu_seqlens
-            attended = projected_attention(rows, self.qkv, self.num_heads, offsets, longest)
-            return attended.view_as(x)
+            if type(self.qkv) is nn.Linear:
+                return projected_attention(rows, self.qkv, self.num_heads, offsets, longest).view_as(x)
+            # A subclass (float8) computes another product.
+            return short_attention(self.qkv(rows), self.num_heads, offsets, longest).view_as(x)
         qkv = linear(self.qkv, rows)
         if packing is None:
             q, k, v = qkv.view(*x.shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)

@@ -81,9 +81,13 @@ def predictor_flops(config: Config, visible: float, tokens: float, selected: flo
 
 
 def measure_matmul_flops(device: torch.device, precision: str, size: int | None = None, repeats: int = 5) -> float:
-    """Measure the FLOP/s of a square matrix product in the run's precision; return the median of `repeats`."""
+    """Measure the FLOP/s of a square matrix product in the run's precision; return the median of `repeats`.
+
+    For fp8 it is bf16's product: attention and the other products stay in bf16, and the MFU of a run in fp8 (which can
+    exceed 1) and that of the same run in bf16 compare as their speeds do.
+    """
     size = size or (8192 if device.type == "cuda" else 2048)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     # A separate generator: sampling from torch's global one would change the random values of the calling run.
     generator = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))

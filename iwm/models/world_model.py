@@ -125,7 +125,7 @@ class WorldModel(nn.Module):
             tokens = torch.zeros(*shape, attention.qkv.in_features, device=device)
             with (
                 torch.set_grad_enabled(name != "target encoder"),
-                torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"),
+                torch.autocast(device.type, torch.bfloat16, enabled=config.train.bf16_autocast),
             ):
                 kernels[name] = attention_kernel(attention, tokens, packed)
         return kernels

@@ -57,7 +57,7 @@ def _apply_fsdp(model: WorldModel, dist: DistEnv) -> WorldModel:
     operator, as without FSDP. (On a CPU autocast does not cast layer norm, whose weights must then stay float32.)
     """
     mesh = init_device_mesh(dist.device.type, (dist.size,))
-    bf16 = model.config.train.precision == "bf16" and dist.device.type == "cuda"
+    bf16 = model.config.train.bf16_autocast and dist.device.type == "cuda"
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
     )

@@ -47,10 +47,10 @@ def sample_step_masks(
 
 
 def prepare_masks(config: Config, dist: DistEnv, step: int, part: int, batch: int) -> PackedMasks:
-    """Sample and pack the masks of a pass, on its device; in constant shapes if the step is compiled."""
+    """Sample and pack the masks of a pass, on its device; in constant shapes if the step is compiled or in fp8."""
     masks = sample_step_masks(config, dist, step, part, batch)
     extra, fixed = num_action_tokens(config), None
-    if config.train.compile:
+    if config.train.compile or config.train.precision == "fp8":  # whose shapes must be aligned
         fixed = mask_buffer_sizes(config.masking, config.grid_size, extra, batch, config.loss.predict)
     return pack_masks(masks, fixed, extra, config.loss).to(dist.device)
 
@@ -76,7 +76,7 @@ class ForwardBackward:
         loss = torch.zeros((), device=device)
         for number, (batch, mask) in enumerate(zip(batches, masks, strict=True), start=1):
             with grad_sync(self.model, self.wrapped, now=number == len(batches)):
-                with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
+                with torch.autocast(device.type, torch.bfloat16, enabled=config.train.bf16_autocast):
                     part = self.wrapped(batch.source, batch.target, batch.params, mask) / len(batches)
                 part.backward()
             loss += part.detach()

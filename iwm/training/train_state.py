@@ -16,6 +16,7 @@ from dali_pipelines.decoder import GpuDecoder
 from dali_pipelines.loader import LoaderStateError, ViewLoader
 from iwm.config import Config, ConfigError
 from iwm.config_io import config_diff, split_changes
+from iwm.models.fp8 import convert_to_fp8
 from iwm.models.world_model import WorldModel
 from iwm.training import checkpoint as checkpoints
 from iwm.training.checkpoint import Checkpoint, load_newest
@@ -68,7 +69,7 @@ def build_train_state(config: Config, run: Path, dist: DistEnv) -> TrainState:
     micro_batch, accumulation = split_batch(data.global_batch_size, data.micro_batch_size, dist.size, names)
     start, changes = find_resume_checkpoint(run, config)
     loader, seed, restart = _open_loader(config, dist, micro_batch, start)
-    model = WorldModel(config).setup(dist.device, compiled=config.train.compile)
+    model, precision = build_model(config, dist.device, micro_batch)
     if start is not None:
         model.load_state_dict(start.model, strict=True)
     attention = ", ".join(f"{part} {kernel}" for part, kernel in model.attention_kernels().items())
@@ -82,7 +83,7 @@ def build_train_state(config: Config, run: Path, dist: DistEnv) -> TrainState:
     encoder, predictor = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (model.encoder, model.predictor))
     messages = [
         f"{run}: {schedules.steps:,} steps of {config.data.global_batch_size} images ({dist.size} processes × "
-        f"{micro_batch} images × {accumulation} passes) on {dist.device.type}, {config.train.precision}, {kernels}",
+        f"{micro_batch} images × {accumulation} passes) on {dist.device.type}, {precision}, {kernels}",
         f"{loader.samples_per_epoch:,} images in {config.data.shards} '{config.data.train}', backend {loader.backend}; "
         f"context encoder {encoder:.2f} M parameters, predictor {predictor:.2f} M, {config.action.conditioning} "
         "conditioning",
@@ -108,6 +109,18 @@ def build_train_state(config: Config, run: Path, dist: DistEnv) -> TrainState:
         samples=start.samples if start is not None else 0,
         skipped=start.skipped if start is not None else 0,
     )
+
+
+def build_model(config: Config, device: torch.device, batch: int) -> tuple[WorldModel, str]:
+    """Return an initialised model on the device, in the run's precision and compiled where configured.
+
+    The string describes the precision. batch: images per pass. Raises ConfigError where the precision is not available.
+    """
+    model = WorldModel(config)
+    precision: str = config.train.precision
+    if config.train.precision == "fp8":
+        precision = convert_to_fp8(model, device, batch)
+    return model.setup(device, compiled=config.train.compile), precision
 
 
 def split_batch(batch: int, most: int | None, processes: int, names: tuple[str, str]) -> tuple[int, int]:
@@ -205,6 +218,7 @@ RESUMABLE_CHANGES = (
     "optim.implementation",
     "train.device",
     "train.num_threads",
+    "train.precision",
     "train.compile",
     "train.compile_mode",
     "train.activation_checkpointing",

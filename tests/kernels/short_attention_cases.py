@@ -18,13 +18,14 @@ from iwm.kernels.short_attention import (
     attend,
     attend_backward,
     projected_attention,
+    short_attention,
 )
 
 WHOLE = 196 if torch.cuda.is_available() else 72
 """Length of a long sequence, shorter where kernels are interpreted (196 tokens take a second)."""
 
 
-def short_attention(qkv: Tensor, heads: int, offsets: Tensor | None, length: int) -> Tensor:
+def identity_projected(qkv: Tensor, heads: int, offsets: Tensor | None, length: int) -> Tensor:
     """Run attention on already projected qkv, through an identity projection, which is exact."""
     identity = torch.eye(qkv.shape[1], device=DEVICE).bfloat16()
     attended: Tensor = ProjectedAttention.apply(qkv, identity, None, identity.clone(), None, heads, offsets, length)
@@ -98,6 +99,17 @@ def test_operator_is_registered_soundly(packed: bool) -> None:
     qkv, _ = _inputs(20, 2, 16)
     offsets = torch.tensor([0, 12, 12, 20], dtype=torch.int32, device=DEVICE) if packed else None
     torch.library.opcheck(attend, (qkv.detach(), 2, offsets, 20))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_attention_alone_is_that_of_an_identity_projection(packed: bool) -> None:
+    qkv, grad_out = _inputs(20, 2, 16)
+    offsets = torch.tensor([0, 12, 12, 20], dtype=torch.int32, device=DEVICE) if packed else None
+    both = [attention(qkv, 2, offsets, 20 if packed else 10) for attention in (short_attention, identity_projected)]
+    assert torch.equal(*both)
+    gradients = [torch.autograd.grad(out, qkv, grad_out)[0] for out in both]
+    assert torch.equal(*gradients)
+    assert gradients[0].norm() > 0
 
 
 def test_compiles_into_one_graph() -> None:

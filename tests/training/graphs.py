@@ -1,15 +1,17 @@
 """Number of compiled graphs after each step of a training run, printed as JSON.
 
 This is a script, because the test suite's run-time shape checks cause graph breaks:
-python tests/training/graphs.py RUN ARGUMENTS_OF_TRAIN_PY
+python tests/training/graphs.py BACKEND RUN ARGUMENTS_OF_TRAIN_PY
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
+import torch
 from torch._dynamo.utils import counters
 
 from iwm.recipes import parse
@@ -29,6 +31,8 @@ class CountGraphs(StopFlag):
 
 
 if __name__ == "__main__":
+    backend, run, *words = sys.argv[1:]
+    torch.compile = partial(torch.compile, backend=backend)  # Module.compile uses it too
     count = CountGraphs()
-    train_here(parse(sys.argv[2:]).config, Path(sys.argv[1]), count)
+    train_here(parse(words).config, Path(run), count)
     print(json.dumps({"graphs": count.graphs, "breaks": sum(counters["graph_break"].values())}))

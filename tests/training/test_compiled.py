@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch._inductor import config as inductor
 
@@ -39,7 +40,7 @@ def test_nothing_is_recompiled_in_500_steps_and_losses_are_the_eager_ones(tiny_s
     settings += ("--encoder.depth", "2", "--predictor.depth", "2")
     words = arguments(tiny_shards, compiled, STEPS, *settings)
     train_here(parse([*words, "--train.no-compile"]).config, eager, StopAfter(COMPARED))
-    output = finish([sys.executable, "tests/training/graphs.py", str(compiled), *words, "--train.compile"])
+    output = finish([sys.executable, "tests/training/graphs.py", "inductor", str(compiled), *words, "--train.compile"])
     counted = json.loads(output.splitlines()[-1])
     assert len(counted["graphs"]) >= STEPS
     assert counted["graphs"][-1] == counted["graphs"][WARM], f"recompiled after step {WARM}: {counted['graphs']}"
@@ -62,10 +63,15 @@ def test_every_compiled_part_of_the_model_has_the_configured_mode(monkeypatch: p
     assert modes == ["max-autotune-no-cudagraphs"] * GRAPHS
 
 
+class LinearAndGelu(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.gelu(super().forward(x))
+
+
 @pytest.mark.parametrize(("mode", "tuned"), [("default", False), ("max-autotune-no-cudagraphs", True)])
 def test_the_mode_reaches_the_compiler(mode: CompileMode, tuned: bool) -> None:
     torch.manual_seed(0)
-    block, x, seen = nn.Sequential(nn.Linear(32, 64), nn.GELU()), torch.randn(16, 32), list[bool]()
+    block, x, seen = LinearAndGelu(32, 64), torch.randn(16, 32), list[bool]()
     # A graph with a pass of its own is not taken from torch's caches.
     observe = inductor.patch(post_grad_custom_post_pass=lambda graph: seen.append(inductor.max_autotune))
     with torch.no_grad(), observe:

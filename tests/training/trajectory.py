@@ -1,6 +1,6 @@
 """A few training steps on one in-memory batch, in this process or as one of several under torchrun.
 
-torchrun --nproc_per_node N tests/training/trajectory.py OUT ACCUMULATION PARALLEL
+torchrun --nproc_per_node N tests/training/trajectory.py OUT ACCUMULATION PARALLEL [PRECISION]
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from dali_pipelines.augmentations import PARAMS
 from dali_pipelines.loader import ViewBatch
 from dali_pipelines.outputs import SampleKeys
 from iwm.config import OptimConfig, TrainConfig
-from iwm.models.world_model import WorldModel
 from iwm.training.distributed import DistEnv, init_distributed
 from iwm.training.optim import ScheduleValues, build_optimizer
 from iwm.training.parallel import full_tensor, parallelize
 from iwm.training.step import ForwardBackward, prepare_masks, train_step
+from iwm.training.train_state import build_model
 from tests.training.runs import tiny_config
 
 BATCH, STEPS = 8, 4
@@ -43,7 +43,7 @@ def trajectory(
     """Return the parameters after STEPS steps, and each step's loss averaged over processes."""
     config = replace(tiny_config(Path("unused"), STEPS), train=train, optim=OptimConfig(grad_clip=0.5))
     torch.manual_seed(0)
-    model = WorldModel(config).setup(dist.device, compiled=train.compile)
+    model, _ = build_model(config, dist.device, BATCH // dist.size // accumulation)
     gradient = ForwardBackward(model, parallelize(model, dist, accumulation))
     optimizer, _ = build_optimizer(model, config.optim, dist.device)
     size = BATCH // dist.size // accumulation
@@ -60,6 +60,8 @@ def trajectory(
 
 if __name__ == "__main__":
     with init_distributed(TrainConfig(device="cpu")) as dist:
-        state, losses = trajectory(dist, int(sys.argv[2]), replace(FP32, parallel=sys.argv[3]))
+        precision = sys.argv[4] if len(sys.argv) > 4 else FP32.precision
+        train = replace(FP32, parallel=sys.argv[3], precision=precision)
+        state, losses = trajectory(dist, int(sys.argv[2]), train)
         if dist.is_main:
             torch.save({"state": state, "losses": losses}, sys.argv[1])
