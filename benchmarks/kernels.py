@@ -41,6 +41,8 @@ IMAGES, PATCHES, HEADS = 256, 196, 12
 CONTEXT, WHOLE = 26_992, IMAGES * PATCHES
 """Number of tokens in the context encoder's buffer, and in the target encoder and the predictor."""
 PARTS = (("context", CONTEXT, 768), ("target", WHOLE, 768), ("predictor", WHOLE, 384))
+BLOCKS = {"context": 12, "target": 12, "predictor": 18}
+"""Number of blocks of each part."""
 SHAPES = {"predictor": (32, False), "target": (64, False), "context": (64, True)}
 """Head dimension of each part, and True where its sequences are packed."""
 OTHERS: dict[str, tuple[AttentionTiling, ...]] = {
@@ -123,6 +125,7 @@ def attention(options: KernelsOptions) -> Iterator[Row]:
             lengths = [*drawn.round().clamp(0, PATCHES).int().tolist(), *[90] * 10]
         offsets = torch.tensor([0, *lengths]).cumsum(0).int().cuda() if packed else None
         qkv, grad = normal(sum(lengths), 3 * HEADS * dim), normal(sum(lengths), HEADS * dim)
+        pairs = sum(length**2 for length in lengths)
         for name, rival, backends in rivals(offsets):
             with sdpa_kernel(backends):
                 leaf = qkv.detach().requires_grad_()
@@ -130,7 +133,8 @@ def attention(options: KernelsOptions) -> Iterator[Row]:
                 backward = milliseconds(partial(torch.autograd.grad, out, leaf, grad, retain_graph=True))
                 with torch.no_grad():
                     forward = milliseconds(rival, qkv)
-            yield {"attention": part, "kernel": name, "us forward": 1e3 * forward, "us backward": 1e3 * backward}
+            line = {"attention": part, "kernel": name, "pairs": pairs}
+            yield line | {"us forward": 1e3 * forward, "us backward": 1e3 * backward}
         out, lse = attend(qkv, HEADS, offsets, PATCHES)
         key = ("backward", "packed" if packed else "dense", dim)
         default = TILINGS[key]
@@ -138,7 +142,7 @@ def attention(options: KernelsOptions) -> Iterator[Row]:
             TILINGS[key] = tiling
             forward = milliseconds(attend, qkv, HEADS, offsets, PATCHES)
             backward = milliseconds(attend_backward, grad, qkv, out, lse, HEADS, offsets, PATCHES)
-            line = {"attention": part, "kernel": "triton", "tiling": tiling}
+            line = {"attention": part, "kernel": "triton", "pairs": pairs, "tiling": tiling}
             yield line | {"us forward": 1e3 * forward, "us backward": 1e3 * backward}
         TILINGS[key] = default
 
@@ -232,6 +236,33 @@ MEASURES: dict[What, Callable[[KernelsOptions], Iterable[Row]]] = {
     "mlp": mlps,
     "norm": norms,
 }
+
+
+def step_rate(what: Literal["products", "attention"]) -> float:
+    """Measure the TFLOP/s of all matrix products, or of all attention kernels, of a step."""
+    flops = seconds = 0.0
+    for line in MEASURES[what](KernelsOptions()):
+        for work, took in (_product_calls if what == "products" else _attention_calls)(line):
+            flops, seconds = flops + work, seconds + took
+    return flops / seconds / 1e12
+
+
+def _product_calls(line: Row) -> Iterator[tuple[float, float]]:
+    """Yield FLOPs and seconds of a step's calls of each product of one line."""
+    if "part" in line:
+        flops = 2.0 * line["rows"] * line["inputs"] * line["outputs"] * BLOCKS[line["part"]]
+        for rate in (value for name, value in line.items() if name.startswith("tflops")):
+            yield flops, flops / (1e12 * rate)
+
+
+def _attention_calls(line: Row) -> Iterator[tuple[float, float]]:
+    """Yield FLOPs and seconds of a step's calls of the kernels that it uses; the backward pass has five products."""
+    part, kernel, count = line["attention"], line["kernel"], BLOCKS[line["attention"]]
+    flops = 2.0 * line["pairs"] * HEADS * SHAPES[part][0] * count
+    if kernel == ("cudnn" if part == "target" else "triton"):
+        yield 2 * flops, 1e-6 * line["us forward"] * count
+        if part != "target":
+            yield 5 * flops, 1e-6 * line["us backward"] * count
 
 
 def main() -> None:

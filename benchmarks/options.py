@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +22,9 @@ Device = Literal["cpu", "cuda"]
 
 Baseline = Literal["torchvision", "webdataset", "ffcv", "decode"]
 
+
+GPU_RECIPE = "iwm_b16_equi_18x384"
+"""Default recipe on a GPU."""
 
 BATCH_EACH = 256
 """Default maximum batch size per process (images): an eighth of the paper recipes' 2,048."""
@@ -171,6 +174,41 @@ class TuneOptions:
     """File for all results (JSON)."""
 
 
+@dataclass(frozen=True)
+class TrafficOptions:
+    """Kernels, memory traffic and FLOPs of a compiled training step, counted without a GPU; estimated time.
+
+    Rates that are not given are measured on a GPU; without one they are assumed.
+    """
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    recipe: Annotated[str, tyro.conf.arg(metavar="|".join(RECIPES))]
+    """Recipe. Default: iwm_b16_equi_18x384."""
+    scenario: Annotated[str | None, tyro.conf.arg(metavar="|".join(SCENARIOS))] = None
+    """Row of table S2 that replaces the recipe's photometric augmentations."""
+    batch_size: Annotated[int, Range(min=1)] = BATCH_EACH
+    """Number of images in the step, which is one pass on one GPU."""
+    kernels: bool = True
+    """Print every kernel of every compiled part, besides the sums."""
+    gemm_tflops: Annotated[float | None, Range(above=0)] = None
+    """Rate of matrix products (TFLOP/s)."""
+    attention_tflops: Annotated[float | None, Range(above=0)] = None
+    """Rate of attention kernels (TFLOP/s)."""
+    bandwidth: Annotated[float | None, Range(above=0)] = None
+    """Rate of memory traffic (TB/s)."""
+    peak_tflops: Annotated[float | None, Range(above=0)] = None
+    """Rate that is 100% MFU (TFLOP/s)."""
+    gap_us: Annotated[float | None, Range(min=0)] = None
+    """Time between two kernels (µs). It is never measured."""
+    json: Path | None = None
+    """File for all results (JSON)."""
+
+    def check(self) -> None:
+        """Raise ConfigError for invalid options."""
+        self.config.check()
+        check_ranges(self)
+
+
 def chosen_views(recipe: str | None, scenario: str | None, size: int | None, colour: JitterImpl | None) -> Views:
     """Return a recipe's views with the given changes; without a recipe, the paper's.
 
@@ -194,15 +232,7 @@ def default_options(kind: type[StepOptionsT], arguments: Sequence[str]) -> StepO
     import torch  # not at the top: this module is also imported for the options alone
 
     gpu = torch.cuda.is_available()
-    first = ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe", default="iwm_b16_equi_18x384" if gpu else "demo")
-    first.add_argument("--scenario")
-    first.add_argument("--shards", type=Path)
-    chosen = first.parse_known_args(arguments)[0]
-    config = lookup("--recipe", chosen.recipe, RECIPES)()
-    if chosen.scenario is not None:
-        lookup("--scenario", chosen.scenario, SCENARIOS)
-        config = with_scenario(config, chosen.scenario)
+    chosen, config = _chosen(arguments, GPU_RECIPE if gpu else "demo")
     most = BATCH_EACH * int(os.environ.get("WORLD_SIZE", 1))
     data = replace(
         config.data,
@@ -217,3 +247,23 @@ def default_options(kind: type[StepOptionsT], arguments: Sequence[str]) -> StepO
         shards=chosen.shards,
         seconds=60.0 if gpu else 6.0,
     )
+
+
+def traffic_options(arguments: Sequence[str]) -> TrafficOptions:
+    """Return mode traffic's default options as `default_options` does. Raises BenchmarkError as it does."""
+    chosen, config = _chosen(arguments, GPU_RECIPE)
+    return TrafficOptions(config, recipe=chosen.recipe, scenario=chosen.scenario)
+
+
+def _chosen(arguments: Sequence[str], recipe: str) -> tuple[Namespace, Config]:
+    """Return the given recipe, scenario and shards, and the configuration of recipe and scenario."""
+    first = ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe", default=recipe)
+    first.add_argument("--scenario")
+    first.add_argument("--shards", type=Path)
+    chosen = first.parse_known_args(arguments)[0]
+    config = lookup("--recipe", chosen.recipe, RECIPES)()
+    if chosen.scenario is not None:
+        lookup("--scenario", chosen.scenario, SCENARIOS)
+        config = with_scenario(config, chosen.scenario)
+    return chosen, config

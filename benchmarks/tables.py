@@ -51,7 +51,7 @@ def _title(result: Mapping[str, Any]) -> str:
     )
 
 
-def _table(first: str, *columns: str) -> Table:
+def new_table(first: str, *columns: str) -> Table:
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     table.add_column(first, no_wrap=True)
     for column in columns:
@@ -60,12 +60,12 @@ def _table(first: str, *columns: str) -> Table:
 
 
 def _steps(result: Mapping[str, Any]) -> Table:
-    table = _table("", "images/s", "per CPU second", "ms per step", "MFU", "GiB", "data wait")
+    table = new_table("", "images/s", "per CPU second", "ms per step", "MFU", "GiB", "data wait")
     for name, mode in result["modes"].items():
         table.add_row(
             name,
             _spread(mode["images_per_second"]),
-            _number(mode["images_per_cpu_second"]["median"]),
+            rounded(mode["images_per_cpu_second"]["median"]),
             _spread(mode["step_ms"]),
             "" if mode["mfu"] is None else f"{mode['mfu']:.1%}",
             f"{mode['memory_gib']:.2f}",
@@ -81,13 +81,13 @@ def _remarks(result: Mapping[str, Any]) -> list[str]:
     compilation = " with its compilation" if result["config"]["train"]["compile"] else ""
     step = modes["model" if "model" in modes else "end-to-end"]["step_ms"]["median"]
     return [
-        f"{_number(sum(flops.values()))} GFLOP per image ({', '.join(f'{k} {_number(v)}' for k, v in flops.items())}); "
-        f"100% MFU is {_number(result['peak_flops']['median'] / 1e12)} TFLOP/s, a matrix product in this run",
-        f"not included: first step {_number(warm['first_step_seconds'])} s{compilation}, "
-        f"{result['settings']['warmup']} warm-up steps {_number(warm['seconds'])} s in total",
+        f"{rounded(sum(flops.values()))} GFLOP per image ({', '.join(f'{k} {rounded(v)}' for k, v in flops.items())}); "
+        f"100% MFU is {rounded(result['peak_flops']['median'] / 1e12)} TFLOP/s, a matrix product in this run",
+        f"not included: first step {rounded(warm['first_step_seconds'])} s{compilation}, "
+        f"{result['settings']['warmup']} warm-up steps {rounded(warm['seconds'])} s in total",
         "steps measured: " + ", ".join(f"{name} {mode['steps']}" for name, mode in modes.items()),
         f"graphs compiled {result['graphs']}, recompilations after warm-up {result['recompilations']}",
-        f"{', '.join(f'{name} {_number(ms)} ms' for name, ms in updates.items())}, measured alone: "
+        f"{', '.join(f'{name} {rounded(ms)} ms' for name, ms in updates.items())}, measured alone: "
         f"{sum(updates.values()) / step:.1%} of a step",
         f"tokens processed over tokens needed: {_ratio(*result['tokens'].values())} ("
         + ", ".join(f"{name.replace('_', ' ')} {_ratio(counts)}" for name, counts in result["tokens"].items())
@@ -104,31 +104,31 @@ def _ratio(*tokens: Mapping[str, float]) -> str:
 
 
 def _operators(result: Mapping[str, Any]) -> Table:
-    table = _table("most expensive operators, self time", "share", "ms per step", "calls per step")
+    table = new_table("most expensive operators, self time", "share", "ms per step", "calls per step")
     for entry in result["operators"]:
         table.add_row(
-            entry["name"], f"{entry['share']:.1%}", _number(entry["ms_per_step"]), _number(entry["calls_per_step"])
+            entry["name"], f"{entry['share']:.1%}", rounded(entry["ms_per_step"]), rounded(entry["calls_per_step"])
         )
     return table
 
 
 def _stages(result: Mapping[str, Any]) -> Table:
-    table = _table("the pipeline's stages (on a CPU: on one core)", "ms per image, median (p10–p90)")
+    table = new_table("the pipeline's stages (on a CPU: on one core)", "ms per image, median (p10–p90)")
     for name, ms in result["pipeline_stages"].items():
         # Each value is a difference of two measurements, which for a cheap operator may be below their noise.
-        table.add_row(name, _spread(ms) if ms["p10"] > 0 else f"within the noise of {_number(ms['p90'] - ms['p10'])}")
+        table.add_row(name, _spread(ms) if ms["p10"] > 0 else f"within the noise of {rounded(ms['p90'] - ms['p10'])}")
     return table
 
 
 def _limits(result: Mapping[str, Any]) -> Table:
-    table = _table("the pipeline's limit and baselines", "images/s", "per CPU second")
+    table = new_table("the pipeline's limit and baselines", "images/s", "per CPU second")
     for name, rates in result["pipeline_limits"].items():
         table.add_row(name, _spread(rates["wall"]), _spread(rates["core"]))
     return table
 
 
 def _ratios(result: Mapping[str, Any]) -> Table:
-    table = _table("ratios of paired turns", "median (range)")
+    table = new_table("ratios of paired turns", "median (range)")
     table.add_column("")
     for name, (quotient, meaning) in MEANING.items():
         r = result["ratios"][name]
@@ -136,14 +136,14 @@ def _ratios(result: Mapping[str, Any]) -> Table:
     return table
 
 
-def _number(value: float) -> str:
+def rounded(value: float) -> str:
     """Format with three significant digits, or with all digits before the decimal point."""
     decimals = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3
     return f"{value:,.{decimals}f}"
 
 
 def _spread(values: Mapping[str, float]) -> str:
-    return f"{_number(values['median'])} ({_number(values['p10'])}–{_number(values['p90'])})"
+    return f"{rounded(values['median'])} ({rounded(values['p10'])}–{rounded(values['p90'])})"
 
 
 MEANING = {

@@ -4,6 +4,8 @@ python benchmarks/throughput.py data [--recipe R] [--shards DIR] [--baseline tor
 
 python benchmarks/throughput.py all [--recipe R] [--scenario S] [--shards DIR] [--SECTION.FIELD V] [--plot FILE]
 
+python benchmarks/throughput.py traffic [--recipe R] [--batch-size B] [--SECTION.FIELD V]
+
 torchrun --nproc_per_node N benchmarks/throughput.py scaling [--recipe R] [--images I]
 """
 
@@ -25,6 +27,7 @@ from options import (
     ScalingOptions,
     TuneOptions,
     default_options,
+    traffic_options,
 )
 from rich.console import Console
 
@@ -44,6 +47,7 @@ def modes(arguments: list[str]) -> dict[str, tuple[Any, str]]:
         "all": (default_options(AllOptions, arguments), "training"),
         "tune": (TuneOptions(), "autotune"),
         "scaling": (default_options(ScalingOptions, arguments), "scaling"),
+        "traffic": (traffic_options(arguments), "traffic"),
     }
 
 

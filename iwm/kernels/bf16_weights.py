@@ -25,14 +25,15 @@ class Bf16Weights:
     def __init__(self, layers: Iterable[nn.Linear]) -> None:
         self._layers = list(layers)
         self._parameters = [p.detach() for layer in self._layers for p in (layer.weight, layer.bias)]
-        self._copies = [torch.empty_like(p, dtype=torch.bfloat16) for p in self._parameters]
+        self.tensors = [torch.empty_like(p, dtype=torch.bfloat16) for p in self._parameters]
+        """The copies: weight and bias of each layer."""
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """Refresh the copies and use them in this context, which spans forward and backward pass."""
-        if self._copies:
-            torch._foreach_copy_(self._copies, self._parameters)
-        pairs = zip(self._copies[::2], self._copies[1::2], strict=True)
+        if self.tensors:
+            torch._foreach_copy_(self.tensors, self._parameters)
+        pairs = zip(self.tensors[::2], self.tensors[1::2], strict=True)
         for layer, pair in zip(self._layers, pairs, strict=True):
             setattr(layer, COPIES, pair)
         try:

@@ -64,10 +64,10 @@ class ForwardBackward:
     def __init__(self, model: WorldModel, wrapped: nn.Module) -> None:
         """Store the model and `wrapped`, the result of `parallel.parallelize`."""
         self.model, self.wrapped = model, wrapped
-        self._bf16_weights = Bf16Weights(copied_layers(model))
+        self.bf16_weights = Bf16Weights(copied_layers(model))
 
     def __call__(self, batches: Sequence[ViewBatch], masks: Sequence[PackedMasks]) -> StepResult:
-        with self._bf16_weights.in_use():
+        with self.bf16_weights.in_use():
             return self._run(batches, masks)
 
     def _run(self, batches: Sequence[ViewBatch], masks: Sequence[PackedMasks]) -> StepResult:
