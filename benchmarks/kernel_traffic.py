@@ -203,6 +203,10 @@ def _attention_flops(name: str, kernel: Any, pairs: SequencePairs) -> int:
     return 2 * (5 if "backward" in name else 2) * count * width
 
 
+OVERWRITING = ("copy_", "_foreach_copy_", "fill_", "zero_")
+"""Operators that do not read the tensor that they change."""
+
+
 def dispatched_kernels(
     operator: Any, arguments: Sequence[Any], options: Mapping[str, Any], result: Any
 ) -> list[Kernel]:
@@ -212,8 +216,10 @@ def dispatched_kernels(
     if views or operator._opname in FREE or operator.namespace == "prim":
         return []
     values = dict(zip((part.name for part in schema.arguments), arguments, strict=False)) | dict(options)
-    changed = (part.name for part in schema.arguments if part.alias_info is not None and part.alias_info.is_write)
-    read, written = _leaves(values), _leaves([result, *(values.get(name) for name in changed)])
+    changed = [part.name for part in schema.arguments if part.alias_info is not None and part.alias_info.is_write]
+    written = _leaves([result, *(values.get(name) for name in changed)])
+    overwritten = changed if operator._opname in OVERWRITING else []
+    read = _leaves([value for name, value in values.items() if name not in overwritten])
     name = f"{operator.namespace}.{operator._opname}"
     return [_kernel_of(name, _total(read), _total(written), lambda kind: _eager_product_flops(read, result))]
 
