@@ -29,30 +29,36 @@ from iwm.recipes import RECIPES, demo
 RELEASE = ".".join(torch.__version__.split(".")[:2])
 
 COUNTED = ("kernels", "pointwise KiB/token", "saved B/token")
-COUNTS: dict[str, dict[tuple[str, str], tuple[int, float, int]]] = {
-    "2.15": {
-        ("target_encoder.embed", "forward"): (5, 5.33, 0),
-        ("target_encoder.blocks.0-11", "forward"): (17, 26.33, 0),
-        ("target_encoder.norm", "forward"): (1, 4.5, 0),
-        ("normalize_features", "forward"): (1, 6.0, 0),
-        ("encoder.embed", "forward"): (5, 5.42, 1536),
-        ("encoder.blocks.0-11", "forward"): (17, 27.05, 25164),
-        ("encoder.norm", "forward"): (1, 4.51, 1544),
-        ("predictor.build_sequence", "forward"): (21, 7.09, 3167),
-        ("predictor.blocks.0-17", "forward"): (17, 12.97, 12423),
-        ("predictor.unpack_predictions", "forward"): (4, 1.54, 1556),
-        ("loss", "forward"): (3, 4.51, 4609),
-        ("loss", "backward"): (1, 6.0, 0),
-        ("predictor.unpack_predictions", "backward"): (8, 3.86, 0),
-        ("predictor.blocks.0-17", "backward"): (28, 19.96, 0),
-        ("predictor.build_sequence", "backward"): (29, 12.07, 0),
-        ("encoder.norm", "backward"): (3, 6.1, 0),
-        ("encoder.blocks.0-11", "backward"): (27, 41.04, 0),
-        ("encoder.embed", "backward"): (4, 1.68, 0),
-    },
+
+COUNTS: dict[tuple[str, str], tuple[int, float, int]] = {
+    ("target_encoder.embed", "forward"): (5, 5.33, 0),
+    ("target_encoder.blocks.0-11", "forward"): (17, 26.33, 0),
+    ("target_encoder.norm", "forward"): (1, 4.5, 0),
+    ("normalize_features", "forward"): (1, 6.0, 0),
+    ("encoder.embed", "forward"): (5, 5.42, 1536),
+    ("encoder.blocks.0-11", "forward"): (17, 27.05, 25164),
+    ("encoder.norm", "forward"): (1, 4.51, 1544),
+    ("predictor.build_sequence", "forward"): (21, 7.09, 3167),
+    ("predictor.blocks.0-17", "forward"): (17, 12.97, 12423),
+    ("predictor.unpack_predictions", "forward"): (4, 1.54, 1556),
+    ("loss", "forward"): (3, 4.51, 4609),
+    ("loss", "backward"): (1, 6.0, 0),
+    ("predictor.unpack_predictions", "backward"): (8, 3.86, 0),
+    ("predictor.blocks.0-17", "backward"): (28, 19.96, 0),
+    ("predictor.build_sequence", "backward"): (29, 12.07, 0),
+    ("encoder.norm", "backward"): (3, 6.1, 0),
+    ("encoder.blocks.0-11", "backward"): (27, 41.04, 0),
+    ("encoder.embed", "backward"): (4, 1.68, 0),
 }
-"""By release of torch, part and pass: kernels, KiB per token of pointwise kernels, and bytes per token that are saved.
-A change that lowers one of them edits it here."""
+"""Counts by part and pass on torch 2.14 and 2.15. A change that is meant to lower a count edits it here."""
+
+EARLIER = {
+    ("predictor.blocks.0-17", "backward"): (27, 18.44, 0),
+    ("encoder.blocks.0-11", "backward"): (26, 38.01, 0),
+}
+"""Counts that differ on torch 2.11 and 2.12, whose scheduler fuses one norm's backward pass better."""
+
+EXPECTED = {"2.11": COUNTS | EARLIER, "2.12": COUNTS | EARLIER, "2.14": COUNTS, "2.15": COUNTS}
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +67,8 @@ def step() -> TracedStep:
     return in_own_process(trace_step, RECIPES["iwm_b16_equi_18x384"](), 256, GpuProperties())
 
 
-def test_the_b16_step_moves_no_more_bytes_than_the_table_says(step: TracedStep) -> None:
-    if RELEASE not in COUNTS:
+def test_the_b16_step_has_the_kernels_and_bytes_of_the_table(step: TracedStep) -> None:
+    if RELEASE not in EXPECTED:
         pytest.skip(f"no counts for torch {RELEASE}")
     found = {
         (part["part"], part["pass"]): (
@@ -72,7 +78,7 @@ def test_the_b16_step_moves_no_more_bytes_than_the_table_says(step: TracedStep) 
         )
         for part in map(summary, step.graphs)
     }
-    expected = COUNTS[RELEASE]
+    expected = EXPECTED[RELEASE]
     changes = [
         f"{', '.join(key)}: {what} {now} instead of {then} ({now - then:+.2f})"
         for key in sorted(found.keys() & expected.keys())
@@ -81,7 +87,7 @@ def test_the_b16_step_moves_no_more_bytes_than_the_table_says(step: TracedStep) 
     ]
     changes += [f"{', '.join(key)}: new, {found[key]}" for key in sorted(found.keys() - expected.keys())]
     changes += [f"{', '.join(key)}: gone" for key in sorted(expected.keys() - found.keys())]
-    assert not changes, "\n".join(["the traffic of the step changed; edit COUNTS if that is intended", *changes])
+    assert not changes, "\n".join(["the traffic of the step changed; edit COUNTS if that was intended", *changes])
 
 
 def test_the_b16_step_has_the_calls_and_products_of_its_blocks(step: TracedStep) -> None:
