@@ -23,8 +23,8 @@ Kind = Literal["gemm", "attention", "pointwise"]
 
 Source = Literal["triton", "template", "custom", "library"]
 
-PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "convolution", "_scaled_mm"}
-"""Operators that are matrix products."""
+PRODUCTS = {"mm": 0, "bmm": 0, "_scaled_mm": 0, "addmm": 1, "baddbmm": 1}
+"""Operators that are matrix products, and the place of the left factor among their tensors."""
 
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "lift_fresh"}
 """Operators that launch nothing, besides views."""
@@ -80,8 +80,13 @@ def _generated(node: BaseSchedulerNode) -> Kernel:
         " ".join(_operators(parts)),
         _touched(dep for part in parts for dep in part.read_writes.reads if dep.name not in made),
         _touched(dep for part in parts for dep in part.read_writes.writes if dep.name in kept),
-        sum(_product_flops(part.node) for part in parts if part.is_template()),
+        sum(_template_flops(part.node) for part in parts if part.is_template()),
     )
+
+
+def _template_flops(kernel: Any) -> int:
+    """Return the FLOPs of a generated matrix product, whose last two tensors are the factors."""
+    return 2 * _number(kernel.get_size()) * int(list(_tensors(kernel.inputs))[-2].get_size()[-1])
 
 
 def _touched(deps: Iterable[Any]) -> int:
@@ -128,23 +133,31 @@ def _extern(node: BaseSchedulerNode, pairs: SequencePairs) -> Kernel:
     """Return the kernel of a node that calls an operator."""
     kernel: Any = node.node
     name = _operator_name(kernel)
-    inputs = {(part.get_name(), str(part.get_layout())): part for part in _tensors(kernel.inputs)}
-    return _kernel_of(
-        name,
-        sum(_number(part.get_size()) * part.get_dtype().itemsize for part in inputs.values()),
-        _output_bytes(node),
-        lambda kind: _product_flops(kernel) if kind == "gemm" else _attention_flops(name, kernel, pairs),
-    )
+    kind = _kind(name)
+    inputs = list(_tensors(kernel.inputs))
+    read = {(part.get_name(), str(part.get_layout())): part for part in inputs}.values()
+    flops = 0
+    if kind == "gemm":
+        flops = 2 * _number(kernel.get_size()) * int(inputs[PRODUCTS[_short(name)]].get_size()[-1])
+    elif kind == "attention":
+        flops = _attention_flops(name, _origin(kernel), pairs)
+    read_bytes = sum(_number(part.get_size()) * part.get_dtype().itemsize for part in read)
+    return Kernel(kind, _source(name), name, read_bytes, _output_bytes(node), flops)
 
 
-def _kernel_of(name: str, read: int, written: int, flops: Any) -> Kernel:
-    """Return the kernel of an operator, named namespace.operator. flops: function of its kind."""
-    namespace, _, short = name.rpartition(".")
-    kind: Kind = "gemm" if short.removesuffix("_out") in PRODUCTS else "pointwise"
-    if "attention" in short or "attn" in short:
-        kind = "attention"
-    source: Source = "library" if namespace in ("aten", "prims", "extern_kernels") else "custom"
-    return Kernel(kind, source, name, read, written, 0 if kind == "pointwise" else flops(kind))
+def _short(name: str) -> str:
+    return name.rpartition(".")[2].removesuffix("_out")
+
+
+def _kind(name: str) -> Kind:
+    """Return the kind of an operator, named namespace.operator."""
+    if _short(name) in PRODUCTS:
+        return "gemm"
+    return "attention" if "attention" in name or "attn" in name else "pointwise"
+
+
+def _source(name: str) -> Source:
+    return "library" if name.startswith(("aten.", "prims.", "extern_kernels.")) else "custom"
 
 
 def _operator_name(kernel: Any) -> str:
@@ -176,15 +189,8 @@ def _origin(kernel: Any) -> Any:
     return nodes[0] if len(nodes) == 1 else kernel.get_origin_node()
 
 
-def _product_flops(kernel: Any) -> int:
-    """Return the FLOPs of a matrix product [.., m, k] by [.., k, n]."""
-    left = list(_tensors(kernel.inputs))[-2]
-    return 2 * _number(kernel.get_size()) * int(left.get_size()[-1])
-
-
-def _attention_flops(name: str, kernel: Any, pairs: SequencePairs) -> int:
+def _attention_flops(name: str, node: Any, pairs: SequencePairs) -> int:
     """Return the FLOPs of attention: two products of all pairs of tokens of a sequence forward, five backward."""
-    node = _origin(kernel)
     names = (argument.name for argument in node.target._schema.arguments)
     given = dict(zip(names, node.args, strict=False)) | node.kwargs
     values = {name: value.meta["val"] if hasattr(value, "meta") else value for name, value in given.items()}
@@ -221,11 +227,9 @@ def dispatched_kernels(
     overwritten = changed if operator._opname in OVERWRITING else []
     read = _leaves([value for name, value in values.items() if name not in overwritten])
     name = f"{operator.namespace}.{operator._opname}"
-    return [_kernel_of(name, _total(read), _total(written), lambda kind: _eager_product_flops(read, result))]
-
-
-def _eager_product_flops(read: Sequence[Tensor], result: Tensor) -> int:
-    return 2 * result.numel() * read[-2].shape[-1]
+    kind = _kind(name)
+    flops = 2 * result.numel() * read[PRODUCTS[_short(name)]].shape[-1] if kind == "gemm" else 0
+    return [Kernel(kind, _source(name), name, _total(read), _total(written), flops)]
 
 
 def _leaves(value: Any) -> list[Tensor]:
