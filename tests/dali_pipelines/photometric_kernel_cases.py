@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -12,10 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
-pytest.importorskip("triton")
+from tests.kernels.interpreted import DEVICE
 
+# isort: split
 import parity
 from parity import ParityOptions
 
@@ -34,7 +32,6 @@ from dali_pipelines.augmentations import (
 from dali_pipelines.loader import ViewLoader
 from dali_pipelines.photometric_kernels import apply_views, kernel_launches
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMPLEMENTATIONS = get_args(JitterImpl)
 ALWAYS = PhotometricConfig(1.0, 0.5, 0.5, 0.4, 0.2, 0.5, 0.7, (0.1, 2.0), 0.5)
 
