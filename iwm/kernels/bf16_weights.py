@@ -1,8 +1,7 @@
-"""bf16 copies of the blocks' linear layers, cast once per step instead of in every block and pass.
+"""bf16 copies of the blocks' linear layers, cast once per step instead of in every block.
 
-Under autocast each compiled block casts its float32 weights, and casts them again for its backward pass: per step and
-layer 6 bytes per parameter two or three times, in one small kernel each. Copies need 6 bytes once, in a few large
-kernels, and 2 bytes of memory per parameter.
+Under autocast each compiled block casts its own float32 weights and biases, in one small kernel each, eight per block.
+Copies are made of all blocks' layers by one fused operator, and are not saved for the backward pass block by block.
 """
 
 from __future__ import annotations
