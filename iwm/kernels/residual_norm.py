@@ -48,10 +48,10 @@ def residual_norm_backward(
     from iwm.kernels.residual_norm_triton import backward_kernel
 
     (tokens, dim), ways = x.shape, TILING.programs
-    grad, sums = torch.empty_like(x), x.new_empty(ways, 3, dim, dtype=torch.float32)
+    grad, sums = x.new_empty(tokens, dim), x.new_empty(ways, 3, dim, dtype=torch.float32)
     columns = 1 << (dim - 1).bit_length()
     backward_kernel[(ways,)](
-        grad_residual.contiguous(), grad_y.contiguous(), x, mean, rstd, weight, grad, sums, tokens,
+        grad_residual.contiguous(), grad_y.contiguous(), x.contiguous(), mean, rstd, weight, grad, sums, tokens,
         dim, ways, max(1, TILING.elements // columns), columns, TILING.stages, num_warps=TILING.warps,
     )  # fmt: skip
     return grad, sums
@@ -61,7 +61,7 @@ def residual_norm_backward(
 def _(
     grad_residual: Tensor, grad_y: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty(TILING.programs, 3, x.shape[1], dtype=torch.float32)
+    return x.new_empty(x.shape), x.new_empty(TILING.programs, 3, x.shape[1], dtype=torch.float32)
 
 
 class ResidualNorm(torch.autograd.Function):
