@@ -28,6 +28,8 @@ from shards.errors import run_command
 
 @dataclass(frozen=True)
 class OperatorOptions:
+    """Kernel launches and copies of a batch, for each backend."""
+
     recipe: str | None = None
     """Recipe whose views are used (iwm/recipes.py). None: the paper's views, A.1."""
     scenario: str | None = None

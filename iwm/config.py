@@ -40,7 +40,7 @@ class DataConfig:
     """Maximum number of images per process in one forward and backward pass. None: one pass per step.
     Gradients are accumulated over the passes of a step."""
     backend: PipelineBackend = "auto"
-    """Where the views are made. The sampled parameters are the same everywhere; pixels differ by rounding.
+    """Implementation of the views. All sample the same parameters; pixels differ by rounding.
     `gpu`: DALI decodes and augments on the GPU.
     `cpu`: DALI decodes and augments on CPU cores; finished views are copied to the model's device.
     `triton`: DALI decodes, crops and resizes on the GPU; Triton kernels compute the colours on training's stream.
