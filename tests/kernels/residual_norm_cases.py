@@ -29,10 +29,12 @@ def _close(ours: Tensor, exact: Tensor, within: float) -> None:
     assert (ours.double() - exact).norm() <= within * exact.norm()
 
 
-@pytest.mark.parametrize("dim", [24, 128, 384])
-@pytest.mark.parametrize("tokens", [0, 1, 5, 40])
-@pytest.mark.parametrize("tiling", [FEW, FEW._replace(elements=1024, programs=2)])
-@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dim", [24, 384])
+@pytest.mark.parametrize("tokens", [0, 1, 40])
+@pytest.mark.parametrize(
+    ("kind", "tiling"),
+    [(torch.bfloat16, FEW), (torch.float32, FEW), (torch.bfloat16, NormTiling(1024, 4, 1, 2))],
+)
 def test_kernel(kind: torch.dtype, tokens: int, dim: int, tiling: NormTiling, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compare gradient and sums, for programs with several steps, one or none, partial tiles and both streams."""
     monkeypatch.setattr(residual_norm, "TILING", tiling)
@@ -67,7 +69,7 @@ def _fuse(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(residual_norm, "TILING", FEW)
 
 
-@pytest.mark.parametrize(("checkpointing", "copies"), [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize(("checkpointing", "copies"), [(False, False), (True, True)])
 @pytest.mark.parametrize("selected", [None, [3, 0, 17, 12]])
 @pytest.mark.parametrize("stream", [torch.bfloat16, torch.float32])
 def test_blocks_compile_into_one_graph(
