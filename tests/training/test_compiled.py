@@ -60,7 +60,8 @@ def test_every_compiled_part_of_the_model_has_the_configured_mode(monkeypatch: p
     monkeypatch.setattr(torch, "compile", compile_nothing)  # Module.compile calls it too
     train = TrainConfig(compile_mode="max-autotune-no-cudagraphs")
     WorldModel(tiny_config(Path("unused"), 4, train=train)).setup(torch.device("cpu"), compiled=True)
-    assert modes == ["max-autotune-no-cudagraphs"] * GRAPHS
+    parts = 3 + 2 + 6  # a block of each network, the norms of both encoders, and the compiled methods
+    assert modes == ["max-autotune-no-cudagraphs"] * parts
 
 
 class LinearAndGelu(nn.Linear):
