@@ -51,3 +51,14 @@ def _to_nearest_bf16(data: np.ndarray, kind: Any, target: Any, rounding: Any) ->
 interpreter._patch_lang = _loops_over_loaded_bounds
 interpreter._convert_float = _to_nearest_bf16
 interpreter.InterpreterBuilder.create_dot = _products_of_bf16
+
+
+class CountedKernel:
+    """Kernel that counts its launches."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel, self.launches = kernel, 0
+
+    def __getitem__(self, grid: Any) -> Any:
+        self.launches += 1
+        return self.kernel[grid]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.interpreted import DEVICE
+from tests.kernels.interpreted import DEVICE, CountedKernel
 
 # isort: split
 from dali_pipelines.augmentations import PARAMS, Views
@@ -35,17 +34,6 @@ SMALL = Config(
 KERNELS = (residual_norm_triton, gelu_backward_triton, short_attention_triton)
 
 
-class Counted:
-    """Kernel that counts its launches."""
-
-    def __init__(self, kernel: Any) -> None:
-        self.kernel, self.launches = kernel, 0
-
-    def __getitem__(self, grid: Any) -> Any:
-        self.launches += 1
-        return self.kernel[grid]
-
-
 @pytest.mark.parametrize("masking", ["iwm", "ijepa"])
 def test_loss_and_gradients_are_as_exact_as_those_of_the_plain_bf16_step(
     masking: str, monkeypatch: pytest.MonkeyPatch
@@ -64,7 +52,7 @@ def test_loss_and_gradients_are_as_exact_as_those_of_the_plain_bf16_step(
             if fused:
                 for part in (model.encoder, model.target_encoder, model.predictor):
                     for block in part.blocks:
-                        block.compile(backend="aot_eager", fullgraph=True)
+                        block.compile(backend="aot_eager", fullgraph=True, dynamic=False)
             batch = ViewBatch(*(tensor.to(dist.device) for tensor in (pixels[0], pixels[1], params)), None, None)
             result = ForwardBackward(model, model)([batch], [prepare_masks(chosen, dist, 0, 0, BATCH)])
             return result.loss, [p.grad.clone() for p in model.parameters() if p.grad is not None]
@@ -88,7 +76,7 @@ def test_loss_and_gradients_are_as_exact_as_those_of_the_plain_bf16_step(
     monkeypatch.setattr(mlp, "TILING", MlpTiling(32, 128, 4, 1, 4))
     monkeypatch.setattr(residual_norm, "TILING", NormTiling(1024, 4, 1, 2))
     torch._dynamo.reset()
-    ran = {module.__name__: Counted(module.backward_kernel) for module in KERNELS}
+    ran = {module.__name__: CountedKernel(module.backward_kernel) for module in KERNELS}
     for module in KERNELS:
         monkeypatch.setattr(module, "backward_kernel", ran[module.__name__])
     fused = run("bf16", fused=True)
