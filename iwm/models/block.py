@@ -21,8 +21,8 @@ OWN_LAYERS: dict[str, type[nn.Module]] = {"attn_layer": Attention, "mlp_layer": 
 class Block(TimmBlock):
     """timm's Block with the same parameters, for dense rows and packed tokens (`Attention`).
 
-    In a compiled training step on a GPU with a residual stream in bf16, the gradients of its norms, of the stream and of
-    the biases of its output layers come from one kernel per branch (iwm/kernels/residual_norm.py).
+    In a compiled training step on a GPU with a residual stream in bf16, the gradients of its norms, of the stream and
+    of the biases of its output layers come from one kernel per branch (iwm/kernels/residual_norm.py).
     """
 
     def forward(
