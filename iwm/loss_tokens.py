@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
@@ -62,6 +63,6 @@ def pack_loss_tokens(
     padding = (0, size - total)
     return LossTokens(
         torch.cat((places, unused)),
-        torch.nn.functional.pad(image * counted.shape[-1] + patch, padding),
-        torch.nn.functional.pad(loss_weights(counted, loss)[counted], padding),
+        F.pad(image * counted.shape[-1] + patch, padding),
+        F.pad(loss_weights(counted, loss)[counted], padding),
     )

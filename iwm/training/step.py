@@ -94,6 +94,11 @@ def copied_layers(model: WorldModel) -> list[nn.Linear]:
     train, positions = model.config.train, model.encoder.pos_embed
     if not (train.compile and train.precision == "bf16" and positions.is_cuda) or isinstance(positions, DTensor):
         return []
+    return block_layers(model)
+
+
+def block_layers(model: WorldModel) -> list[nn.Linear]:
+    """Return the linear layers of all blocks; a subclass (float8) is none of them."""
     parts = (model.encoder, model.target_encoder, model.predictor)
     layers = (layer for part in parts for block in part.blocks for layer in block.modules())
     return [layer for layer in layers if type(layer) is nn.Linear]

@@ -53,6 +53,11 @@ interpreter._convert_float = _to_nearest_bf16
 interpreter.InterpreterBuilder.create_dot = _products_of_bf16
 
 
+def assert_norm_close(ours: torch.Tensor, exact: torch.Tensor, within: float) -> None:
+    """Compare a tensor with a float64 one; within: largest norm of the difference, as a share of the norm."""
+    assert (ours.double() - exact).norm() <= within * exact.norm()
+
+
 class CountedKernel:
     """Kernel that counts its launches."""
 

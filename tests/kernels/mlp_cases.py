@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tests.kernels.interpreted import DEVICE
+from tests.kernels.interpreted import DEVICE, assert_norm_close
 
 # isort: split
 import timm.layers
@@ -19,10 +19,6 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from iwm.kernels import gelu, mlp
 from iwm.kernels.gelu import Gelu
 from iwm.kernels.mlp import LinearGelu, Mlp, MlpTiling, gelu_backward_bias
-
-
-def _close(ours: Tensor, exact: Tensor, within: float) -> None:
-    assert (ours.double() - exact).norm() <= within * exact.norm()
 
 
 def _fuse(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,14 +64,14 @@ def test_gradients(rows: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> No
     grad_out = torch.randn(*rows, 200, device=DEVICE).bfloat16()
     narrow = [value.bfloat16() for value in inputs[1:]]
     y, expected = LinearGelu.apply(*ours, *narrow), F.gelu(F.linear(*exact))
-    _close(y, expected, 1e-2)
+    assert_norm_close(y, expected, 1e-2)
     grads, expected_grads = (
         torch.autograd.grad(y, ours, grad_out),
         torch.autograd.grad(expected, exact, grad_out.double()),
     )
     for grad, value, expected_grad in zip(grads, inputs, expected_grads, strict=True):
         assert (grad.dtype, grad.shape) == (torch.float32, value.shape)
-        _close(grad, expected_grad, 1e-2)
+        assert_norm_close(grad, expected_grad, 1e-2)
 
 
 def test_operator_is_registered_soundly(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +111,7 @@ def test_blocks_compile_into_one_graph(
     assert ran == [0, 1]
     for a, b in zip(actual, expected, strict=True):
         assert a.dtype == b.dtype
-        _close(a, b.double(), 2e-2)
+        assert_norm_close(a, b.double(), 2e-2)
 
 
 def test_it_is_timms_elsewhere() -> None:

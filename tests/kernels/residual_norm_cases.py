@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tests.kernels.interpreted import DEVICE, CountedKernel
+from tests.kernels.interpreted import DEVICE, CountedKernel, assert_norm_close
 
 # isort: split
 from timm.models.vision_transformer import Block as TimmBlock
@@ -23,10 +23,6 @@ from iwm.models.block import OWN_LAYERS, Block
 
 FEW = NormTiling(256, 4, 1, 3)
 """Few programs, because the interpreter is slow."""
-
-
-def _close(ours: Tensor, exact: Tensor, within: float) -> None:
-    assert (ours.double() - exact).norm() <= within * exact.norm()
 
 
 @pytest.mark.parametrize("dim", [24, 384])
@@ -111,6 +107,6 @@ def test_blocks_compile_into_one_graph(
     assert kernel.launches == 2
     for a, b in zip(actual, expected, strict=True):
         assert a.shape == b.shape
-        _close(a, b, 3e-2)
+        assert_norm_close(a, b, 3e-2)
     assert [value.dtype for value in actual[:2]] == [torch.bfloat16, torch.bfloat16]
     assert {value.dtype for value in actual[2:]} == {torch.float32}

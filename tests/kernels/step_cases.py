@@ -21,7 +21,7 @@ from iwm.models.attention import Attention
 from iwm.models.world_model import WorldModel
 from iwm.training import step
 from iwm.training.distributed import init_distributed
-from iwm.training.step import ForwardBackward, prepare_masks
+from iwm.training.step import ForwardBackward, block_layers, prepare_masks
 
 BATCH = 6
 SMALL = Config(
@@ -62,11 +62,7 @@ def test_loss_and_gradients_are_as_exact_as_those_of_the_plain_bf16_step(
     copied = step.copied_layers
 
     def layers_here(model: WorldModel) -> list[torch.nn.Linear]:
-        layers = copied(model)
-        if not layers:  # on a CPU
-            parts = (model.encoder, model.target_encoder, model.predictor)
-            blocks = (layer for part in parts for block in part.blocks for layer in block.modules())
-            layers = [layer for layer in blocks if type(layer) is torch.nn.Linear]
+        layers = copied(model) or block_layers(model)  # on a CPU the first is empty
         used.append(len(layers))
         return layers
 
