@@ -296,6 +296,12 @@ SOURCE = slice(TARGET.stop, TARGET.stop + len(PHOTOMETRIC_FIELDS))
 IDENTITY: tuple[float, ...] = tuple(op.identity for op in OPS)
 """Photometric parameters that leave the image unchanged, in the order of PHOTOMETRIC_FIELDS."""
 
+LUMA = (0.299, 0.587, 0.114)
+"""Weights of R, G and B in the luma."""
+
+FLOAT_TO_UINT8 = 255.999 / 255
+"""Factor of torchvision's conversion of v in [0, 1] to uint8: trunc(255.999 v)."""
+
 SOLARIZE_THRESHOLD = 128
 """Grey levels at or above this are inverted, as torchvision's RandomSolarize(128) does."""
 

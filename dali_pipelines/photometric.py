@@ -14,6 +14,8 @@ import numpy as np
 
 from dali_pipelines.augmentations import (
     DESTRUCTIVE_OPS,
+    FLOAT_TO_UINT8,
+    LUMA,
     OPS,
     SOLARIZE_THRESHOLD,
     JitterImpl,
@@ -219,15 +221,7 @@ def _rotate_hue(image: DataNode, turns: DataNode) -> DataNode:
     # Share of the chroma of each channel at this hue (0 to 6): all six sectors of HSV → RGB in one formula.
     shares = (dali_math.abs(hue - 3.0) - 1.0, 2.0 - dali_math.abs(hue - 2.0), 2.0 - dali_math.abs(hue - 4.0))
     turned = (lowest + chroma * dali_math.max(dali_math.min(share, 1.0), 0.0) for share in shares)
-    return _permuted(to_uint8(fn.stack(*turned, axis=0) * _FLOAT_TO_UINT8), "HWC")
-
-
-_FLOAT_TO_UINT8 = 255.999 / 255
-"""Factor of torchvision's conversion of v in [0, 1] to uint8: trunc(255.999 v)."""
-
-
-LUMA = (0.299, 0.587, 0.114)
-"""Weights of R, G and B in the luma."""
+    return _permuted(to_uint8(fn.stack(*turned, axis=0) * FLOAT_TO_UINT8), "HWC")
 
 
 def grey(image: DataNode, channels: Literal[1, 3], backend: Backend) -> DataNode:

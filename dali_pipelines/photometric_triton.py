@@ -12,6 +12,7 @@ import math
 import triton
 import triton.language as tl
 
+from dali_pipelines import augmentations
 from dali_pipelines.augmentations import PARAMS, PHOTOMETRIC_FIELDS, SOLARIZE_THRESHOLD
 
 COLUMNS = tl.constexpr(len(PARAMS))
@@ -24,7 +25,8 @@ BLUR_SIGMA = tl.constexpr(PHOTOMETRIC_FIELDS.index("blur_sigma"))
 SOLARIZE = tl.constexpr(PHOTOMETRIC_FIELDS.index("solarize"))
 THRESHOLD = tl.constexpr(SOLARIZE_THRESHOLD)
 TURN = tl.constexpr(2 * math.pi)
-FLOAT_TO_UINT8 = tl.constexpr(255.999 / 255)
+FLOAT_TO_UINT8 = tl.constexpr(augmentations.FLOAT_TO_UINT8)
+LUMA = tl.constexpr(augmentations.LUMA)
 INTEGERS = tl.constexpr(1.5 * 2**23)
 """Float32 numbers of this size are integers: adding it to a grey level rounds to nearest, ties to even."""
 
@@ -48,7 +50,7 @@ def _truncated(x):
 
 @triton.jit
 def _luma(red, green, blue):
-    return _rounded(0.299 * red + 0.587 * green + 0.114 * blue)
+    return _rounded(LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue)
 
 
 @triton.jit

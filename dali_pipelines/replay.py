@@ -15,15 +15,15 @@ from torch.nn.functional import conv2d, interpolate, pad
 
 from dali_pipelines.augmentations import (
     DESTRUCTIVE_OPS,
+    FLOAT_TO_UINT8,
     IDENTITY,
+    LUMA,
     OPS,
     PHOTOMETRIC_FIELDS,
     SOLARIZE_THRESHOLD,
     JitterImpl,
     PhotometricConfig,
 )
-
-_LUMA = (0.299, 0.587, 0.114)
 
 
 def sample_photometric(spec: PhotometricConfig, n: int, generator: torch.Generator) -> Float[Tensor, "n p"]:
@@ -94,11 +94,11 @@ def _rotate_hue(x: Float[Tensor, "b h w 3"], turns: Float[Tensor, "b 1 1"]) -> F
     hue = (within / chroma.clamp(min=1) + sector + 6 * turns) % 6
     shares = torch.stack([(hue - 3).abs() - 1, 2 - (hue - 2).abs(), 2 - (hue - 4).abs()], dim=-1)
     turned = lowest[..., None] + chroma[..., None] * shares.clamp(0, 1)
-    return (turned * (255.999 / 255)).clamp(0, 255).floor()
+    return (turned * FLOAT_TO_UINT8).clamp(0, 255).floor()
 
 
 def _grey(x: Float[Tensor, "b h w 3"]) -> Float[Tensor, "b h w 1"]:
-    return (x @ torch.tensor(_LUMA, device=x.device)).round()[..., None]
+    return (x @ torch.tensor(LUMA, device=x.device)).round()[..., None]
 
 
 def _grayscale(x: Float[Tensor, "b h w 3"], done: Float[Tensor, "b 1 1 1"]) -> Float[Tensor, "b h w 3"]:
