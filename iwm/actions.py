@@ -35,7 +35,8 @@ from dali_pipelines.augmentations import (
     PhotometricConfig,
     Views,
 )
-from iwm.config import ActionConfig, Config, ConfigError
+from iwm.config import Config, ConfigError
+from iwm.model_config import ActionConfig
 
 
 @dataclass(frozen=True)

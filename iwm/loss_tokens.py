@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from iwm.config import LossConfig
+from iwm.model_config import LossConfig
 from iwm.packing import BufferSize
 
 

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
-from iwm.config import LossConfig, MaskingConfig
 from iwm.loss_tokens import LossTokens, loss_mask, pack_loss_tokens
+from iwm.model_config import LossConfig, MaskingConfig
 from iwm.packing import BufferSize, Packing, buffer_size, copy_to_device, pack_tokens
 
 

@@ -15,19 +15,8 @@ from typing import Annotated
 import tyro
 
 from dali_pipelines.augmentations import SCENARIOS, Views
-from iwm.config import (
-    ActionConfig,
-    Config,
-    DataConfig,
-    EncoderConfig,
-    LogConfig,
-    LossConfig,
-    MaskingConfig,
-    OptimConfig,
-    PredictorConfig,
-    ScheduleConfig,
-    TrainConfig,
-)
+from iwm.config import Config, DataConfig, LogConfig, OptimConfig, ScheduleConfig, TrainConfig
+from iwm.model_config import ActionConfig, EncoderConfig, LossConfig, MaskingConfig, PredictorConfig
 
 VIT_B = EncoderConfig(embed_dim=768, depth=12, num_heads=12)
 VIT_L = EncoderConfig(embed_dim=1024, depth=24, num_heads=16)

@@ -21,21 +21,13 @@ from dali_pipelines.photometric_kernels import missing_ops
 from dali_pipelines.replay import apply_photometric, sample_photometric
 from iwm.ablation.studies import STUDIES
 from iwm.actions import action_from_params, action_schema, action_spec, describe_action, make_action
-from iwm.config import (
-    ActionConfig,
-    Config,
-    ConfigError,
-    EncoderConfig,
-    MaskingConfig,
-    OptimConfig,
-    PredictorConfig,
-    TrainConfig,
-)
+from iwm.config import Config, ConfigError, OptimConfig, TrainConfig
 from iwm.evaluation.corruptions import make_corruptions
 from iwm.evaluation.explorer import source_params
 from iwm.evaluation.parameter_sweep import change_in_words, make_sweeps
 from iwm.evaluation.settings import CorruptionSettings, SweepSettings
 from iwm.masking import Masks, pack_masks
+from iwm.model_config import ActionConfig, EncoderConfig, MaskingConfig, PredictorConfig
 from iwm.models.attention import set_attention_impl
 from iwm.models.flops import predictor_flops, training_flops
 from iwm.models.world_model import WorldModel

@@ -5,7 +5,7 @@ import torch
 
 from dali_pipelines.augmentations import IDENTITY, PARAMS, PHOTOMETRIC_FIELDS, SCENARIOS, SOURCE, TARGET, Views
 from iwm.actions import ActionSpec, action_between, action_from_params, action_spec, describe_action
-from iwm.config import ActionConfig
+from iwm.model_config import ActionConfig
 
 KINDS = ("difference", "log_ratio")
 

@@ -9,8 +9,9 @@ import pytest
 
 import iwm
 from dali_pipelines.augmentations import SCENARIOS, PhotometricConfig, Views
-from iwm.config import Config, ConfigError, DataConfig, EncoderConfig, MaskingConfig, PredictorConfig, TrainConfig
+from iwm.config import Config, ConfigError, DataConfig, TrainConfig
 from iwm.config_io import config_diff, from_dict, from_yaml, to_dict, to_yaml
+from iwm.model_config import EncoderConfig, MaskingConfig, PredictorConfig
 from iwm.recipes import RECIPES, with_scenario
 
 

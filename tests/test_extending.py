@@ -16,7 +16,7 @@ import pytest
 from dali_pipelines.augmentations import DESTRUCTIVE_OPS, OPS, PhotometricConfig
 from dali_pipelines.photometric import DESTRUCTIVE_MATHS
 from dali_pipelines.replay import DESTRUCTIVE_MATHS as REPLAYED
-from iwm.config import ActionConfig
+from iwm.model_config import ActionConfig
 from iwm.models.predictor import CONDITIONING
 
 ROOT = Path(__file__).parents[1]
@@ -54,7 +54,7 @@ def test_an_op_touches_three_files_and_a_conditioning_two() -> None:
         touched[section] = {path for path, _ in edits(section)}
     names = ("augmentations", "photometric", "replay")
     assert touched["A photometric op"] == {f"dali_pipelines/{name}.py" for name in names}
-    assert touched["A conditioning"] == {"iwm/models/predictor.py", "iwm/config.py"}
+    assert touched["A conditioning"] == {"iwm/models/predictor.py", "iwm/model_config.py"}
 
 
 def test_duplicated_declarations_agree() -> None:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from iwm.config import MaskingConfig
 from iwm.masking import hashed_uniform, sample_masks, token_statistics
+from iwm.model_config import MaskingConfig
 
 GRID = 14
 ONE_BLOCK = MaskingConfig(num_blocks=1)

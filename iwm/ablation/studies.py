@@ -14,9 +14,10 @@ from typing import Annotated, get_args, get_type_hints
 import tyro
 
 from dali_pipelines.augmentations import DESTRUCTIVE_OPS, SCENARIOS, PhotometricConfig
-from iwm.config import ActionConfig, Config
+from iwm.config import Config
 from iwm.evaluation.paper_results import TABLE_1, TABLE_2, TABLE_S2
 from iwm.evaluation.settings import JITTER_SCENARIOS, BankSize
+from iwm.model_config import ActionConfig
 from iwm.ranges import Range
 from iwm.recipes import RECIPES
 

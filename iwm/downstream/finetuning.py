@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from iwm.config import ConfigError, PredictorConfig
+from iwm.config import ConfigError
 from iwm.downstream.context import RunContext, Runner, column_of
 from iwm.downstream.experiment import TrialSpec, run_classification, trials_tables
 from iwm.downstream.optim import adamw, layer_decay_scales
@@ -33,6 +33,7 @@ from iwm.downstream.settings import (
 from iwm.downstream.study import FrozenEncoders
 from iwm.downstream.tasks import classes_of
 from iwm.downstream.trials import FinetunedEncoder, FinetunedEncoderPredictor, FinetunedPredictor
+from iwm.model_config import PredictorConfig
 from iwm.models.external.loading import MaeDecoder
 from iwm.models.heads import FINETUNE_INIT_STD, AttentiveHead, LinearHead
 from iwm.models.predictor import Predictor

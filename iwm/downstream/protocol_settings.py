@@ -11,8 +11,9 @@ from typing import Annotated, Literal
 
 from dali_pipelines.augmentations import PhotometricConfig
 from dali_pipelines.crops import CropSettings, SegmentationCrops
-from iwm.config import EncoderName, PredictorConfig
+from iwm.config import EncoderName
 from iwm.downstream.settings import LEARNING_RATE, MixupSettings, TrainSettings, require, require_unique
+from iwm.model_config import PredictorConfig
 from iwm.ranges import Range
 
 LEARNING_RATE_SHARE = Range(min=0, below=math.inf)

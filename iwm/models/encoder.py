@@ -8,8 +8,8 @@ from jaxtyping import Float, Int64, Real
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from iwm.config import EncoderConfig as EncoderConfig
 from iwm.config import ResidualDtype
+from iwm.model_config import EncoderConfig as EncoderConfig
 from iwm.models.block import OWN_LAYERS, Block
 from iwm.models.layers import (
     add_positions,

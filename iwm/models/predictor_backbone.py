@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from dali_pipelines.augmentations import Views
 from iwm.actions import action_spec
-from iwm.config import ActionConfig, AttentionImpl, Config, EncoderConfig, PredictorConfig
+from iwm.config import AttentionImpl, Config
+from iwm.model_config import ActionConfig, EncoderConfig, PredictorConfig
 from iwm.models.attention import to_device
 from iwm.models.backbone import Backbone, intermediate_layers
 from iwm.models.external.loading import MaeDecoder

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from iwm.actions import ActionSpec, action_from_params, action_spec
 from iwm.compat import set_activation_memory_budget
-from iwm.config import Config, EncoderName, LossConfig
+from iwm.config import Config, EncoderName
 from iwm.masking import PackedMasks
+from iwm.model_config import LossConfig
 from iwm.models.attention import attention_kernel, to_device
 from iwm.models.encoder import Encoder
 from iwm.models.layers import compile_blocks

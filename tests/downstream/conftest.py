@@ -14,9 +14,10 @@ from PIL import Image
 from rich.console import Console
 
 from dali_pipelines.crops import CropSettings
-from iwm.config import Config, DataConfig, EncoderConfig, PredictorConfig, TrainConfig
+from iwm.config import Config, DataConfig, TrainConfig
 from iwm.downstream.registry import PROTOCOLS
 from iwm.downstream.settings import DataSettings, TrainSettings
+from iwm.model_config import EncoderConfig, PredictorConfig
 from iwm.models.world_model import WorldModel
 from iwm.protocols import train_and_evaluate
 from iwm.recipes import demo

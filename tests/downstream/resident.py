@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iwm.config import Config, EncoderConfig, PredictorConfig, TrainConfig
+from iwm.config import Config, TrainConfig
 from iwm.downstream.optim import adamw, lars
 from iwm.downstream.progress import TrainPlan
 from iwm.downstream.study import FrozenEncoders, Study
 from iwm.downstream.trainer import train
 from iwm.downstream.trials import FinetunedEncoder, FinetunedPredictor, Probe
+from iwm.model_config import EncoderConfig, PredictorConfig
 from iwm.models.backbone import frozen_backbone
 from iwm.models.heads import AttentiveHead, LinearHead
 from iwm.models.predictor_backbone import PredictorBackbone, copy_pretrained

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from dali_pipelines.augmentations import Views
-from iwm.config import Config, EncoderConfig, PredictorConfig
+from iwm.config import Config
 from iwm.downstream import trainer
 from iwm.downstream.optim import adamw
 from iwm.downstream.progress import TrainPlan
 from iwm.downstream.study import FrozenEncoders, Study, Trial
 from iwm.downstream.trials import FinetunedEncoder, FinetunedPredictor
+from iwm.model_config import EncoderConfig, PredictorConfig
 from iwm.models.attention import to_device
 from iwm.models.backbone import frozen_backbone
 from iwm.models.heads import AttentiveHead, LinearHead

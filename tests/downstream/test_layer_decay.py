@@ -7,8 +7,9 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
-from iwm.config import ActionConfig, Config, EncoderConfig, PredictorConfig, TrainConfig
+from iwm.config import Config, TrainConfig
 from iwm.downstream.optim import layer_decay_scales, layer_ids
+from iwm.model_config import ActionConfig, EncoderConfig, PredictorConfig
 from iwm.models.backbone import frozen_backbone
 from iwm.models.external.loading import ExternalEncoder, MaeDecoder
 from iwm.models.heads import AttentiveHead, LinearHead

@@ -15,9 +15,10 @@ import timm
 import torch
 
 from iwm import evaluate, protocols
-from iwm.config import ActionConfig, Config, DataConfig
+from iwm.config import Config, DataConfig
 from iwm.downstream import trainer
 from iwm.downstream.trials import FinetunedEncoder
+from iwm.model_config import ActionConfig
 from shards.errors import run_command
 from tests.disks import small_disk
 from tests.downstream.conftest import untrained

@@ -9,8 +9,8 @@ import pytest
 import timm
 import torch
 
-from iwm.config import PredictorConfig
 from iwm.downstream.settings import DataSettings, ExternalModel, MixupSettings
+from iwm.model_config import PredictorConfig
 from tests.models.test_external import decoder_state, vit_state
 
 Leverage = Callable[..., dict[str, Any]]

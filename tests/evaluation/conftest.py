@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from dali_pipelines.augmentations import Views
-from iwm.config import Config, DataConfig, EncoderConfig, PredictorConfig, TrainConfig
+from iwm.config import Config, DataConfig, TrainConfig
 from iwm.evaluate import main
+from iwm.model_config import EncoderConfig, PredictorConfig
 from iwm.models.world_model import WorldModel
 from iwm.training.checkpoint import Checkpoint, save_checkpoint, versions
 from shards.errors import UserError

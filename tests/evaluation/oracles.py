@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from dali_pipelines.augmentations import IDENTITY, Views
 from dali_pipelines.replay import apply_photometric
 from iwm.actions import action_spec
-from iwm.config import ActionConfig, Config
+from iwm.config import Config
 from iwm.evaluation.common import EvalContext
+from iwm.model_config import ActionConfig
 from iwm.models.world_model import WorldModel
 
 VIEWS = Views(size=16)

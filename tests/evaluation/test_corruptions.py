@@ -14,12 +14,13 @@ from PIL import Image
 from torch import Tensor
 
 from dali_pipelines.augmentations import IDENTITY, SCENARIOS, Views
-from iwm.config import ActionConfig, Config
+from iwm.config import Config
 from iwm.evaluate import main
 from iwm.evaluation.bank import chance_mrr
 from iwm.evaluation.corruptions import SCORE_NAMES, CorruptionScores, make_corruptions, score_corruptions
 from iwm.evaluation.mrr import compute_ranks
 from iwm.evaluation.settings import BankSettings, CorruptionSettings
+from iwm.model_config import ActionConfig
 from tests.evaluation.conftest import mistake, untrained
 from tests.evaluation.oracles import VIEWS, Blind, Knowing, Oracle, context_of
 

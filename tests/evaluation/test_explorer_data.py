@@ -15,12 +15,13 @@ from PIL import Image
 from dali_pipelines.augmentations import IDENTITY, SCENARIOS, PhotometricConfig
 from dali_pipelines.replay import apply_photometric
 from iwm.actions import action_between, action_spec, describe_action
-from iwm.config import ActionConfig, Config
+from iwm.config import Config
 from iwm.evaluate import main
 from iwm.evaluation import explorer
 from iwm.evaluation.bank import MIN_FACTOR, TIE_TOLERANCE
 from iwm.evaluation.common import load_eval_context
 from iwm.evaluation.compression import BankFeatures, compress, fit_pca_basis, rank_agreement
+from iwm.model_config import ActionConfig
 from iwm.protocols import evaluate
 from shards.errors import UserError
 from tests.evaluation.conftest import diverge, mistake, untrained

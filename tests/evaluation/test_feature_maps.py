@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from dali_pipelines.augmentations import SCENARIOS
-from iwm.config import ActionConfig, Config, ConfigError
+from iwm.config import Config, ConfigError
 from iwm.evaluation.feature_maps import (
     attention_entropy,
     attention_received,
@@ -22,6 +22,7 @@ from iwm.evaluation.feature_maps import (
     strong_augmentation,
 )
 from iwm.evaluation.settings import FeatureMapSettings
+from iwm.model_config import ActionConfig
 from iwm.models.attention import set_attention_impl
 from iwm.models.world_model import WorldModel
 from iwm.protocols import evaluate

@@ -14,11 +14,12 @@ from torch import Tensor
 from dali_pipelines.augmentations import IDENTITY, SCENARIOS, PhotometricConfig, Views
 from dali_pipelines.replay import apply_photometric, sample_photometric
 from iwm.actions import action_between
-from iwm.config import ActionConfig, Config, ConfigError
+from iwm.config import Config, ConfigError
 from iwm.evaluation.common import EvalContext, load_eval_context
 from iwm.evaluation.logistic_regression import linear_accuracy
 from iwm.evaluation.marginalisation import COPIES, NULL, average_predictions, jitter_strength, nearest_views
 from iwm.evaluation.settings import BankSettings, EvalData, LinearSettings, MarginalisationSettings
+from iwm.model_config import ActionConfig
 from iwm.models.world_model import WorldModel
 from iwm.protocols import evaluate
 from shards.make import ShardingOptions, make_shards

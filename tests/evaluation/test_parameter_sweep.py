@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from dali_pipelines.augmentations import SCENARIOS, Views
-from iwm.config import ActionConfig, Config
+from iwm.config import Config
 from iwm.evaluate import main
 from iwm.evaluation.figures import LABEL, TILE, TITLE, ImageBlock, draw_image_blocks
 from iwm.evaluation.parameter_sweep import (
@@ -26,6 +26,7 @@ from iwm.evaluation.parameter_sweep import (
     summarise,
 )
 from iwm.evaluation.settings import SweepSettings
+from iwm.model_config import ActionConfig
 from tests.evaluation.conftest import mistake, untrained
 from tests.evaluation.oracles import VIEWS, Blind, Knowing, Oracle, context_of
 

@@ -20,11 +20,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 import iwm
-from iwm.config import Config, ConfigError, DataConfig, PredictorConfig
+from iwm.config import Config, ConfigError, DataConfig
 from iwm.downstream import experiment, multitask, segmentation
 from iwm.downstream.settings import DataSettings, ExternalModel
 from iwm.downstream.study import Study
 from iwm.export.model import PretrainedModel
+from iwm.model_config import PredictorConfig
 from iwm.models.encoder import IMAGENET_MEAN, IMAGENET_STD
 from iwm.training.checkpoint import CheckpointError
 from tests.downstream.conftest import untrained

@@ -10,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from iwm.config import ConfigError
-from iwm.config import EncoderConfig as EncoderConfig
+from iwm.model_config import EncoderConfig as EncoderConfig
 from iwm.models.backbone import Backbone, frozen_backbone
 from iwm.models.encoder import IMAGENET_MEAN, IMAGENET_STD, Encoder, timm_arguments
 from iwm.models.external.loading import ExternalEncoder, MaeDecoder

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from iwm.config import Config, ConfigError, EncoderConfig, MaskingConfig, OptimConfig, PredictorConfig, TrainConfig
+from iwm.config import Config, ConfigError, OptimConfig, TrainConfig
 from iwm.kernels import mlp
 from iwm.kernels.gelu import Gelu
+from iwm.model_config import EncoderConfig, MaskingConfig, PredictorConfig
 from iwm.models import attention
 from iwm.models.fp8 import convert_to_fp8
 from iwm.models.world_model import WorldModel

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from dali_pipelines.augmentations import PARAMS, Views
 from iwm.actions import action_from_params
-from iwm.config import ActionConfig, Config, EncoderConfig, LossConfig, MaskingConfig, PredictorConfig, TrainConfig
+from iwm.config import Config, TrainConfig
 from iwm.loss_tokens import loss_weights
 from iwm.masking import Masks, mask_buffer_sizes, pack_masks, sample_masks, token_statistics
+from iwm.model_config import ActionConfig, EncoderConfig, LossConfig, MaskingConfig, PredictorConfig
 from iwm.models.attention import set_attention_impl
 from iwm.models.world_model import WorldModel
 from iwm.packing import CAPACITY_SIGMAS, BufferSize, gather_tokens, pack_tokens, scatter_tokens

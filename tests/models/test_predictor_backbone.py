@@ -11,8 +11,9 @@ from torch import Tensor
 
 from dali_pipelines.augmentations import SCENARIOS, Views
 from iwm.actions import action_spec
-from iwm.config import ActionConfig, Config, EncoderConfig, PredictorConfig, TrainConfig
+from iwm.config import Config, TrainConfig
 from iwm.downstream.trials import sample_actions
+from iwm.model_config import ActionConfig, EncoderConfig, PredictorConfig
 from iwm.models.backbone import frozen_backbone
 from iwm.models.external.loading import ExternalEncoder, MaeDecoder
 from iwm.models.predictor import Predictor as Pretrained

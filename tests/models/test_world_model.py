@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from dali_pipelines.augmentations import PARAMS, Views
-from iwm.config import ActionConfig, Config, EncoderConfig, LossConfig, MaskingConfig, PredictorConfig, TrainConfig
+from iwm.config import Config, TrainConfig
 from iwm.loss_tokens import loss_weights
 from iwm.masking import Masks, PackedMasks, pack_masks, sample_masks, token_statistics
+from iwm.model_config import ActionConfig, EncoderConfig, LossConfig, MaskingConfig, PredictorConfig
 from iwm.models.attention import set_attention_impl
 from iwm.models.encoder import IMAGENET_MEAN, IMAGENET_STD, patchify, timm_arguments
 from iwm.models.flops import embedding_flops, predictor_flops, training_flops, transformer_flops

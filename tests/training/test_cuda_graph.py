@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from dali_pipelines.loader import ViewBatch
-from iwm.config import MaskingConfig, OptimConfig, TrainConfig
+from iwm.config import OptimConfig, TrainConfig
 from iwm.masking import pack_masks
+from iwm.model_config import MaskingConfig
 from iwm.models.world_model import WorldModel
 from iwm.training.checkpoint import load_newest
 from iwm.training.cuda_graph import WARMUP_STEPS, GraphedForwardBackward, build_forward_backward

@@ -9,8 +9,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dali_pipelines.loader import ViewBatch
-from iwm.config import ActionConfig, MaskingConfig, OptimConfig, TrainConfig
+from iwm.config import OptimConfig, TrainConfig
 from iwm.masking import PackedMasks
+from iwm.model_config import ActionConfig, MaskingConfig
 from iwm.models.world_model import WorldModel
 from iwm.training.cuda_graph import WARMUP_STEPS, build_forward_backward
 from iwm.training.metric_window import MetricQueue, MetricWindow
