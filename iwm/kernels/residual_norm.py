@@ -79,7 +79,9 @@ class ResidualNorm(torch.autograd.Function):
         y, mean, rstd = torch.native_layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float(), eps)
         ctx.save_for_backward(x, mean, rstd, weight)
         ctx.kinds = weight.dtype, bias.dtype, branch_bias.dtype
-        return (x + branch_bias).to(x.dtype), y.to(torch.bfloat16)
+        residual = x + branch_bias
+        # Only a real cast: torch 2.11's compiler drops the gradient of an output that a cast returned as it was.
+        return residual if residual.dtype == x.dtype else residual.to(x.dtype), y.to(torch.bfloat16)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:

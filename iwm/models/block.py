@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Float, Int64
 from timm.models.vision_transformer import Block as TimmBlock
 from torch import Tensor, nn
@@ -21,8 +20,8 @@ OWN_LAYERS: dict[str, type[nn.Module]] = {"attn_layer": Attention, "mlp_layer": 
 class Block(TimmBlock):
     """timm's Block with the same parameters, for dense rows and packed tokens (`Attention`).
 
-    In a compiled training step on a GPU with a residual stream in bf16, the gradients of its norms, of the stream and
-    of the biases of its output layers come from one kernel per branch (iwm/kernels/residual_norm.py).
+    In a compiled training step on a GPU in bf16, the gradients of its norms, of the residual stream and of the biases
+    of its output layers come from one kernel per branch (iwm/kernels/residual_norm.py).
     """
 
     def forward(
@@ -54,7 +53,6 @@ class Block(TimmBlock):
             isinstance(self.attn, Attention)
             and isinstance(self.mlp, Mlp)
             and self.mlp.fuses(x)
-            and x.dtype == torch.bfloat16  # torch 2.11 compiles the block wrongly for a float32 stream
             and self.mlp.drop2.p == 0
             and all(type(layer) is nn.Linear and layer.bias is not None for layer in (self.attn.proj, self.mlp.fc2))
             and all(isinstance(norm, nn.LayerNorm) for norm in (self.norm1, self.norm2))

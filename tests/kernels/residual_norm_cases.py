@@ -67,8 +67,9 @@ def _fuse(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("checkpointing", "copies"), [(False, False), (True, True)])
 @pytest.mark.parametrize("selected", [None, [3, 0, 17, 12]])
+@pytest.mark.parametrize("stream", [torch.bfloat16, torch.float32])
 def test_blocks_compile_into_one_graph(
-    selected: list[int] | None, checkpointing: bool, copies: bool, monkeypatch: pytest.MonkeyPatch
+    stream: torch.dtype, selected: list[int] | None, checkpointing: bool, copies: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Compare output and gradients in bf16 with timm's block in float64; both norms must have run the kernel."""
     torch.manual_seed(0)
@@ -77,7 +78,7 @@ def test_blocks_compile_into_one_graph(
         nn.init.normal_(parameter, std=0.3)
     ours = Block(32, 2, qkv_bias=True, **OWN_LAYERS).to(DEVICE)
     ours.load_state_dict(plain.state_dict(), strict=True)
-    x = torch.randn(2, 10, 32, device=DEVICE).bfloat16()
+    x = torch.randn(2, 10, 32, device=DEVICE).to(stream)
     index = None if selected is None else torch.tensor(selected, device=DEVICE)
     _fuse(monkeypatch)
     kernel = CountedKernel(residual_norm_triton.backward_kernel)
@@ -108,5 +109,5 @@ def test_blocks_compile_into_one_graph(
     for a, b in zip(actual, expected, strict=True):
         assert a.shape == b.shape
         assert_norm_close(a, b, 3e-2)
-    assert [value.dtype for value in actual[:2]] == [torch.bfloat16, torch.bfloat16]
+    assert [value.dtype for value in actual[:2]] == [stream, stream]
     assert {value.dtype for value in actual[2:]} == {torch.float32}
