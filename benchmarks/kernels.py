@@ -31,6 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
 from iwm.kernels import mlp, residual_norm
+from iwm.kernels.bf16_weights import weight_gradient
 from iwm.kernels.gelu import gelu, slope
 from iwm.kernels.mlp import MlpTiling, gelu_backward_bias
 from iwm.kernels.residual_norm import NormTiling, residual_norm_backward
@@ -47,15 +48,20 @@ SHAPES = {"predictor": (32, False), "target": (64, False), "context": (64, True)
 """Head dimension of each part, and True where its sequences are packed."""
 OTHERS: dict[str, tuple[AttentionTiling, ...]] = {
     "predictor": (
-        AttentionTiling(32, 128, 16, 4, 3),
-        AttentionTiling(64, 64, 16, 4, 1, 168, 1, False),
-        AttentionTiling(32, 64, 16, 4, 1, 128, 1, False),
-        AttentionTiling(64, 256, 16, 8, 3, None, 2),
+        AttentionTiling(32, 128, 16, 4, 2),
+        AttentionTiling(32, 128, 16, 4, 4),
+        AttentionTiling(64, 64, 16, 4, 1, 168),
     ),
-    "context": (AttentionTiling(32, 64, 16, 4, 1, 168), AttentionTiling(64, 128, 64, 8, 3)),
+    "context": (AttentionTiling(32, 64, 16, 4, 1, 168),),
 }
-"""Backward tilings that compile without much register spilling and have not been measured."""
-OTHER_NORM = (NormTiling(1024, 4, 2, 132 * 4), NormTiling(2048, 8, 2, 132 * 2), NormTiling(4096, 16, 3, 132))
+"""Backward tilings to compare with the default."""
+OTHER_NORM = (
+    NormTiling(4096, 16, 2, 132),
+    NormTiling(4096, 16, 4, 132),
+    NormTiling(2048, 8, 3, 132 * 2),
+    NormTiling(2048, 8, 4, 132 * 2),
+    NormTiling(1024, 4, 4, 132 * 4),
+)
 OTHER_MLP = (MlpTiling(4, 256, 4, 1, 132 * 32), MlpTiling(8, 256, 4, 1, 132 * 32), MlpTiling(16, 128, 4, 3, 132 * 8))
 
 Row = dict[str, Any]
@@ -98,7 +104,7 @@ def normal(*shape: int) -> Tensor:
 
 
 def products(options: KernelsOptions) -> Iterator[Row]:
-    """Yield the TFLOP/s of every matrix product of a block, by part."""
+    """Yield the TFLOP/s of every matrix product of a block, by part; that of the weight's gradient also in bf16."""
     for part, rows, width in PARTS:
         for name, inputs, outputs in (
             ("qkv", width, 3 * width), ("proj", width, width), ("fc1", width, 4 * width), ("fc2", 4 * width, width),
@@ -107,7 +113,11 @@ def products(options: KernelsOptions) -> Iterator[Row]:
             weight, bias = normal(outputs, inputs), normal(outputs)
             ms = {"forward": milliseconds(torch.addmm, bias, x, weight.t())}
             if part != "target":
-                ms |= {"of x": milliseconds(torch.mm, grad, weight), "of weight": milliseconds(torch.mm, grad.t(), x)}
+                ms |= {
+                    "of x": milliseconds(torch.mm, grad, weight),
+                    "of weight": milliseconds(weight_gradient, grad, x, torch.float32),
+                    "of weight, bf16": milliseconds(torch.mm, grad.t(), x),
+                }
             flops = 2e-9 * rows * inputs * outputs
             line = {"part": part, "product": name, "rows": rows, "inputs": inputs, "outputs": outputs}
             yield line | {f"tflops {which}": round(flops / took) for which, took in ms.items()}
@@ -251,8 +261,9 @@ def _product_calls(line: Row) -> Iterator[tuple[float, float]]:
     """Yield FLOPs and seconds of a step's calls of each product of one line."""
     if "part" in line:
         flops = 2.0 * line["rows"] * line["inputs"] * line["outputs"] * BLOCKS[line["part"]]
-        for rate in (value for name, value in line.items() if name.startswith("tflops")):
-            yield flops, flops / (1e12 * rate)
+        for which in ("forward", "of x", "of weight"):
+            if rate := line.get(f"tflops {which}"):
+                yield flops, flops / (1e12 * rate)
 
 
 def _attention_calls(line: Row) -> Iterator[tuple[float, float]]:

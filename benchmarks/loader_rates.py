@@ -1,32 +1,31 @@
-"""Rates for mode `tune`: of a candidate's pipeline, of the model, and of training with a pipeline.
-
-A candidate's pipeline exists for one turn only. The others are measured by `throughput.py model` and `end-to-end` in
-their own processes, which free the GPU at their end.
-"""
+"""Rates for mode `tune`: of a candidate's pipeline alone, and of training with each candidate's pipeline."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from contextlib import closing
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from baselines.jpeg_decode import stored_images
-from environment import BenchmarkError
+from options import TuneOptions
 from rich.console import Console
 from simplejpeg import decode_jpeg_header
+from step_modes import cooldown_steps, measure_end_to_end, measure_model, new_train_state, resident_batches
+from timing import Measured, StepTimings, interleave, release_memory
 
-from dali_pipelines.augmentations import ViewBackend, Views
-from dali_pipelines.decoder import GpuDecoder
+from dali_pipelines.augmentations import Views
 from dali_pipelines.loader import ViewLoader
 from iwm.compat import synchronize
+from iwm.config import DataConfig
+from iwm.recipes import RECIPES, with_scenario
+from iwm.training.distributed import init_distributed
+from iwm.training.runtime import select_backend
 
 
 class LoaderSetup(NamedTuple):
@@ -39,34 +38,32 @@ class LoaderSetup(NamedTuple):
     device: torch.device
     cores: int
     """Number of CPU threads where the settings have no num_threads."""
-    backend: ViewBackend | None = None
-    """Backend of the pipeline; None: the device's."""
 
 
-LoaderSettings = Mapping[str, int | float]
+LoaderSettings = Mapping[str, Any]
 """Values by the names of DataConfig's fields."""
 
 
-def batches(work: LoaderSetup, settings: LoaderSettings) -> Generator[int, None, None]:
-    """Yield the number of images of each batch when it is ready, endlessly. Closing the iterator frees the pipeline."""
-    decoder = GpuDecoder(
-        hw_decoder_load=settings.get("hw_decoder_load", GpuDecoder.hw_decoder_load),
-        width_hint=int(settings.get("decoder_width_hint", GpuDecoder.width_hint)),
-        height_hint=int(settings.get("decoder_height_hint", GpuDecoder.height_hint)),
-    )
-    loader = ViewLoader(
+def open_loader(work: LoaderSetup, settings: LoaderSettings) -> ViewLoader:
+    """Return a newly built pipeline. Settings that are not given have their defaults, and num_threads is work.cores."""
+    data = replace(DataConfig(), **{"num_threads": work.cores, **settings})
+    return ViewLoader(
         work.folder,
         work.split,
         work.views,
         batch_size=work.batch_size,
         seed=0,
-        backend=work.backend,
+        backend=select_backend(data.backend, work.device, work.views, "data.backend"),
         device=work.device,
-        num_threads=int(settings.get("num_threads", work.cores)),
-        prefetch_queue_depth=int(settings.get("prefetch_queue_depth", 2)),
-        decoder=decoder,
+        num_threads=data.num_threads,
+        prefetch_queue_depth=data.prefetch_queue_depth,
+        decoder=data.decoder,
     )
-    for batch in loader:
+
+
+def batches(work: LoaderSetup, settings: LoaderSettings) -> Generator[int, None, None]:
+    """Yield the number of images of each batch when it is ready, endlessly. Closing the iterator frees the pipeline."""
+    for batch in open_loader(work, settings):
         synchronize(work.device)
         yield len(batch.source)
 
@@ -98,44 +95,46 @@ def decoder_size_hint(folder: Path, split: str, images: int = 2000) -> tuple[int
     return int(width), int(height)
 
 
-BRIEF = ("--seconds", "5", "--repeats", "1", "--warmup", "10")
-IN_TURNS = ("--seconds", "9", "--repeats", "3", "--warmup", "10")
-
-
-def model_rate(recipe: str, work: LoaderSetup, console: Console) -> float:
-    """Measure the images/s of one process's training steps on resident batches. Raises BenchmarkError on failure."""
-    with console.status("the model's rate"):
-        (rate,) = _step_rates("model", recipe, work, BRIEF)
-    return rate
+WARMUP_STEPS = 6
+"""Number of training steps before the first measurement. They include compilation and the capture of a CUDA graph."""
 
 
 def training_rates(
-    recipe: str, scenario: str | None, work: LoaderSetup, settings: LoaderSettings, console: Console
-) -> list[float]:
-    """Measure the images/s of training on one process with the pipeline of work.backend, a value per turn.
+    recipe: str, options: TuneOptions, work: LoaderSetup, candidates: Mapping[str, LoaderSettings], console: Console
+) -> dict[str, list[float]]:
+    """Measure the images/s of training on one process with each candidate's pipeline, a value per turn.
 
-    Raises BenchmarkError on failure.
+    The pipelines feed the same training state in turns, and exist at the same time; those that wait are idle.
     """
-    words = [word for name, value in settings.items() for word in (option(name), str(value))]
-    words += [] if scenario is None else ["--scenario", scenario]
-    with console.status(f"training with backend {work.backend}"):
-        return _step_rates("end-to-end", recipe, work, (*IN_TURNS, "--data.backend", str(work.backend), *words))
+    config = RECIPES[recipe]()
+    if options.scenario is not None:
+        config = with_scenario(config, options.scenario)
+    data = replace(
+        config.data, shards=work.folder, train=work.split, val=None, global_batch_size=work.batch_size,
+        micro_batch_size=None,
+    )  # fmt: skip
+    with init_distributed(config.train) as dist:
+        state = new_train_state(replace(config, data=data), dist)
+        with console.status("warming up the model"):
+            measure_model(state, resident_batches(state), WARMUP_STEPS)
 
+        def train(loader: ViewLoader, steps: int) -> StepTimings:
+            state.loader = loader
+            return measure_end_to_end(state, steps)
 
-def option(name: str) -> str:
-    """Return the option of iwm/train.py for a field of DataConfig."""
-    return f"--data.{name.replace('_', '-')}"
-
-
-def _step_rates(mode: str, recipe: str, work: LoaderSetup, words: Sequence[str]) -> list[float]:
-    with TemporaryDirectory() as folder:
-        file = Path(folder) / "result.json"
-        data = ("--shards", work.folder, "--data.train", work.split, "--data.global-batch-size", work.batch_size)
-        command = (Path(__file__).with_name("throughput.py"), mode, "--recipe", recipe, *data, *words, "--json", file)
-        done = subprocess.run([sys.executable, *map(str, command)], stdout=subprocess.DEVNULL, check=False)
-        if done.returncode != 0:
-            raise BenchmarkError(
-                f"--recipe {recipe}: the rate of mode {mode} could not be measured (code {done.returncode}, see "
-                "above); set the model's with --model-rate, or leave a backend out with --backends"
+        measured = {
+            name: Measured(partial(train, open_loader(work, settings)), work.batch_size)
+            for name, settings in candidates.items()
+        }
+        with console.status("") as status:
+            turns = interleave(
+                measured,
+                dist,
+                seconds=options.seconds * options.repeats,
+                repeats=options.repeats,
+                settling=cooldown_steps(state),
+                between=lambda: None,
+                say=status.update,
             )
-        return [float(rate) for rate in json.loads(file.read_text())["modes"][mode]["turns"]]
+    release_memory(dist.device)
+    return {name: [turn.images_per_second for turn in windows] for name, windows in turns.items()}

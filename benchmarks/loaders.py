@@ -23,7 +23,8 @@ from rich.table import Table
 from synthetic_data import GENERATED, generated_shards
 from timing import Rate, Stream, measure, paired_ratio, percentiles
 
-from dali_pipelines.augmentations import ViewBackend, Views
+from dali_pipelines.augmentations import Views
+from iwm.config import PipelineBackend
 from iwm.ranges import check_ranges
 from iwm.training.runtime import select_backend, select_device
 from shards.format import MANIFEST, load_manifest
@@ -160,14 +161,14 @@ def measured_loaders(
     device: str,
     baselines: tuple[Baseline, ...],
     console: Console,
-    backend: ViewBackend | None = None,
+    backend: PipelineBackend = "auto",
 ) -> dict[str, MeasuredLoader]:
     """Return the loaders by name, `dali` first. Raises BenchmarkError where a baseline is not installed.
 
-    backend: of DALI's pipeline; None: the device's.
+    backend: of DALI's pipeline.
     """
-    setup = LoaderSetup(work.folder, work.split, work.views, work.batch_size, torch.device(device), work.cores, backend)
-    chosen = {"dali": MeasuredLoader(partial(batches, setup, {}), True)}
+    setup = LoaderSetup(work.folder, work.split, work.views, work.batch_size, torch.device(device), work.cores)
+    chosen = {"dali": MeasuredLoader(partial(batches, setup, {"backend": backend}), True)}
     for baseline in baselines:
         if not installed(baseline):
             raise BenchmarkError(f"--baseline {baseline}: {how_to_install(baseline)}")

@@ -163,9 +163,8 @@ class TuneOptions:
     processes: Annotated[int, Range(min=1)] = 1
     """Number of training processes that will share this machine's cores (one per GPU)."""
     backends: tuple[ViewBackend, ...] = ("gpu", "triton", "cpu")
-    """On a GPU: backends that are compared by the speed of training with them, in order of preference."""
-    model_rate: Annotated[float | None, Range(above=0)] = None
-    """On a GPU: training rate of one process (images/s), for which the decoder's share is chosen. None: measured."""
+    """On a GPU: backends that are compared by the speed of training, in order of preference.
+    `gpu` and `triton` are measured with nvJPEG's kernels, with the JPEG engine too, and with decoding on CPU cores."""
     seconds: Annotated[float, Range(above=0)] = 1.0
     """Duration of one measurement (seconds)."""
     repeats: Annotated[int, Range(min=1)] = 5

@@ -33,7 +33,7 @@ from dali_pipelines.augmentations import (
     Views,
 )
 from dali_pipelines.dali import pipeline_def
-from dali_pipelines.decoder import GpuDecoder
+from dali_pipelines.decoder import Decoder
 from dali_pipelines.geometry import decode_crop, draw_crop, resize_box
 from dali_pipelines.photometric import Backend, DataNode
 from dali_pipelines.pipelines import two_views
@@ -124,7 +124,7 @@ def cuts(
             shuffle_buffer=min(ENCODED, source.samples),
             shuffle_seed=0,
             reader_prefetch=AHEAD,
-            decoder=GpuDecoder(),
+            decoder=Decoder(),
             **settings,
         )
         yield stage, whole
@@ -137,7 +137,7 @@ def geometry(source: DataSource, views: Views, until: str, backend: Backend) -> 
     if until == "read":
         return encoded.jpeg, encoded.source_info
     crop = draw_crop(encoded.jpeg, views.crop_scale, views.crop_ratio, views.flip_probability)
-    box = decode_crop(encoded.jpeg, crop, backend, GpuDecoder())
+    box = decode_crop(encoded.jpeg, crop, backend, Decoder())
     if until == "decode":
         return box, encoded.source_info
     return resize_box(box, crop, views.size, backend), encoded.source_info

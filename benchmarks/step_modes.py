@@ -82,9 +82,9 @@ def measure_end_to_end(state: TrainState, steps: int) -> StepTimings:
 def measure_interference(state: TrainState, batches: Sequence[ViewBatch], steps: int) -> StepTimings:
     """Measure mode `interference`: steps on resident batches while the pipeline makes as many as they would use.
 
-    Those batches are discarded, and no step waits for them. The slowdown from `model` to `interference` is the cost of
-    the pipeline's concurrent work; the further slowdown to `end-to-end` is waiting for data. Raises ShardError as the
-    loader does.
+    Those batches are discarded, and no step waits for them; a pipeline that comes late makes fewer in this time. The
+    slowdown from `model` to `interference` is the cost of the pipeline's concurrent work; the further slowdown to
+    `end-to-end` is waiting for data. Raises ShardError as the loader does.
     """
     device, wanted, over = state.dist.device, Semaphore(0), Event()
 

@@ -98,9 +98,12 @@ def release_memory(device: torch.device) -> None:
 
 
 def peak_gib(device: torch.device) -> float:
-    """Return the peak memory since `forget_peak` (GiB): torch's allocator on a GPU (without DALI), else the process."""
+    """Return the peak memory since `forget_peak` (GiB): what torch reserved on a GPU (without DALI), else the process.
+
+    A CUDA graph's activations are allocated when it is captured, so replays would not count as allocations.
+    """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
+        return torch.cuda.max_memory_reserved(device) / 2**30
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(fields["VmHWM"].split()[0]) / 2**20
 

@@ -1,23 +1,29 @@
-"""Settings of the GPU JPEG decoder."""
+"""Settings of JPEG decoding in pipelines whose images are on a GPU."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+DecoderDevice = Literal["cpu", "gpu"]
 
 
 @dataclass(frozen=True)
-class GpuDecoder:
-    """JPEG decoding on a GPU. The settings affect neither the decoded pixels nor decoding on a CPU."""
+class Decoder:
+    """JPEG decoding for images on a GPU. Only `device` affects the decoded pixels, by rounding."""
 
-    hw_decoder_load: float = 0.65
+    device: DecoderDevice = "gpu"
+    """Where JPEGs are decoded: `gpu` by nvJPEG, `cpu` by threads of the pipeline, which also crop."""
+    hw_decoder_load: float = 0.0
     """Share of the images (0 to 1) that the GPU's JPEG engine decodes, where it has one (A100, H100). nvJPEG's kernels
-    decode the others. The default is DALI's."""
+    decode the others. With DALI's default, 0.65, the pipeline alone is faster, and training on an H100 a tenth slower:
+    batches came late whenever a kernel of the decoder waited for the CUDA graph of the step (docs/lab-notebook.md)."""
     width_hint: int = 1024
-    """Image width for which memory is preallocated (pixels), for the engine's share of a batch. A wider image causes
-    one reallocation. In RGB, for two thirds of a batch of 1,024: 1.6 GB at 1024×768, 8.4 GB at 2048×2048."""
+    """Image width for which the engine's memory is preallocated (pixels), for its share of a batch. A wider image
+    causes one reallocation. In RGB, for two thirds of a batch of 1,024: 1.6 GB at 1024×768, 8.4 GB at 2048×2048."""
     height_hint: int = 768
-    """Image height for which memory is preallocated (pixels)."""
+    """Image height for which the engine's memory is preallocated (pixels)."""
 
 
-GPU_DECODER = GpuDecoder()
-"""Default settings: DALI's division of the work, and memory for images of up to 1024×768."""
+DECODER = Decoder()
+"""Default settings."""

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from dali_pipelines.crops import Interpolation
 from dali_pipelines.dali import dali_math, fn, types
-from dali_pipelines.decoder import GpuDecoder
+from dali_pipelines.decoder import Decoder
 from dali_pipelines.photometric import Backend, DataNode
 
 _INTERPOLATIONS = {"linear": types.INTERP_LINEAR, "cubic": types.INTERP_CUBIC}
@@ -39,15 +39,16 @@ def draw_crop(jpeg: DataNode, scale: tuple[float, float], ratio: tuple[float, fl
     return Crop(start, shape, image_shape, flip)
 
 
-def decode_crop(jpeg: DataNode, crop: Crop, backend: Backend, decoder: GpuDecoder) -> DataNode:
+def decode_crop(jpeg: DataNode, crop: Crop, backend: Backend, decoder: Decoder) -> DataNode:
     """Decode an image and crop the box: uint8 HWC.
 
     Crop before the resize, like torchvision: a resize of the box within its image would use pixels outside the box. On
     a CPU the decoder crops, which is bit-identical and a tenth faster. On a GPU that path of nvImageCodec can crash
     (its issue 55).
     """
-    if backend == "cpu":
-        return fn.decoders.image_slice(jpeg, start=crop.start, shape=crop.shape, axes=[0, 1])
+    if backend == "cpu" or decoder.device == "cpu":
+        box = fn.decoders.image_slice(jpeg, start=crop.start, shape=crop.shape, axes=[0, 1])
+        return box if backend == "cpu" else box.gpu()
     return fn.slice(decode_full(jpeg, backend, decoder), start=crop.start, shape=crop.shape, axes=[0, 1])
 
 
@@ -90,10 +91,11 @@ def _resize_width(crop: Crop, size: int) -> DataNode:
     return fn.cast(columns, dtype=types.FLOAT)
 
 
-def decode_full(jpeg: DataNode, backend: Backend, decoder: GpuDecoder) -> DataNode:
+def decode_full(jpeg: DataNode, backend: Backend, decoder: Decoder) -> DataNode:
     """Decode the whole image: uint8 HWC RGB, upright."""
-    if backend == "cpu":
-        return fn.decoders.image(jpeg)
+    if backend == "cpu" or decoder.device == "cpu":
+        image = fn.decoders.image(jpeg)
+        return image if backend == "cpu" else image.gpu()
     return fn.decoders.image(
         jpeg,
         device="mixed",

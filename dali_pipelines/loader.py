@@ -18,7 +18,7 @@ from torch import Tensor
 from dali_pipelines.augmentations import ViewBackend, Views
 from dali_pipelines.crops import CropSettings, SegmentationCrops
 from dali_pipelines.dali import dali_version
-from dali_pipelines.decoder import GPU_DECODER, GpuDecoder
+from dali_pipelines.decoder import DECODER, Decoder
 from dali_pipelines.outputs import (
     SampleKeys,
     backend_of,
@@ -91,7 +91,7 @@ class ResumableLoader(ABC, Generic[SettingsT, BatchT]):
         prefetch_queue_depth: int = 2,
         label: str | None = None,
         shuffle_buffer: int = 2048,
-        decoder: GpuDecoder = GPU_DECODER,
+        decoder: Decoder = DECODER,
         state: dict[str, Any] | None = None,
     ) -> None:
         """Open the shards and build the pipeline.
@@ -120,6 +120,7 @@ class ResumableLoader(ABC, Generic[SettingsT, BatchT]):
             "label": label,
             "shuffle_buffer": shuffle_buffer,
             "device": options["backend"],
+            "decoder": decoder.device if options["backend"] == "gpu" else "cpu",
             "dali": dali_version,
             **self.graph,
         }

@@ -16,7 +16,7 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from dali_pipelines.decoder import GpuDecoder
+from dali_pipelines.decoder import Decoder
 from dali_pipelines.photometric import Backend
 from dali_pipelines.reader import DataSource
 from shards.errors import ShardError
@@ -127,7 +127,7 @@ def backend_of(device: str | torch.device) -> tuple[Backend, int | None]:
 
 
 def pipeline_options(
-    device: str | torch.device, *, batch_size: int, num_threads: int, prefetch_queue_depth: int, decoder: GpuDecoder
+    device: str | torch.device, *, batch_size: int, num_threads: int, prefetch_queue_depth: int, decoder: Decoder
 ) -> dict[str, Any]:
     """Return the keywords that every pipeline has: where and how it runs, and how far its reader runs ahead."""
     backend, device_id = backend_of(device)

@@ -242,12 +242,13 @@ def mean_grey(image: DataNode, backend: Backend) -> DataNode:
     return fn.reductions.mean(grey(image, channels=1, backend=backend))
 
 
-def contiguous(image: DataNode, on_gpu: bool) -> DataNode:
-    """Make an output in GPU memory, or one that will be copied there, contiguous.
+def contiguous(image: DataNode, backend: Backend) -> DataNode:
+    """Make a batch that was merged from conditional branches contiguous.
 
-    A batch merged from conditional branches would otherwise be copied image by image.
+    Otherwise its output is copied image by image. On a GPU so does fn.copy: 256 copies, which take 2 to 17 ms while the
+    GPU is training. A slice of the whole image is one kernel.
     """
-    return fn.copy(image) if on_gpu else image
+    return fn.slice(image, start=[0], rel_shape=[1.0], axes=[0]) if backend == "gpu" else fn.copy(image)
 
 
 def to_uint8(image: DataNode) -> DataNode:

@@ -1,8 +1,9 @@
 """Triton kernels of the photometric ops of both views (photometric_kernels.py).
 
 The maths is replay.py's, in float32 and without fused multiply-adds, so that each step rounds as there. Images are
-uint8 [b, h, w, 3] with `pixels` = h · w; rows of params have the columns of augmentations.PARAMS, of which each view's
-begin at `first` and `second`. A program processes one block of one image, so its parameters are scalars.
+uint8 [b, h, w, 3] with `pixels` = h · w; rows of `drawn` have the columns of augmentations.PARAMS, of which each view's
+begin at `first` and `second`. A program processes one block of one image, so its parameters are scalars. Triton's
+launcher overwrites arguments named `params`, `specialization` or `options`.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def _load_pixels(images, image, pixel, pixels: tl.constexpr):
 
 @triton.jit
 def grey_sums_kernel(
-    images, params, sums,
+    images, drawn, sums,
     first: tl.constexpr, second: tl.constexpr, linear: tl.constexpr,
     pixels: tl.constexpr, parts: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
@@ -78,7 +79,7 @@ def grey_sums_kernel(
     image = tl.program_id(1)
     pixel = tl.program_id(0) * block + tl.arange(0, block)
     red, green, blue = _load_pixels(images, image, pixel, pixels)
-    row = params + image * COLUMNS
+    row = drawn + image * COLUMNS
     out = sums + image * (2 * parts) + tl.program_id(0)
     if linear:
         tl.store(out, tl.sum(_luma(red, green, blue).to(tl.int32), 0))
@@ -156,7 +157,7 @@ def _after_blur(x, row):
 
 @triton.jit
 def views_kernel(
-    images, params, sums, first_view, second_view,
+    images, drawn, sums, first_view, second_view,
     first: tl.constexpr, second: tl.constexpr, jitter: tl.constexpr, centred: tl.constexpr,
     pixels: tl.constexpr, parts: tl.constexpr, slots: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
@@ -172,7 +173,7 @@ def views_kernel(
     if centred and jitter == "linear":
         centre = _mean_grey(sums + image * (2 * parts), pixels, parts, slots)
     for view in tl.static_range(2):
-        row = params + image * COLUMNS + (second if view else first)
+        row = drawn + image * COLUMNS + (second if view else first)
         red, green, blue = pixel_red, pixel_green, pixel_blue
         if jitter == "linear":
             red, green, blue = _jitter_linear(red, green, blue, row, centre)
@@ -201,7 +202,7 @@ def _mirrored(position, size: tl.constexpr, reach: tl.constexpr):
 
 @triton.jit
 def blur_kernel(
-    images, params, out,
+    images, drawn, out,
     first: tl.constexpr, reach: tl.constexpr, along_rows: tl.constexpr,
     height: tl.constexpr, width: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
@@ -210,7 +211,7 @@ def blur_kernel(
     Grid (blocks of bytes, b). The pass along columns is the second one; it also applies the ops that follow.
     """
     image = tl.program_id(1)
-    row = params + image * COLUMNS + first
+    row = drawn + image * COLUMNS + first
     sigma = tl.load(row + BLUR_SIGMA)
     if sigma > 0:
         byte = tl.program_id(0) * block + tl.arange(0, block)

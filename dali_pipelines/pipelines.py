@@ -25,7 +25,7 @@ from dali_pipelines.augmentations import (
 )
 from dali_pipelines.crops import CropSettings, RandAugment, SegmentationCrops, parse_rand_augment
 from dali_pipelines.dali import Pipeline, dali_math, fn, pipeline_def, types
-from dali_pipelines.decoder import GpuDecoder
+from dali_pipelines.decoder import Decoder
 from dali_pipelines.geometry import Crop, decode_crop, decode_full, draw_crop, resize_box
 from dali_pipelines.photometric import Backend, DataNode, PhotometricParams
 from dali_pipelines.reader import DataSource, read
@@ -40,7 +40,7 @@ def two_views(
     shuffle_buffer: int,
     shuffle_seed: int,
     reader_prefetch: int,
-    decoder: GpuDecoder,
+    decoder: Decoder,
 ) -> tuple[DataNode, ...]:
     """Make the pipeline with outputs params (float32 [len(PARAMS)]), source, target (uint8 HWC), source_info, label.
 
@@ -64,7 +64,7 @@ def two_views(
         shared = photometric.prepare(image, device)
         target_view = photometric.apply(shared, drawn_target, views.target, views.jitter_impl, device)
         source_view = photometric.apply(shared, drawn_source, views.source, views.jitter_impl, device)
-        images = [photometric.contiguous(view, on_gpu) for view in (source_view, target_view)]
+        images = [photometric.contiguous(view, device) if on_gpu else view for view in (source_view, target_view)]
     outputs = [_params(crop, drawn_target, drawn_source), *images]
     if on_gpu:
         outputs = [output.gpu() for output in outputs]
@@ -101,7 +101,7 @@ def _labelled_crops(
     shuffle_buffer: int,
     shuffle_seed: int,
     reader_prefetch: int,
-    decoder: GpuDecoder,
+    decoder: Decoder,
 ) -> tuple[DataNode, ...]:
     encoded = read(source, shuffle_buffer=shuffle_buffer, seed=shuffle_seed, prefetch=reader_prefetch)
     crop = draw_crop(encoded.jpeg, crops.crop_scale, crops.crop_ratio, crops.flip_probability)
@@ -112,12 +112,13 @@ def _labelled_crops(
     if layers is not None:
         drawn_layers = rand_augment.sample(layers)
         image = rand_augment.apply(image, drawn_layers, layers.increasing, crops.size, crops.interpolation, backend)
-    return photometric.contiguous(image, backend == "gpu"), encoded.source_info, encoded.label
+    images = photometric.contiguous(image, backend) if backend == "gpu" else image
+    return images, encoded.source_info, encoded.label
 
 
 @pipeline_def(exec_dynamic=True)
 def centre_crops(
-    source: DataSource, size: int, *, backend: Backend, reader_prefetch: int, decoder: GpuDecoder
+    source: DataSource, size: int, *, backend: Backend, reader_prefetch: int, decoder: Decoder
 ) -> tuple[DataNode, ...]:
     """Make the pipeline with outputs images (uint8 HWC, size×size), source_info, and label where the source has one.
 
@@ -159,7 +160,7 @@ def _segmentation_crops(
     shuffle_buffer: int,
     shuffle_seed: int,
     reader_prefetch: int,
-    decoder: GpuDecoder,
+    decoder: Decoder,
 ) -> tuple[DataNode, ...]:
     encoded = read(source, shuffle_buffer=shuffle_buffer, seed=shuffle_seed, prefetch=reader_prefetch)
     box = _draw_box(fn.peek_image_shape(encoded.jpeg, dtype=types.FLOAT)[:2], crops)
@@ -177,7 +178,7 @@ def _segmentation_crops(
 
 @pipeline_def(exec_dynamic=True)
 def full_images(
-    source: DataSource, *, backend: Backend, reader_prefetch: int, decoder: GpuDecoder
+    source: DataSource, *, backend: Backend, reader_prefetch: int, decoder: Decoder
 ) -> tuple[DataNode, ...]:
     """Make the pipeline with outputs images, masks and source_info as in segmentation_crops, but at their full size."""
     encoded = read(source, shuffle_buffer=0, seed=0, prefetch=reader_prefetch)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from dali_pipelines.decoder import GPU_DECODER, GpuDecoder
+from dali_pipelines.decoder import DECODER, Decoder
 from dali_pipelines.outputs import SampleKeys, parse_labels, pipeline_options, run_pipeline
 from dali_pipelines.pipelines import (
     centre_crops,
@@ -48,7 +48,7 @@ class ValidationLoader:
         num_threads: int = 4,
         prefetch_queue_depth: int = 2,
         label: str | None = None,
-        decoder: GpuDecoder = GPU_DECODER,
+        decoder: Decoder = DECODER,
     ) -> None:
         options = pipeline_options(
             device,
@@ -102,7 +102,7 @@ class FullImageLoader:
         world_size: int = 1,
         num_threads: int = 4,
         prefetch_queue_depth: int = 2,
-        decoder: GpuDecoder = GPU_DECODER,
+        decoder: Decoder = DECODER,
     ) -> None:
         options = pipeline_options(
             device,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from dali_pipelines.augmentations import AugmentationError, ViewBackend, Views
-from dali_pipelines.decoder import GPU_DECODER
+from dali_pipelines.decoder import DECODER, Decoder, DecoderDevice
 from iwm.model_config import ActionConfig, EncoderConfig, LossConfig, MaskingConfig, PredictorConfig
 from iwm.ranges import ConfigError as ConfigError
 from iwm.ranges import Range, check_ranges
@@ -51,15 +51,23 @@ class DataConfig:
     0: the process's share of the available cores, less two for torch's operators where the model is on a GPU."""
     prefetch_queue_depth: Annotated[int, Range(min=1)] = 2
     """Number of batches prepared in advance."""
-    hw_decoder_load: Annotated[float, Range(min=0, max=1)] = GPU_DECODER.hw_decoder_load
+    decoder_device: DecoderDevice = DECODER.device
+    """With backends `gpu` and `triton`: device that decodes JPEGs. `gpu`: nvJPEG decodes.
+    `cpu`: CPU cores decode and crop; the crops are copied to the GPU."""
+    hw_decoder_load: Annotated[float, Range(min=0, max=1)] = DECODER.hw_decoder_load
     """On a GPU: share of the images (0 to 1) decoded by the hardware JPEG engine.
     The kernels of nvJPEG decode the others."""
-    decoder_width_hint: Annotated[int, Range(min=0)] = GPU_DECODER.width_hint
+    decoder_width_hint: Annotated[int, Range(min=0)] = DECODER.width_hint
     """On a GPU: image width (pixels) for which decoder memory is allocated in advance.
     Wider images cost a reallocation."""
-    decoder_height_hint: Annotated[int, Range(min=0)] = GPU_DECODER.height_hint
+    decoder_height_hint: Annotated[int, Range(min=0)] = DECODER.height_hint
     """On a GPU: image height (pixels) for which decoder memory is allocated in advance.
-    `benchmarks/throughput.py tune` prints these hints and the best backend, threads, queue depth and decoder load."""
+    `benchmarks/throughput.py tune` prints the fastest backend, decoder, threads and queue depth."""
+
+    @property
+    def decoder(self) -> Decoder:
+        """Settings of the JPEG decoder."""
+        return Decoder(self.decoder_device, self.hw_decoder_load, self.decoder_width_hint, self.decoder_height_hint)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ last row and column, and no visible patch is discarded to make a batch rectangul
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from iwm.loss_tokens import LossTokens, loss_mask, pack_loss_tokens
 from iwm.model_config import LossConfig, MaskingConfig
-from iwm.packing import BufferSize, Packing, buffer_size, copy_to_device, pack_tokens
+from iwm.packing import BufferSize, Packing, buffer_size, copy_to_device_together, pack_tokens
 
 
 class Masks(NamedTuple):
@@ -91,16 +91,16 @@ class PackedMasks(NamedTuple):
 
     def to(self, device: torch.device) -> PackedMasks:
         """Copy to the device without making the host wait."""
-        return self.apply(partial(copy_to_device, device=device))
+        copies = iter(copy_to_device_together(self.tensors(), device))
+        return self.apply(lambda _: next(copies))
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> PackedMasks:
-        """Apply `function` to each tensor and return the new masks."""
-        predictor = None if self.predictor is None else Packing(*map(function, self.predictor))
+        """Apply `function` to each tensor, in the order of `tensors`, and return the new masks."""
         return PackedMasks(
             function(self.visible),
             function(self.predicted),
             Packing(*map(function, self.context)),
-            predictor,
+            None if self.predictor is None else Packing(*map(function, self.predictor)),
             self.loss.apply(function),
         )
 

@@ -11,10 +11,12 @@ with the device.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int32, Int64
+from jaxtyping import Bool, Float, Int32, Int64, UInt8
 from torch import Tensor
 
 CAPACITY_SIGMAS = 4.0
@@ -43,12 +45,48 @@ class Packing(NamedTuple):
 
     def to(self, device: torch.device) -> Packing:
         """Copy to the device without making the host wait."""
-        return Packing(*(copy_to_device(part, device) for part in self))
+        return Packing(*copy_to_device_together(self, device))
 
 
 def copy_to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a tensor to the device from pinned memory, without making the host wait."""
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+def copy_to_device_together(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Copy tensors to the device in one piece, without making the host wait. They share memory there.
+
+    Each copy waits for its turn among those of the pipeline: nine one after another took 0.4 ms of a training step.
+    """
+    if device.type == "cpu":
+        return list(tensors)
+    return split_bytes(copy_to_device(joined_bytes(tensors), device), tensors)
+
+
+ALIGNMENT = 16
+"""Factor of the position of each tensor in `joined_bytes`: the widest load of a kernel (bytes)."""
+
+
+def joined_bytes(tensors: Sequence[Tensor]) -> UInt8[Tensor, " n"]:
+    """Return the bytes of all tensors in one buffer."""
+    *begins, end = _positions(tensors)
+    buffer = torch.empty(end, dtype=torch.uint8)
+    for tensor, begin in zip(tensors, begins, strict=True):
+        buffer[begin : begin + tensor.nbytes].view(tensor.dtype).copy_(tensor.flatten())
+    return buffer
+
+
+def split_bytes(buffer: UInt8[Tensor, " n"], like: Sequence[Tensor]) -> list[Tensor]:
+    """Return views of the buffer that `joined_bytes` made of tensors with these shapes and dtypes."""
+    return [
+        buffer[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        for tensor, begin in zip(like, _positions(like)[:-1], strict=True)
+    ]
+
+
+def _positions(tensors: Sequence[Tensor]) -> list[int]:
+    """Return the first byte of each tensor in the buffer, and the buffer's length."""
+    return [0, *accumulate(ALIGNMENT * math.ceil(tensor.nbytes / ALIGNMENT) for tensor in tensors)]
 
 
 class BufferSize(NamedTuple):

@@ -30,9 +30,10 @@ class NormTiling(NamedTuple):
     """Number of programs. Each writes three rows of sums, so more of them cost memory traffic."""
 
 
-TILING = NormTiling(4096, 16, 2, 132)
-"""Tiling in use; a benchmark may replace it. One program for each multiprocessor of an H100, with 16 warps of 100
-registers per thread and 24 KiB of loads in flight. Chosen from what the compiler reports for sm_90, not timed yet."""
+TILING = NormTiling(4096, 16, 3, 132)
+"""Tiling in use; a benchmark may replace it. The fastest of five timed on an H100: one program for each multiprocessor,
+with 16 warps of 97 registers per thread and 48 KiB of shared memory for the loads in flight. Its 86 µs for the
+context encoder (with two stages 116) compare with 55 µs for the bytes alone at 3 TB/s."""
 
 
 @torch.library.custom_op("iwm::residual_norm_backward", mutates_args=())

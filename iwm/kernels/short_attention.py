@@ -41,13 +41,6 @@ class AttentionTiling(NamedTuple):
     """Steps of the inner loop whose loads are in flight, including the current one."""
     registers: int | None = None
     """Maximum number of registers per thread; None: the compiler's choice."""
-    tiles: int = 1
-    """Number of tiles (1 or 2) that the keys of one backward pass over the queries are split into.
-
-    Two tiles need the registers of one tile's scores only.
-    """
-    fixed: bool = True
-    """Compile the backward pass of dense sequences for their length."""
 
 
 TILINGS: dict[tuple[str, str, int], AttentionTiling] = {
@@ -56,7 +49,7 @@ TILINGS: dict[tuple[str, str, int], AttentionTiling] = {
     ("forward", "dense", 64): AttentionTiling(64, 64, 16, 4, 2),
     ("forward", "packed", 32): AttentionTiling(64, 64, 64, 4, 2),
     ("forward", "packed", 64): AttentionTiling(64, 64, 64, 4, 2),
-    ("backward", "dense", 32): AttentionTiling(32, 128, 16, 4, 2),
+    ("backward", "dense", 32): AttentionTiling(32, 128, 16, 4, 3),
     ("backward", "dense", 64): AttentionTiling(64, 128, 16, 8, 2),
     ("backward", "packed", 32): AttentionTiling(32, 128, 32, 4, 2),
     ("backward", "packed", 64): AttentionTiling(32, 64, 32, 4, 1, 168),
@@ -70,7 +63,7 @@ def _tiling(phase: str, offsets: Tensor | None, width: int, most: int) -> Attent
     tiling = TILINGS.get((phase, "dense" if offsets is None else "packed", width), PLAIN)
     queries, keys, tail = (min(most, size) for size in tiling[:3])
     tail = min(tail, keys if phase == "forward" else queries)
-    return tiling._replace(queries=queries, keys=keys, tail=tail, tiles=min(tiling.tiles, keys // 16))
+    return tiling._replace(queries=queries, keys=keys, tail=tail)
 
 
 LOG2_E = 1.4426950408889634
@@ -117,10 +110,9 @@ def attend_backward(
     tiling = _tiling("backward", offsets, width, most)
     if tokens and sequences:
         backward_kernel[heads, sequences](
-            qkv, offsets, out, lse, grad_out, grad_qkv, sums, tokens, length, dim**-0.5 * LOG2_E, dim**-0.5,
-            length if offsets is None and tiling.fixed else 0, heads, dim, width,
-            tiling.queries, tiling.keys // tiling.tiles, tiling.tail, tiling.stages, most > tiling.keys,
-            tiling.tiles > 1, num_warps=tiling.warps, maxnreg=tiling.registers,
+            qkv, offsets, out, lse, grad_out, grad_qkv, sums, tokens, dim**-0.5 * LOG2_E, dim**-0.5,
+            length if offsets is None else 0, heads, dim, width, tiling.queries, tiling.keys, tiling.tail,
+            tiling.stages, most > tiling.keys, num_warps=tiling.warps, maxnreg=tiling.registers,
         )  # fmt: skip
         return grad_qkv, sums
     return grad_qkv, sums.zero_()

@@ -133,11 +133,10 @@ def _weigh(q, do, delta, log, k, k_or_zero, v, dq, dk, dv, scale):
 
 @triton.jit
 def _walk(
-    base, out, lse, grad_out, grad, k, k_or_zero, v, dk, dv, k2, k2_or_zero, v2, dk2, dv2,
-    rows, count, before, scale, scale_qk, stride: tl.constexpr, dim: tl.constexpr, width: tl.constexpr,
-    split: tl.constexpr, two: tl.constexpr, whole: tl.constexpr,
+    base, out, lse, grad_out, grad, k, k_or_zero, v, dk, dv, rows, count, before, scale, scale_qk,
+    stride: tl.constexpr, dim: tl.constexpr, width: tl.constexpr, split: tl.constexpr, whole: tl.constexpr,
 ):  # fmt: skip
-    """Process one tile of queries: write its dQ and add to dK and dV of one tile of keys, or of two (`two`).
+    """Process one tile of queries: write its dQ and add to dK and dV of one tile of keys.
 
     Weights are 0 outside the sequence.
     """
@@ -148,13 +147,11 @@ def _walk(
     log = tl.load(lse + rows) if whole else tl.load(lse + rows, mask=rows < count, other=float("inf"))
     dq = tl.zeros([q.shape[0], width], tl.float32)
     dq, dk, dv = _weigh(q, do, delta, log, k, k_or_zero, v, dq, dk, dv, scale)
-    if two:
-        dq, dk2, dv2 = _weigh(q, do, delta, log, k2, k2_or_zero, v2, dq, dk2, dv2, scale)
     dq *= scale_qk
     if split:
         dq += _load(grad, rows, tl.where(before, count, 0), stride, dim, width, False).to(tl.float32)
     _store(grad, dq, rows, count, stride, dim, width)
-    return dk, dv, dk2, dv2
+    return dk, dv
 
 
 @triton.jit
@@ -192,12 +189,11 @@ def _add(sums, values, before, dim: tl.constexpr, width: tl.constexpr, split: tl
     tl.store(sums + columns, values, mask=columns < dim)
 
 
-@triton.jit(do_not_specialize=["tokens", "length"])
+@triton.jit(do_not_specialize=["tokens"])
 def backward_kernel(
-    qkv, offsets, out, lse, grad_out, grad_qkv, sums, tokens, length, scale, scale_qk,
-    fixed: tl.constexpr, heads: tl.constexpr, dim: tl.constexpr, width: tl.constexpr,
+    qkv, offsets, out, lse, grad_out, grad_qkv, sums, tokens, scale, scale_qk,
+    length: tl.constexpr, heads: tl.constexpr, dim: tl.constexpr, width: tl.constexpr,
     block_q: tl.constexpr, block_k: tl.constexpr, tail: tl.constexpr, stages: tl.constexpr, split: tl.constexpr,
-    two: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradient of one head of one sequence and its sums over the tokens. Grid (heads, sequences).
 
@@ -207,12 +203,9 @@ def backward_kernel(
     scale: factor of the scores in base 2. scale_qk: factor of the scores, for the gradients of queries and keys.
     split: True where a sequence can have more keys than one pass over its queries takes. There is then one pass for
     each block of keys, and every pass after the first adds to the dQ that this program itself wrote before.
-    two: True where a pass takes two tiles of `block_k` keys, else one.
-    fixed: `length` where sequences are dense and the kernel is compiled for it, else 0. The known addresses of the last
-    queries then stay in registers: 176 per thread rather than 168, with tiles of 64 · 64 · 32.
     """
     head = tl.program_id(0)
-    first, count = _bounds(offsets, tl.program_id(1), fixed if fixed > 0 else length)
+    first, count = _bounds(offsets, tl.program_id(1), length)
     stride: tl.constexpr = 3 * heads * dim
     base = qkv + first * stride + head * dim
     out, grad_out = out + first * heads * dim + head * dim, grad_out + first * heads * dim + head * dim
@@ -222,31 +215,25 @@ def backward_kernel(
     if offsets is not None and count == 0:
         for part in tl.static_range(1, 3):
             _add(sums + stride // 3 * part, tl.zeros([width], tl.float32), False, dim, width, False)
-    for begin in tl.range(0, count, 2 * block_k if two else block_k, num_stages=1):
+    for begin in tl.range(0, count, block_k, num_stages=1):
         keys = begin + tl.arange(0, block_k)
         k, k_or_zero, v = _tile(base, keys, count, stride, dim, width)
         dk, dv = tl.zeros([block_k, width], tl.float32), tl.zeros([block_k, width], tl.float32)
-        k2, k2_or_zero, v2, dk2, dv2 = k, k_or_zero, v, dk, dv
-        if two:
-            k2, k2_or_zero, v2 = _tile(base, keys + block_k, count, stride, dim, width)
         steps = count // block_q * block_q
         for start in tl.range(0, steps, block_q, num_stages=stages):
             rows = start + tl.arange(0, block_q)
-            dk, dv, dk2, dv2 = _walk(
-                base, out, lse, grad_out, grad, k, k_or_zero, v, dk, dv, k2, k2_or_zero, v2, dk2, dv2,
-                rows, count, begin > 0, scale, scale_qk, stride, dim, width, split, two, True,
+            dk, dv = _walk(
+                base, out, lse, grad_out, grad, k, k_or_zero, v, dk, dv, rows, count, begin > 0, scale, scale_qk,
+                stride, dim, width, split, True,
             )  # fmt: skip
         for start in tl.range(steps, count, tail, num_stages=1):
             rows = start + tl.arange(0, tail)
-            dk, dv, dk2, dv2 = _walk(
-                base, out, lse, grad_out, grad, k, k_or_zero, v, dk, dv, k2, k2_or_zero, v2, dk2, dv2,
-                rows, count, begin > 0, scale, scale_qk, stride, dim, width, split, two, False,
+            dk, dv = _walk(
+                base, out, lse, grad_out, grad, k, k_or_zero, v, dk, dv, rows, count, begin > 0, scale, scale_qk,
+                stride, dim, width, split, False,
             )  # fmt: skip
         _finish(grad, sums, dk, dv, keys, count, begin > 0, scale_qk, stride, dim, width, split)
         tl.debug_barrier()  # values that are read again may have been written by another thread
-        if two:
-            _finish(grad, sums, dk2, dv2, keys + block_k, count, True, scale_qk, stride, dim, width, True)
-            tl.debug_barrier()
     total = tl.zeros([128, width], tl.float32)
     for start in tl.range(0, count, 128, num_stages=1):  # dQ is read back: a running sum would take registers
         total += _load(grad, start + tl.arange(0, 128), count, stride, dim, width, False).to(tl.float32)

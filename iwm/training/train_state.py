@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from dali_pipelines.decoder import GpuDecoder
 from dali_pipelines.loader import LoaderStateError, ViewLoader
 from iwm.config import Config, ConfigError
 from iwm.config_io import config_diff, split_changes
@@ -141,7 +140,7 @@ def split_batch(batch: int, most: int | None, processes: int, names: tuple[str, 
     return micro_batch, share // micro_batch
 
 
-LOADER_RESET_FIELDS = {"batch_size", "world_size", "rank", "device", "backend", "dali"}
+LOADER_RESET_FIELDS = {"batch_size", "world_size", "rank", "device", "backend", "decoder", "dali"}
 """Loader settings that may change on resume; the epoch restarts."""
 
 
@@ -169,9 +168,7 @@ def _open_loader(
             world_size=dist.size,
             num_threads=config.data.num_threads or loader_threads(dist.device, dist.local_size),
             prefetch_queue_depth=config.data.prefetch_queue_depth,
-            decoder=GpuDecoder(
-                config.data.hw_decoder_load, config.data.decoder_width_hint, config.data.decoder_height_hint
-            ),
+            decoder=config.data.decoder,
             state=state,
         )
 

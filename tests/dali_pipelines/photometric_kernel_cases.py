@@ -189,6 +189,6 @@ def test_the_parity_benchmark_compares_the_kernels_with_the_replay(
     shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(parity, "SINGLE_OP", {name: SINGLE_OP[name] for name in ("hue", "blur")})
-    rows = parity.measured(ParityOptions(device="cpu", images=2, size=16), shards, triton=True)
+    rows = parity.measured(ParityOptions(DEVICE, images=2, size=16), shards, triton=True)
     assert len(rows) == 2 * (2 + 2)
     assert all(row["triton"]["mean"] <= 0.1 for row in rows)

@@ -23,6 +23,14 @@ def test_the_kernels_have_every_op() -> None:
     assert missing_ops(Views()) == []
 
 
+def test_no_argument_has_a_name_that_tritons_launcher_overwrites() -> None:
+    pytest.importorskip("triton")
+    from dali_pipelines import photometric_triton
+
+    for name in ("grey_sums_kernel", "views_kernel", "blur_kernel"):
+        assert not {"params", "specialization", "options"} & set(getattr(photometric_triton, name).arg_names)
+
+
 VIEWS = {"first": SOURCE.start, "second": TARGET.start, "pixels": 224 * 224, "parts": 49}
 KERNELS: list[tuple[str, dict[str, Any]]] = [
     *(("grey_sums_kernel", {**VIEWS, "linear": linear, "block": SUMMED_PIXELS}) for linear in (True, False)),
@@ -46,7 +54,7 @@ def test_the_kernels_compile_for_a_hopper_gpu_without_one(name: str, constants: 
     from dali_pipelines import photometric_triton
 
     kernel = getattr(photometric_triton, name)
-    pointers = {"params": "*fp32", "sums": "*i32"}
+    pointers = {"drawn": "*fp32", "sums": "*i32"}
     signature = {
         argument: "constexpr" if argument in constants else pointers.get(argument, "*u8")
         for argument in kernel.arg_names

@@ -122,11 +122,9 @@ def test_compiles_into_one_graph() -> None:
 
 BACKWARD = [
     AttentionTiling(32, 128, 16, 4, 2),
-    AttentionTiling(64, 64, 16, 4, 1, 168, 1, False),
-    AttentionTiling(32, 64, 16, 4, 1, 128, 1, False),
-    AttentionTiling(64, 256, 16, 8, 3, None, 2),
-    AttentionTiling(32, 64, 32, 4, 2, None, 2),
-    AttentionTiling(16, 32, 16, 4, 1, None, 2, False),
+    AttentionTiling(64, 64, 16, 4, 1, 168),
+    AttentionTiling(64, 256, 16, 8, 3),
+    AttentionTiling(16, 32, 16, 4, 1),
 ]
 
 

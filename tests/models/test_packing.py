@@ -14,7 +14,15 @@ from iwm.masking import Masks, mask_buffer_sizes, pack_masks, sample_masks, toke
 from iwm.model_config import ActionConfig, EncoderConfig, LossConfig, MaskingConfig, PredictorConfig
 from iwm.models.attention import set_attention_impl
 from iwm.models.world_model import WorldModel
-from iwm.packing import CAPACITY_SIGMAS, BufferSize, gather_tokens, pack_tokens, scatter_tokens
+from iwm.packing import (
+    CAPACITY_SIGMAS,
+    BufferSize,
+    gather_tokens,
+    joined_bytes,
+    pack_tokens,
+    scatter_tokens,
+    split_bytes,
+)
 from iwm.recipes import RECIPES
 
 GRID, BATCH = 6, 16
@@ -134,6 +142,22 @@ def test_every_visible_patch_is_packed_once_whatever_the_buffer(fixed: BufferSiz
         assert torch.equal(packing.token_mask.sum(1), lengths.long())
         assert packing.token_mask.flatten()[packing.padded_index].all()
         assert len(packing.padded_index.unique()) == len(packing.padded_index)
+
+
+def test_tensors_are_copied_in_one_piece_and_come_out_as_they_were() -> None:
+    tensors = [
+        torch.tensor([True, False, True]),
+        torch.arange(6).view(2, 3).t(),  # not contiguous
+        torch.empty(0, 4),
+        torch.tensor(0.5),
+        torch.arange(5, dtype=torch.int32),
+    ]
+    buffer = joined_bytes(tensors)
+    assert buffer.shape == (16 + 48 + 0 + 16 + 32,)
+    for tensor, copy in zip(tensors, split_bytes(buffer, tensors), strict=True):
+        assert (copy.dtype, copy.shape) == (tensor.dtype, tensor.shape)
+        assert torch.equal(copy, tensor)
+        assert (copy.data_ptr() - buffer.data_ptr()) % 16 == 0 or copy.numel() == 0
 
 
 def test_laying_and_picking_undo_each_other_and_so_do_their_gradients() -> None:
