@@ -27,6 +27,7 @@ from options import TuneOptions
 from rich.console import Console
 from rich.table import Table
 from synthetic_data import generated_shards
+from timing import release_memory
 
 from iwm.ranges import ConfigError, check_ranges
 from iwm.recipes import RECIPES, with_scenario
@@ -63,6 +64,7 @@ def run(options: TuneOptions, console: Console) -> dict[str, Any]:
         candidates = candidates_for(options, work, console)
         if len(candidates) > 1:
             training = training_rates(recipe, options, work, candidates, console)
+            release_memory(work.device)
             name, why = choose(training)
             show("training: images/s by backend and decoder", training, name, why, console)
         else:

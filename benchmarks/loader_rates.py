@@ -17,7 +17,7 @@ from options import TuneOptions
 from rich.console import Console
 from simplejpeg import decode_jpeg_header
 from step_modes import cooldown_steps, measure_end_to_end, measure_model, new_train_state, resident_batches
-from timing import Measured, StepTimings, interleave, release_memory
+from timing import Measured, StepTimings, interleave
 
 from dali_pipelines.augmentations import Views
 from dali_pipelines.loader import ViewLoader
@@ -136,5 +136,4 @@ def training_rates(
                 between=lambda: None,
                 say=status.update,
             )
-    release_memory(dist.device)
     return {name: [turn.images_per_second for turn in windows] for name, windows in turns.items()}

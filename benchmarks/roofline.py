@@ -31,11 +31,12 @@ ASSUMED = {
     "attention_tflops": GpuRate(120.0, "TFLOP/s", "assumed"),
     "bandwidth": GpuRate(2.9, "TB/s", "assumed"),
     "peak_tflops": GpuRate(784.0, "TFLOP/s", "assumed"),
-    "gap_us": GpuRate(1.0, "µs", "assumed"),
+    "gap_us": GpuRate(3.5, "µs", "assumed"),
 }
 """Rates in bf16, by their options, from an H100 (benchmarks/results/h100-2026-11-26): those of a step's matrix products
 and attention kernels, averaged over their time (B/16 recipe, 256 images), of a copy, and of a product of two 8192²
-matrices. The gap is that of a CUDA graph; it was not measured."""
+matrices. The gap is that of a CUDA graph: the idle time and the memsets of a step (3.8 ms), over its counted kernels
+(benchmarks/results/h100-2026-11-26-b)."""
 
 
 def choose_rates(options: TrafficOptions) -> dict[str, GpuRate]:
