@@ -174,6 +174,34 @@ class TuneOptions:
 
 
 @dataclass(frozen=True)
+class DownstreamOptions:
+    """Training rate and memory of each downstream protocol at its own settings, and the rate of its pipeline alone."""
+
+    recipe: str | None = None
+    """Recipe of the encoder and predictor. None: iwm_b16_equi_18x384 on a GPU, else demo."""
+    protocols: tuple[str, ...] = ()
+    """Protocols to measure (iwm/evaluate.py --help lists them). None: all."""
+    shards: Path | None = None
+    """Folder of shards with labels and, for segmentation, masks. None: generated ones, in data/benchmark."""
+    train: str = "train"
+    """Training split of the shards."""
+    val: str = "val"
+    """Held-out split of the shards."""
+    label: str = "label"
+    """Label column of the shards."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device of the model and of the first pipeline."""
+    batch_size: Annotated[int, Range(min=1)] = 1024
+    """Maximum number of images per step. The rate depends on the images of a pass, which the protocol chooses."""
+    steps: Annotated[int, Range(min=2)] = 12
+    """Number of training steps, of which the second half is counted."""
+    seconds: Annotated[float, Range(above=0)] = 3.0
+    """Duration of the measurement of each pipeline (seconds)."""
+    json: Path | None = None
+    """File for all results (JSON)."""
+
+
+@dataclass(frozen=True)
 class TrafficOptions:
     """Kernels, memory traffic and FLOPs of a compiled training step, counted without a GPU; estimated time.
 

@@ -32,7 +32,7 @@ PHOTOGRAPHS = tuple(Path(skimage.__file__).parent / "data" / name for name in _N
 TOOLS = Path(__file__).parents[1] / "tools"
 GENERATED = Path("data/benchmark")
 """Folder of the generated shards."""
-LABELLED = {"train": 256, "val": 16}
+LABELLED = {"train": 1024, "val": 16}
 """Number of images with a label and a mask, by split."""
 
 

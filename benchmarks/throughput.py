@@ -4,6 +4,8 @@ python benchmarks/throughput.py data [--recipe R] [--shards DIR] [--baseline tor
 
 python benchmarks/throughput.py all [--recipe R] [--scenario S] [--shards DIR] [--SECTION.FIELD V] [--plot FILE]
 
+python benchmarks/throughput.py downstream [--recipe R] [--protocols P ...]
+
 python benchmarks/throughput.py traffic [--recipe R] [--batch-size B] [--SECTION.FIELD V]
 
 torchrun --nproc_per_node N benchmarks/throughput.py scaling [--recipe R] [--images I]
@@ -20,6 +22,7 @@ import tyro
 from environment import check_writable, environment_info
 from options import (
     AllOptions,
+    DownstreamOptions,
     EndToEndOptions,
     InterferenceOptions,
     LoaderOptions,
@@ -47,6 +50,7 @@ def modes(arguments: list[str]) -> dict[str, tuple[Any, str]]:
         "all": (default_options(AllOptions, arguments), "training"),
         "tune": (TuneOptions(), "autotune"),
         "scaling": (default_options(ScalingOptions, arguments), "scaling"),
+        "downstream": (DownstreamOptions(), "downstream"),
         "traffic": (traffic_options(arguments), "traffic"),
     }
 

@@ -199,17 +199,19 @@ class Rate(NamedTuple):
     """
 
 
-def measure(stream: Stream, cores: list[int], seconds: float, windows: int) -> list[Rate]:
+def measure(stream: Stream, cores: list[int] | None, seconds: float, windows: int) -> list[Rate]:
     """Return the rates of `windows` equal windows of `seconds` in total, after a warm-up of a fifth of that.
 
-    Each call uses a new process, free of memory, threads and caches of other loaders.
+    Each call uses a new process, free of memory, threads and caches of other loaders. cores: CPU cores that it is
+    pinned to; None: all that it may use.
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_pin, initargs=(cores,)) as process:
         return process.submit(_measure, stream, seconds, windows).result()
 
 
-def _pin(cores: list[int]) -> None:
-    os.sched_setaffinity(0, cores)
+def _pin(cores: list[int] | None) -> None:
+    if cores is not None:
+        os.sched_setaffinity(0, cores)
 
 
 def _measure(stream: Stream, seconds: float, windows: int) -> list[Rate]:
