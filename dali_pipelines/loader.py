@@ -154,9 +154,11 @@ class ResumableLoader(ABC, Generic[SettingsT, BatchT]):
 
         DALI itself does not check this, and would continue with other samples without an error.
         """
-        different = {name: now for name, now in self._identity.items() if state.get(name) != now}
+        # States of older versions have no decoder. On a CPU their graph is the same; DALI refuses those of a GPU.
+        before = {"decoder": "cpu", **state} if state.get("device") == "cpu" else state
+        different = {name: now for name, now in self._identity.items() if before.get(name) != now}
         if different:
-            changes = "; ".join(f"{name} was {state.get(name)!r}, is {now!r}" for name, now in different.items())
+            changes = "; ".join(f"{name} was {before.get(name)!r}, is {now!r}" for name, now in different.items())
             raise LoaderStateError(
                 f"the saved state of the data loader belongs to other settings: {changes}. "
                 "Use the same settings to continue mid-epoch, or start a new epoch without the saved state",

@@ -125,3 +125,7 @@ def test_a_state_of_another_backend_is_refused_by_name(shards: Path) -> None:
         with pytest.raises(LoaderStateError, match=f"{name} was 'gpu', is 'cpu'") as caught:
             loader(state={**state, name: "gpu"})
         assert caught.value.different == {name}
+    older = {name: value for name, value in state.items() if name != "decoder"}
+    loader(state=older)
+    with pytest.raises(LoaderStateError, match="decoder was None, is 'cpu'"):
+        loader(state={**older, "device": "gpu"})
