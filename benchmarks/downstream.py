@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from environment import BenchmarkError, lookup
-from options import GPU_RECIPE, DownstreamOptions
+from options import GPU_RECIPE, DownstreamRateOptions
 from rich.console import Console
 from rich.table import Table
 from synthetic_data import labelled_shards
@@ -44,7 +44,7 @@ WINDOWS = 3
 EVALUATE = Path(__file__).parents[1] / "iwm" / "evaluate.py"
 
 
-def run(options: DownstreamOptions, console: Console) -> dict[str, Any]:
+def run(options: DownstreamRateOptions, console: Console) -> dict[str, Any]:
     """Measure, print a table, and return the results. Raises BenchmarkError and ShardError."""
     check_ranges(options)
     protocols = options.protocols or tuple(PROTOCOLS)
@@ -81,7 +81,7 @@ def untrained_run(folder: Path, config: Config) -> Path:
     return folder
 
 
-def trained(name: str, run_dir: Path, shards: Path, options: DownstreamOptions) -> dict[str, Any]:
+def trained(name: str, run_dir: Path, shards: Path, options: DownstreamRateOptions) -> dict[str, Any]:
     """Train a protocol for a few steps; return its rate, data wait, images per pass and memory.
 
     The first half of the steps, which compile and settle, is not counted. Raises BenchmarkError where the command ends
@@ -130,7 +130,7 @@ class CropWork(NamedTuple):
 
 
 def pipelines(
-    name: str, config: Config, shards: Path, batch_size: int, device: torch.device, options: DownstreamOptions
+    name: str, config: Config, shards: Path, batch_size: int, device: torch.device, options: DownstreamRateOptions
 ) -> dict[str, float]:
     """Return the images/s of a protocol's pipeline alone, by device."""
     settings: Any = PROTOCOLS[name].settings(Path("unused"))

@@ -174,7 +174,7 @@ class TuneOptions:
 
 
 @dataclass(frozen=True)
-class DownstreamOptions:
+class DownstreamRateOptions:
     """Training rate and memory of each downstream protocol at its own settings, and the rate of its pipeline alone."""
 
     recipe: str | None = None

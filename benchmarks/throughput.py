@@ -22,7 +22,7 @@ import tyro
 from environment import check_writable, environment_info
 from options import (
     AllOptions,
-    DownstreamOptions,
+    DownstreamRateOptions,
     EndToEndOptions,
     InterferenceOptions,
     LoaderOptions,
@@ -50,7 +50,7 @@ def modes(arguments: list[str]) -> dict[str, tuple[Any, str]]:
         "all": (default_options(AllOptions, arguments), "training"),
         "tune": (TuneOptions(), "autotune"),
         "scaling": (default_options(ScalingOptions, arguments), "scaling"),
-        "downstream": (DownstreamOptions(), "downstream"),
+        "downstream": (DownstreamRateOptions(), "downstream"),
         "traffic": (traffic_options(arguments), "traffic"),
     }
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from downstream import run
 from environment import BenchmarkError
-from options import DownstreamOptions
+from options import DownstreamRateOptions
 from rich.console import Console
 
 QUIET = Console(quiet=True)
@@ -16,7 +16,7 @@ QUIET = Console(quiet=True)
 
 def test_a_protocol_has_a_rate_a_memory_and_a_pipeline(tiny_shards: Path) -> None:
     console = Console(file=io.StringIO(), width=150)
-    options = DownstreamOptions(
+    options = DownstreamRateOptions(
         "demo", ("linear",), tiny_shards, device="cpu", batch_size=8, steps=4, seconds=0.1
     )  # fmt: skip
     row = run(options, console)["protocols"]["linear"]
@@ -28,12 +28,12 @@ def test_a_protocol_has_a_rate_a_memory_and_a_pipeline(tiny_shards: Path) -> Non
 
 
 def test_the_message_of_a_failed_command_is_passed_on(tiny_shards: Path) -> None:
-    options = DownstreamOptions("demo", ("linear",), tiny_shards, label="absent", device="cpu", steps=2)
+    options = DownstreamRateOptions("demo", ("linear",), tiny_shards, label="absent", device="cpu", steps=2)
     with pytest.raises(BenchmarkError, match=r"--protocols linear: ended with code 1: .*absent"):
         run(options, QUIET)
 
 
-@pytest.mark.parametrize("options", [DownstreamOptions(protocols=("liner",)), DownstreamOptions("no_such")])
-def test_an_unknown_name_is_refused(options: DownstreamOptions) -> None:
+@pytest.mark.parametrize("options", [DownstreamRateOptions(protocols=("liner",)), DownstreamRateOptions("no_such")])
+def test_an_unknown_name_is_refused(options: DownstreamRateOptions) -> None:
     with pytest.raises(BenchmarkError, match="does not exist; choose from"):
         run(options, QUIET)
