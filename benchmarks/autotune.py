@@ -10,8 +10,6 @@ and the GPU's memory. A turn is measured after the pipeline has settled.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -23,7 +21,7 @@ from loader_rates import (
     rate,
     training_rates,
 )
-from options import TuneOptions
+from options import GPU_RECIPE, TuneOptions, settings_of
 from rich.console import Console
 from rich.table import Table
 from synthetic_data import generated_shards
@@ -34,9 +32,6 @@ from iwm.recipes import RECIPES, with_scenario
 from iwm.training.distributed import loader_threads
 from iwm.training.runtime import select_backend, select_device
 from shards.format import load_manifest
-
-PAPER = "iwm_b16_equi_18x384"
-"""Default recipe."""
 
 ENGINE_SHARE = 0.65
 """Share of the images that the JPEG engine decodes in the candidates that use it: DALI's default."""
@@ -57,7 +52,7 @@ def run(options: TuneOptions, console: Console) -> dict[str, Any]:
     Raises BenchmarkError, ConfigError and ShardError.
     """
     check_ranges(options)
-    work, recipe = loader_setup(options, console), options.recipe or PAPER
+    work, recipe = loader_setup(options, console), options.recipe or GPU_RECIPE
     training: dict[str, list[float]] = {}
     chosen: dict[str, Any] = {}
     if work.device.type == "cuda":
@@ -74,7 +69,7 @@ def run(options: TuneOptions, console: Console) -> dict[str, Any]:
     words = [word for name, value in chosen.items() for word in (f"--data.{name.replace('_', '-')}", str(value))]
     console.print(f"iwm/train.py {' '.join([recipe, *words])}", soft_wrap=True, highlight=False)
     return {
-        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()},
+        "settings": settings_of(options),
         "shards": str(work.folder),
         "batch_size": work.batch_size,
         "training": rounded(training),
@@ -130,7 +125,7 @@ def sweep_settings(
 def loader_setup(options: TuneOptions, console: Console) -> LoaderSetup:
     """Return the loader setup. Raises BenchmarkError or ConfigError for options that the machine cannot run."""
     device = select_device(options.device, "--device")
-    config = lookup("--recipe", options.recipe, RECIPES)() if options.recipe else RECIPES[PAPER]()
+    config = lookup("--recipe", options.recipe or GPU_RECIPE, RECIPES)()
     if options.scenario:
         config = with_scenario(config, options.scenario)
     own = config.data.shards if options.recipe else None

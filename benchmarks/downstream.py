@@ -11,7 +11,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Generator
-from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from environment import BenchmarkError, lookup
-from options import GPU_RECIPE, DownstreamRateOptions
+from options import GPU_RECIPE, DownstreamRateOptions, settings_of
 from rich.console import Console
 from rich.table import Table
 from synthetic_data import labelled_shards
@@ -31,7 +30,7 @@ from dali_pipelines.loader import CropLoader, SegmentationLoader
 from iwm.compat import synchronize
 from iwm.config import Config
 from iwm.downstream.registry import PROTOCOLS
-from iwm.downstream.settings import TrainSettings
+from iwm.downstream.settings import TrainSettings, sized_crops
 from iwm.models.world_model import WorldModel
 from iwm.ranges import check_ranges
 from iwm.recipes import RECIPES
@@ -64,7 +63,7 @@ def run(options: DownstreamRateOptions, console: Console) -> dict[str, Any]:
                 rows[name]["pipeline"] = pipelines(name, config, shards, rows[name]["images_per_pass"], device, options)
     result = {
         "recipe": recipe,
-        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()},
+        "settings": settings_of(options),
         "shards": str(shards),
         "device": device.type,
         "protocols": rows,
@@ -134,7 +133,7 @@ def pipelines(
 ) -> dict[str, float]:
     """Return the images/s of a protocol's pipeline alone, by device."""
     settings: Any = PROTOCOLS[name].settings(Path("unused"))
-    crops, threads = replace(settings.crops, size=config.views.size), loader_threads(device, 1)
+    crops, threads = sized_crops(settings.crops, config.views.size), loader_threads(device, 1)
     rates = {}
     for kind in dict.fromkeys((device.type, "cpu")):
         work = CropWork(shards, options.train, options.label, crops, batch_size, kind, threads)

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
+from environment import BenchmarkError
 from torch import Tensor
 from torch._inductor import ir
 from torch._inductor.dependencies import MemoryDep
@@ -58,7 +59,7 @@ class Kernel(NamedTuple):
 def scheduled_kernels(scheduler: Scheduler, pairs: SequencePairs) -> list[Kernel]:
     """Return the kernels of a graph after fusion, in their order. Call it while the graph is V.graph.
 
-    Raises NotImplementedError for an attention operator with unknown FLOPs.
+    Raises BenchmarkError for an attention operator with unknown FLOPs.
     """
     return [
         _extern(node, pairs) if node.is_extern() else _generated(node)
@@ -205,7 +206,7 @@ def _attention_flops(name: str, node: Any, pairs: SequencePairs) -> int:
         batch, heads, tokens, dim = values["query"].shape
         count, width = batch * tokens * values["key"].shape[2], heads * dim
     else:
-        raise NotImplementedError(f"the FLOPs of {name}")
+        raise BenchmarkError(f"operator {name}: its FLOPs are not known; add them to _attention_flops")
     return 2 * (5 if "backward" in name else 2) * count * width
 
 

@@ -23,7 +23,7 @@ from dali_pipelines.augmentations import Views
 from dali_pipelines.loader import ViewLoader
 from iwm.compat import synchronize
 from iwm.config import DataConfig
-from iwm.recipes import RECIPES, with_scenario
+from iwm.recipes import RECIPES
 from iwm.training.distributed import init_distributed
 from iwm.training.runtime import select_backend
 
@@ -106,9 +106,7 @@ def training_rates(
 
     The pipelines feed the same training state in turns, and exist at the same time; those that wait are idle.
     """
-    config = RECIPES[recipe]()
-    if options.scenario is not None:
-        config = with_scenario(config, options.scenario)
+    config = replace(RECIPES[recipe](), views=work.views)
     data = replace(
         config.data, shards=work.folder, train=work.split, val=None, global_batch_size=work.batch_size,
         micro_batch_size=None,

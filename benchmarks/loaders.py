@@ -17,7 +17,7 @@ import torch
 from baselines import jpeg_decode, torchvision_loader
 from environment import BenchmarkError
 from loader_rates import LoaderSetup, batches
-from options import Baseline, LoaderOptions, chosen_views
+from options import Baseline, LoaderOptions, chosen_views, settings_of
 from rich.console import Console
 from rich.table import Table
 from synthetic_data import GENERATED, generated_shards
@@ -56,7 +56,7 @@ def run(options: LoaderOptions, console: Console) -> dict[str, Any]:
     rivals = [name for name, contender in contenders.items() if contender.same_work and name != "dali"]
     result = {
         "views": asdict(views),
-        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()},
+        "settings": settings_of(options),
         "shards": str(folder),
         "images_per_second": {
             clock: {

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 from environment import BenchmarkError, lookup
@@ -234,6 +234,11 @@ class TrafficOptions:
         """Raise ConfigError for invalid options."""
         self.config.check()
         check_ranges(self)
+
+
+def settings_of(options: Any) -> dict[str, Any]:
+    """Return a mode's options for JSON: paths as strings."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
 
 
 def chosen_views(recipe: str | None, scenario: str | None, size: int | None, colour: JitterImpl | None) -> Views:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import gzip
 import json
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -79,23 +79,23 @@ def read_trace(path: Path) -> list[Operation]:
         raise BenchmarkError(f"{path}: contains no work of a GPU; make the trace on a machine with one")
     begin = min(event["ts"] for event in found)
 
+    def end_of(event: dict[str, Any]) -> float:
+        return float(event["ts"] + event["dur"] - begin) / 1e3
+
     def operation(event: dict[str, Any]) -> Operation:
         launch = launches.get(event["args"].get("correlation"))
-        start, launched = event["ts"] - begin, launch and launch["ts"] + launch["dur"] - begin
-        end = start + event["dur"]
-        return Operation(
-            event["name"], event["args"]["stream"], start / 1e3, end / 1e3, None if launched is None else launched / 1e3
-        )
+        start, launched = (event["ts"] - begin) / 1e3, None if launch is None else end_of(launch)
+        return Operation(event["name"], event["args"]["stream"], start, end_of(event), launched)
 
     return sorted(map(operation, found), key=lambda one: one.start)
 
 
 def training_stream(operations: Sequence[Operation]) -> int:
     """Return the stream with the most work."""
-    work: Counter[int] = Counter()
+    work = defaultdict[int, float](float)
     for one in operations:
-        work[one.stream] += round(1e6 * (one.end - one.start))
-    return work.most_common(1)[0][0]
+        work[one.stream] += one.end - one.start
+    return max(work, key=work.__getitem__)
 
 
 def gaps(operations: Sequence[Operation]) -> list[tuple[float, Operation]]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from dali_pipelines.crops import Interpolation
 from dali_pipelines.dali import dali_math, fn, types
 from dali_pipelines.decoder import Decoder
-from dali_pipelines.photometric import Backend, DataNode
+from dali_pipelines.photometric import Backend, DataNode, as_operand
 
 _INTERPOLATIONS = {"linear": types.INTERP_LINEAR, "cubic": types.INTERP_CUBIC}
 
@@ -48,7 +48,7 @@ def decode_crop(jpeg: DataNode, crop: Crop, backend: Backend, decoder: Decoder) 
     """
     if backend == "cpu" or decoder.device == "cpu":
         box = fn.decoders.image_slice(jpeg, start=crop.start, shape=crop.shape, axes=[0, 1])
-        return box if backend == "cpu" else box.gpu()
+        return as_operand(box, backend)
     return fn.slice(decode_full(jpeg, backend, decoder), start=crop.start, shape=crop.shape, axes=[0, 1])
 
 
@@ -94,8 +94,7 @@ def _resize_width(crop: Crop, size: int) -> DataNode:
 def decode_full(jpeg: DataNode, backend: Backend, decoder: Decoder) -> DataNode:
     """Decode the whole image: uint8 HWC RGB, upright."""
     if backend == "cpu" or decoder.device == "cpu":
-        image = fn.decoders.image(jpeg)
-        return image if backend == "cpu" else image.gpu()
+        return as_operand(fn.decoders.image(jpeg), backend)
     return fn.decoders.image(
         jpeg,
         device="mixed",

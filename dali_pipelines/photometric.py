@@ -271,7 +271,7 @@ def as_op_argument(node: DataNode, backend: Backend) -> DataNode:
 
 
 def as_operand(node: DataNode, backend: Backend) -> DataNode:
-    """Move a node to the images' memory, for arithmetic with them."""
+    """Move a node to the memory of the backend's images, for arithmetic with them or as one of them."""
     return node.gpu() if backend == "gpu" else node
 
 

@@ -187,8 +187,7 @@ def full_images(
 
 def _decode_mask(png: DataNode, backend: Backend) -> DataNode:
     """Decode the class ids, uint8 HWC of one channel. Always decode on the CPU: GPUs have no PNG decoder."""
-    mask = fn.decoders.image(png, output_type=types.GRAY)
-    return mask.gpu() if backend == "gpu" else mask
+    return photometric.as_operand(fn.decoders.image(png, output_type=types.GRAY), backend)
 
 
 class _Box(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import kernels
@@ -13,7 +14,7 @@ import torch
 import traffic
 from environment import BenchmarkError
 from fake_gpu import GPU, GpuProperties, presented_gpu
-from kernel_traffic import Kernel
+from kernel_traffic import Kernel, _attention_flops
 from kernels import step_rate
 from options import traffic_options
 from python_autograd import python_engine
@@ -309,6 +310,12 @@ def test_rates_of_a_step_weigh_kernels_by_their_time(monkeypatch: pytest.MonkeyP
 def test_equal_names_collapse_to_ranges() -> None:
     names = [*(f"encoder.blocks.{number}" for number in (0, 1, 2, 4)), "encoder.norm", "loss"]
     assert collapsed(names) == "encoder.blocks.0-2,4, encoder.norm, loss"
+
+
+def test_an_attention_operator_of_unknown_flops_is_an_error() -> None:
+    node = SimpleNamespace(target=SimpleNamespace(_schema=SimpleNamespace(arguments=[])), args=(), kwargs={})
+    with pytest.raises(BenchmarkError, match=r"operator new\.attention: its FLOPs are not known"):
+        _attention_flops("new.attention", node, {})
 
 
 def test_an_uncompiled_recipe_is_refused() -> None:
