@@ -41,7 +41,7 @@ from rich.console import Console
 from rich.table import Table
 
 from iwm.training.runtime import StopFlag, stop_on_signal
-from shards.errors import run_command
+from shards.command_line import run_command
 
 NOT_ALL = 3
 """Exit code where the total time ended before all checks had run."""

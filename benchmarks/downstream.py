@@ -40,7 +40,6 @@ from iwm.training.runtime import select_device
 
 WINDOWS = 3
 """Number of windows of a pipeline's measurement, of which the median counts."""
-EVALUATE = Path(__file__).parents[1] / "iwm" / "evaluate.py"
 
 
 def run(options: DownstreamRateOptions, console: Console) -> dict[str, Any]:
@@ -98,7 +97,7 @@ def trained(name: str, run_dir: Path, shards: Path, options: DownstreamRateOptio
         words += ["--micro-batch-size", min(settings.micro_batch_size, options.batch_size)]
     if name == "multitask":
         words += ["--tasks", options.label, f"{shards}:{options.label}"]
-    command = [sys.executable, EVALUATE, name, *words]
+    command = [sys.executable, "-m", "iwm.evaluate", name, *words]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     if done.returncode != 0:
         last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]

@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Mapping
+from ctypes import CDLL, byref, c_int
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,6 +36,21 @@ def environment_info() -> dict[str, Any]:
         "packages": packages(),
         "commit": _commit(),
     }
+
+
+def has_gpu() -> bool:
+    """Return True where torch would find a GPU, without importing torch, which takes seconds.
+
+    It asks the driver for its number of devices, as torch does, unless torch is built for the CPU.
+    """
+    if "+cpu" in (_version("torch") or ""):
+        return False
+    try:
+        driver = CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    count = c_int()
+    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(byref(count)) == 0 and count.value > 0
 
 
 def packages() -> dict[str, str | None]:

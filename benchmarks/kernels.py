@@ -36,7 +36,7 @@ from iwm.kernels.gelu import gelu, slope
 from iwm.kernels.mlp import MlpTiling, gelu_backward_bias
 from iwm.kernels.residual_norm import NormTiling, residual_norm_backward
 from iwm.kernels.short_attention import TILINGS, AttentionTiling, attend, attend_backward
-from shards.errors import run_command
+from shards.command_line import run_command
 
 IMAGES, PATCHES, HEADS = 256, 196, 12
 CONTEXT, WHOLE = 26_992, IMAGES * PATCHES

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from iwm.training import checkpoint as checkpoints
-from shards.errors import run_command
+from shards.command_line import run_command
 
 TRAIN = Path(__file__).parents[1] / "iwm" / "train.py"
 

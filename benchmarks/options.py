@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
-from environment import BenchmarkError, lookup
+from environment import BenchmarkError, has_gpu, lookup
 from synthetic_data import GENERATED
 
 from dali_pipelines.augmentations import SCENARIOS, JitterImpl, ViewBackend, Views
@@ -261,9 +261,7 @@ def default_options(kind: type[StepOptionsT], arguments: Sequence[str]) -> StepO
 
     Raises BenchmarkError where the recipe or scenario does not exist.
     """
-    import torch  # not at the top: this module is also imported for the options alone
-
-    gpu = torch.cuda.is_available()
+    gpu = has_gpu()
     chosen, config = _chosen(arguments, GPU_RECIPE if gpu else "demo")
     most = BATCH_EACH * int(os.environ.get("WORLD_SIZE", 1))
     data = replace(

@@ -36,7 +36,7 @@ from dali_pipelines.augmentations import (
 )
 from iwm.compat import HAS_TRITON
 from iwm.training.runtime import select_device
-from shards.errors import run_command
+from shards.command_line import run_command
 
 if TYPE_CHECKING:
     from dali_pipelines.loader import ViewBatch

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from dali_pipelines.augmentations import JitterImpl, ViewBackend, Views
 from iwm.ranges import Range, check_ranges
-from shards.errors import run_command
+from shards.command_line import run_command
 
 
 @dataclass(frozen=True)

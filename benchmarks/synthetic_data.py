@@ -6,6 +6,7 @@ contains, so no network is needed.
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -13,21 +14,19 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import skimage
 from environment import BenchmarkError
 from PIL import Image
 from rich.console import Console
 
 from iwm.config import DataConfig
-from shards.errors import run_command
+from shards.command_line import run_command
 from shards.format import MANIFEST, load_manifest
 
 if TYPE_CHECKING:
     from iwm.training.distributed import DistEnv
 
-_NAMES = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png", "retina.jpg")
-PHOTOGRAPHS = tuple(Path(skimage.__file__).parent / "data" / name for name in _NAMES)
-
+PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png", "retina.jpg")
+"""Files of scikit-image that the images are cut from."""
 
 TOOLS = Path(__file__).parents[1] / "tools"
 GENERATED = Path("data/benchmark")
@@ -41,15 +40,17 @@ def generated_shards(console: Console, folder: Path = GENERATED) -> Path:
     shards = folder / "shards"
     if (shards / MANIFEST).exists():
         return shards
+    skimage = importlib.util.find_spec("skimage")
+    if skimage is None or skimage.origin is None:
+        raise BenchmarkError("scikit-image is missing: pip install scikit-image, or measure your own --shards")
+    source = Path(skimage.origin).parent / "data"
     console.print(f"generating benchmark shards in {shards}")
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "photographs").mkdir(parents=True)
     for photograph in PHOTOGRAPHS:
-        shutil.copy(photograph, folder / "photographs")
-    cut = ["make_tiles.py", folder / "photographs", folder / "tiles", "--count", "1200"]
-    make = ["make_shards.py", folder / "tiles", shards, "--split", "train"]
-    for tool, *arguments in (cut, make):
-        _run(tool, *arguments)
+        shutil.copy(source / photograph, folder / "photographs")
+    _run(TOOLS / "make_tiles.py", folder / "photographs", folder / "tiles", "--count", "1200")
+    _run("-m", "shards", folder / "tiles", shards)
     return shards
 
 
@@ -74,14 +75,14 @@ def labelled_shards(console: Console, folder: Path = GENERATED) -> Path:
             rows.append(f"{tile.relative_to(folder)},class {number % 10},{mask.relative_to(folder)}")
         listing = folder / f"labelled_{split}.csv"
         listing.write_text("\n".join(rows) + "\n")
-        _run("make_shards.py", listing, unfinished, "--split", split)
+        _run("-m", "shards", listing, unfinished, "--split", split)
     # The manifest exists after the first split, so the folder gets its final name only when it is complete.
     unfinished.rename(shards)
     return shards
 
 
-def _run(tool: object, *arguments: object) -> None:
-    command = [sys.executable, str(TOOLS / str(tool)), *map(str, arguments)]
+def _run(*arguments: object) -> None:
+    command = [sys.executable, *map(str, arguments)]
     if (code := subprocess.run(command, check=False).returncode) != 0:
         raise BenchmarkError(f"{' '.join(command)} ended with code {code}; see its message above")
 

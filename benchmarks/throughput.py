@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-import tyro
 from environment import check_writable, environment_info
 from options import (
     AllOptions,
@@ -34,10 +34,10 @@ from options import (
 )
 from rich.console import Console
 
-from shards.errors import run_command
+from shards.command_line import Subcommand, parse_subcommand, run_command
 
 
-def modes(arguments: list[str]) -> dict[str, tuple[Any, str]]:
+def modes(arguments: Sequence[str]) -> dict[str, tuple[Any, str]]:
     """Return each mode's default options and the module whose `run` prints its tables and returns its results.
 
     Raises BenchmarkError where the recipe or scenario does not exist.
@@ -55,21 +55,23 @@ def modes(arguments: list[str]) -> dict[str, tuple[Any, str]]:
     }
 
 
-def main() -> None:
-    arguments, console = sys.argv[1:], Console()
+def main(arguments: Sequence[str] | None = None, prog: str = "benchmarks/throughput.py") -> None:
+    """Run a mode. arguments: None for those of the program. Raises UserError for what the user can fix."""
+    arguments, console = sys.argv[1:] if arguments is None else arguments, Console()
     choices = modes(arguments)
-    options = tyro.extras.overridable_config_cli(
-        {name: ((type(begin).__doc__ or "").partition("\n")[0], begin) for name, (begin, _) in choices.items()},
-        args=arguments,
+    mode, options = parse_subcommand(
+        {name: Subcommand(type(begin), begin) for name, (begin, _) in choices.items()},
+        arguments,
+        prog=prog,
         description=__doc__,
-        prog="benchmarks/throughput.py",
+        noun="mode",
     )
     for option, file in (("--json", options.json), ("--plot", getattr(options, "plot", None))):
         if file is not None:
             check_writable(option, file)
     # Imported late: DALI and timm take seconds to import, and a mistyped option must fail before.
-    module = import_module(next(module for begin, module in choices.values() if type(begin) is type(options)))
-    result = {"mode": arguments[0], **module.run(options, console), "machine": environment_info()}
+    module = import_module(choices[mode][1])
+    result = {"mode": mode, **module.run(options, console), "machine": environment_info()}
     if isinstance(options, AllOptions) and options.plot is not None and not console.quiet:
         import_module("tables").draw(result, options.plot)
         console.print(f"drawn to {options.plot}", soft_wrap=True)

@@ -27,7 +27,7 @@ from rich.table import Table
 from timing import STEPS
 
 from iwm.ranges import Range, check_ranges
-from shards.errors import run_command
+from shards.command_line import run_command
 
 ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
 """Categories of Kineto for work on the GPU."""

@@ -1,4 +1,4 @@
-"""Run an ablation study of the paper: python iwm/ablate.py STUDY RECIPE [OPTIONS] [-- TRAINING OPTIONS]
+"""Run an ablation study of the paper: STUDY RECIPE [OPTIONS] [-- TRAINING OPTIONS]
 
 Trains every variant with every seed, evaluates it on the bank of its own jitter and on a common bank, and prints tables
 in the shape of the paper's with our results and the paper's. Rerun the same command to resume: finished runs are
@@ -10,18 +10,20 @@ skipped. Options after `--` are passed to iwm/train.py for every variant, for ex
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 import tyro
 from rich.console import Console
 
 from iwm.ablation.studies import AblateOptions
-from shards.errors import run_command
+from shards.command_line import run_command
 
 
-def main() -> None:
-    arguments = sys.argv[1:]
+def main(arguments: Sequence[str] | None = None, prog: str = "iwm/ablate.py") -> None:
+    """Run a study. arguments: None for those of the program. Raises UserError for what the user can fix."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     cut = arguments.index("--") if "--" in arguments else len(arguments)
-    options = tyro.cli(AblateOptions, args=arguments[:cut], description=__doc__, prog="iwm/ablate.py")
+    options = tyro.cli(AblateOptions, args=arguments[:cut], description=__doc__, prog=prog)
     # Imported late: torch takes seconds to import, and a mistyped option must fail at once.
     from iwm.ablation.ablate import ablate
     from iwm.training.runtime import stop_on_signal

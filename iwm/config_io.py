@@ -24,6 +24,8 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def from_dict(raw: dict[str, Any]) -> Config:
     """Rebuild a configuration from `to_dict`'s result. Raises ConfigError, which names unknown keys and wrong types."""
+    if not isinstance(raw, dict):
+        raise ConfigError(f"it has no sections but is a {type(raw).__name__}")
     try:
         return _converter.structure(raw, Config)
     except ClassValidationError as error:

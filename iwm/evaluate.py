@@ -1,8 +1,8 @@
-"""Evaluate a checkpoint: python iwm/evaluate.py NAME --checkpoint RUN_OR_FILE [--SECTION.FIELD VALUE ...]
+"""Evaluate a checkpoint: EVALUATION --checkpoint RUN_OR_FILE [--SECTION.FIELD VALUE ...]
 
 Writes RUN/eval/NAME.json, prints its tables and regenerates RUN/report.html. Downstream protocols (linear, attentive,
 …) also run under torchrun and save checkpoints and metrics in RUN/eval/NAME/; rerun the same command to resume.
-`table` prints the paper's downstream tables with your results: python iwm/evaluate.py table --runs RUN [RUN ...]
+`table` prints the paper's downstream tables with your results: table --runs RUN [RUN ...]
 """
 
 from __future__ import annotations
@@ -11,16 +11,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Union
-
-import tyro
+from typing import Any
 
 from iwm.config import ConfigError
 from iwm.downstream.registry import PROTOCOLS
 from iwm.downstream.settings import TrainSettings
 from iwm.evaluation.registry import EVALUATORS
 from iwm.evaluation.settings import WorldModelSettings
-from shards.errors import run_command
+from shards.command_line import Subcommand, parse_subcommand, run_command
 
 
 @dataclass(frozen=True)
@@ -33,20 +31,22 @@ class TableOptions:
     """Markdown file to which the tables are also written."""
 
 
-def parse(arguments: Sequence[str] | None = None) -> tuple[str, Any]:
-    """Parse `arguments` or the command line; return the command's name and its settings."""
-    settings_of: dict[str, Any] = {name: evaluator.settings for name, evaluator in EVALUATORS.items()}
-    settings_of |= {name: protocol.settings for name, protocol in PROTOCOLS.items()}
-    settings_of |= {"world-model": WorldModelSettings, "table": TableOptions}
-    commands: Any = Union[  # noqa: UP007  a union made of a variable's items cannot be written with |
-        tuple(Annotated[settings, tyro.conf.subcommand(name)] for name, settings in settings_of.items())
-    ]
-    settings = tyro.cli(commands, args=arguments, description=__doc__, prog="iwm/evaluate.py")
-    return next(name for name, kind in settings_of.items() if type(settings) is kind), settings
+def parse(arguments: Sequence[str], prog: str = "iwm/evaluate.py") -> tuple[str, Any]:
+    """Parse `arguments`; return the name of the evaluator, protocol or other command, and its settings.
+
+    Raises UserError for an unknown name, SystemExit for invalid options.
+    """
+    settings: dict[str, Any] = {name: evaluator.settings for name, evaluator in EVALUATORS.items()}
+    settings |= {"world-model": WorldModelSettings}
+    settings |= {name: protocol.settings for name, protocol in PROTOCOLS.items()}
+    settings |= {"table": TableOptions}
+    names = {name: Subcommand(kind) for name, kind in settings.items()}
+    return parse_subcommand(names, arguments, prog=prog, description=__doc__, noun="evaluation")
 
 
-def main() -> None:
-    name, settings = parse()
+def main(arguments: Sequence[str] | None = None, prog: str = "iwm/evaluate.py") -> None:
+    """Evaluate. arguments: None for those of the program. Raises UserError for what the user can fix."""
+    name, settings = parse(sys.argv[1:] if arguments is None else arguments, prog)
     # Imported late: torch and DALI take seconds to import, and a mistyped option must fail at once.
     import torch
 

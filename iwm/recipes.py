@@ -1,4 +1,4 @@
-"""Recipes: functions that return a complete configuration, and the options of iwm/train.py over them.
+"""Recipes: functions that return a complete configuration. docs/recipes.md says which one is for whom.
 
 The paper's values are the defaults in iwm/config.py. `torchrun iwm/train.py RECIPE` runs a recipe; `--scenario`
 replaces its photometric augmentations with a row of table S2.
@@ -6,21 +6,18 @@ replaces its photometric augmentations with a row of table S2.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
-
-import tyro
 
 from dali_pipelines.augmentations import SCENARIOS, Views
 from iwm.config import Config, DataConfig, LogConfig, OptimConfig, ScheduleConfig, TrainConfig
 from iwm.model_config import ActionConfig, EncoderConfig, LossConfig, MaskingConfig, PredictorConfig
 
+VIT_S = EncoderConfig(embed_dim=384, depth=12, num_heads=6)
 VIT_B = EncoderConfig(embed_dim=768, depth=12, num_heads=12)
 VIT_L = EncoderConfig(embed_dim=1024, depth=24, num_heads=16)
-"""ViT-B/16 and ViT-L/16."""
+"""ViT-S/16, ViT-B/16 and ViT-L/16."""
 
 
 def demo() -> Config:
@@ -63,6 +60,16 @@ def ijepa_b16_12x384() -> Config:
     )
 
 
+def iwm_s16_inv_12x192() -> Config:
+    """IWM-Inv 12×192 with a ViT-S/16 encoder: the proportions of iwm_b16_inv_12x384, not in the paper."""
+    return Config(encoder=VIT_S, predictor=PredictorConfig(embed_dim=192, depth=12, num_heads=6))
+
+
+def iwm_s16_equi_18x192() -> Config:
+    """IWM-Equi 18×192 with a ViT-S/16 encoder: the proportions of iwm_b16_equi_18x384, not in the paper."""
+    return Config(encoder=VIT_S, predictor=PredictorConfig(embed_dim=192, depth=18, num_heads=6))
+
+
 def iwm_b16_inv_12x384() -> Config:
     """IWM-Inv 12×384: the paper's invariant model (tables 2, 4, 8), solarize 0.2 (A.1; 0.1 with --scenario default)."""
     return Config(predictor=PredictorConfig(embed_dim=384, depth=12))
@@ -89,6 +96,8 @@ RECIPES: dict[str, Callable[[], Config]] = {
         demo,
         cpu_small,
         ijepa_b16_12x384,
+        iwm_s16_inv_12x192,
+        iwm_s16_equi_18x192,
         iwm_b16_inv_12x384,
         iwm_b16_equi_18x384,
         iwm_l16_inv_18x384,
@@ -104,28 +113,3 @@ def with_scenario(config: Config, scenario: str) -> Config:
     """
     row = SCENARIOS[scenario]
     return replace(config, views=replace(config.views, target=row.target, source=row.source))
-
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """Options of iwm/train.py."""
-
-    config: Annotated[Config, tyro.conf.arg(name="")]
-    run_dir: Path
-    """Folder of the run, for checkpoints, metrics.jsonl, config.yaml and TensorBoard files.
-    The default is runs/RECIPE[-SCENARIO]."""
-    scenario: Annotated[str | None, tyro.conf.arg(metavar="|".join(SCENARIOS))] = None
-    """Row of table S2 that replaces the recipe's photometric augmentations. --views.* then overrides single fields."""
-
-
-def parse(arguments: list[str], description: str = "") -> TrainOptions:
-    """Parse the arguments of iwm/train.py: a recipe, then a scenario and single fields over it."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--scenario", choices=SCENARIOS)
-    scenario = first.parse_known_args(arguments)[0].scenario
-    choices = {}
-    for name, recipe in RECIPES.items():
-        config = with_scenario(recipe(), scenario) if scenario else recipe()
-        run = Path("runs") / (f"{name}-{scenario}" if scenario else name)
-        choices[name] = ((recipe.__doc__ or "").strip(), TrainOptions(config, run, scenario))
-    return tyro.extras.overridable_config_cli(choices, args=arguments, description=description, prog="iwm/train.py")

@@ -1,19 +1,22 @@
-"""Pretrain an Image World Model: torchrun iwm/train.py RECIPE [--scenario NAME] [--run-dir DIR] [--SECTION.FIELD ...]
+"""Pretrain an Image World Model: RECIPE or --config FILE [--scenario NAME] [--run-dir DIR] [--SECTION.FIELD VALUE ...]
 
-Rerun the same command to resume from the newest checkpoint in the run's folder.
+On several GPUs: torchrun --nproc_per_node 8 iwm/train.py RECIPE …, or -m iwm.train instead of the file. FILE is the
+config.yaml of a run. Rerun the same command to resume from the newest checkpoint of the run.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 
-from iwm.recipes import parse
-from shards.errors import run_command
+from iwm.train_options import parse
+from shards.command_line import run_command
 
 
-def main() -> None:
-    command = parse(sys.argv[1:], __doc__)
+def main(arguments: Sequence[str] | None = None, prog: str = "iwm/train.py") -> None:
+    """Train. arguments: None for those of the program. Raises UserError for what the user can fix."""
+    command = parse(sys.argv[1:] if arguments is None else arguments, __doc__, prog)
     command.config.check()
     # Imported late: torch and DALI take seconds to import, and a mistyped option must fail at once.
     from iwm.evaluation.health import health_check

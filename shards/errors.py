@@ -1,9 +1,6 @@
-"""Errors that a user can fix, and the wrapper that reports them in one line."""
+"""Errors that a user can fix. `run_command` (command_line.py) reports them in one line."""
 
 from __future__ import annotations
-
-import sys
-from collections.abc import Callable
 
 
 class UserError(Exception):
@@ -12,12 +9,3 @@ class UserError(Exception):
 
 class ShardError(UserError, ValueError):
     """Invalid shards; the message names the file, the field and the remedy."""
-
-
-def run_command(main: Callable[[], int | None], name: str) -> int:
-    """Run a command; return its exit status, or print one line on stderr and return 1 for a UserError or OSError."""
-    try:
-        return main() or 0
-    except (UserError, OSError) as error:
-        print(f"{name}: {' '.join(str(error).splitlines())}", file=sys.stderr)
-        return 1

@@ -14,7 +14,8 @@ import tyro
 from dali_pipelines.augmentations import AugmentationError
 from iwm.config import ConfigError
 from iwm.ranges import Range, check_ranges
-from shards.errors import ShardError, UserError, run_command
+from shards.command_line import run_command
+from shards.errors import ShardError, UserError
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,17 @@ STAGES = (
 )
 """Stages from the lowest to the highest. A stage may import itself and lower stages."""
 
-COMMANDS = {"iwm", "iwm.train", "iwm.evaluate", "iwm.protocols", "iwm.ablate", "iwm.report.__main__"}
+COMMANDS = {
+    "iwm",
+    "iwm.__main__",
+    "iwm.train",
+    "iwm.evaluate",
+    "iwm.protocols",
+    "iwm.ablate",
+    "iwm.export.__main__",
+    "iwm.report.__main__",
+    "shards.__main__",
+}
 """Entry points of the package and what they run, which are above every stage."""
 
 NOT_FIRST = {"What", "Of", "Whether", "So"}

@@ -26,7 +26,8 @@ import numpy as np
 import tyro
 from PIL import Image, ImageDraw
 
-from shards.errors import UserError, run_command
+from shards.command_line import run_command
+from shards.errors import UserError
 
 TILE = 64
 """Side of a tile (pixels)."""

@@ -1,74 +1,8 @@
-"""Command that makes or verifies WebDataset shards for DALI. shards/README.md specifies the format."""
+"""Make or verify WebDataset shards for DALI: the command `iwm shards`, in a checkout."""
 
-from __future__ import annotations
-
-import signal
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from types import FrameType
-from typing import Annotated
 
-import tyro
-from rich.console import Console
-from tyro.conf import OmitArgPrefixes, Positional, arg
-
-from shards.errors import ShardError
-from shards.make import ShardingOptions, make_shards
-from shards.verify import verify_shards
-
-
-@dataclass(frozen=True)
-class VerifyShards:
-    """Check a shard folder against its manifest: hashes, indices, counts, labels, keys, and every image."""
-
-    out: Positional[Annotated[Path, arg(metavar="OUT")]]
-    """The shard folder."""
-    quick: bool = False
-    """Skip the decoding of images."""
-    workers: int | None = None
-    """Number of worker processes; None for one per core."""
-
-
-class Stopped(KeyboardInterrupt):
-    """Interruption by Ctrl-C (SIGINT) or SIGTERM."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Run the command and return its exit code: 0 success, 1 error or failed check, 128 + N stopped by signal N."""
-    console = Console(highlight=False, markup=False, soft_wrap=True)
-    errors = Console(highlight=False, markup=False, soft_wrap=True, stderr=True)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
-    try:
-        if arguments[:1] == ["verify"]:
-            options = tyro.cli(VerifyShards, prog="make_shards.py verify", args=arguments[1:])
-            problems = verify_shards(options.out, decode=not options.quick, workers=options.workers, console=console)
-            for problem in problems:
-                errors.print(f"error: {_printable(problem)}")
-            return 1 if problems else 0
-        make_shards(tyro.cli(OmitArgPrefixes[ShardingOptions], prog="make_shards.py", args=arguments), console)
-    except ShardError as error:
-        errors.print(f"error: {_printable(str(error))}")
-        return 1
-    except Stopped as stop:
-        errors.print("stopped; finished shards are kept; rerun the same command to resume")
-        return 128 + stop.number
-    return 0
-
-
-def _printable(text: str) -> str:
-    """Escape bytes of file names that are not UTF-8."""
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    raise Stopped(number)
-
+from shards.__main__ import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

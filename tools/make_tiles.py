@@ -22,7 +22,8 @@ import tyro
 from PIL import Image
 from rich.progress import track
 
-from shards.errors import UserError, run_command
+from shards.command_line import run_command
+from shards.errors import UserError
 
 CLASS = "tile"
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"}

@@ -17,7 +17,8 @@ from typing import Annotated
 import tyro
 from playwright.sync_api import Browser, sync_playwright
 
-from shards.errors import UserError, run_command
+from shards.command_line import run_command
+from shards.errors import UserError
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 """Names of suitable browsers on PATH."""

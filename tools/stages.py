@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from shards.errors import UserError, run_command
+from shards.command_line import run_command
+from shards.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ from iwm.ablation.tables import results, tables
 from iwm.config import ConfigError
 from iwm.evaluation.settings import bank_augmentation
 from iwm.ranges import check_ranges
-from iwm.recipes import RECIPES, parse
+from iwm.recipes import RECIPES
 from iwm.report.components import html_table, section
 from iwm.report.page import write_page
+from iwm.train_options import parse
 from iwm.training.checkpoint import versions
 from iwm.training.runtime import StopFlag
 from shards.atomic import write_atomically

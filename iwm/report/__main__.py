@@ -1,14 +1,16 @@
-"""Regenerate the report page of a run, or compare runs on one page: python -m iwm.report RUN [RUN ...] [--out FILE]"""
+"""Regenerate the report page of a run, or compare runs on one page: RUN [RUN ...] [--out FILE]"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
-from shards.errors import UserError, run_command
+from shards.command_line import run_command
+from shards.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -21,8 +23,9 @@ class ReportOptions:
     """HTML file to write. Default: RUN/report.html for one run, comparison.html next to the first of several runs."""
 
 
-def main() -> None:
-    options = tyro.cli(ReportOptions, description=__doc__, prog="python -m iwm.report")
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m iwm.report") -> None:
+    """Write the page. arguments: None for those of the program. Raises UserError for what the user can fix."""
+    options = tyro.cli(ReportOptions, args=arguments, description=__doc__, prog=prog)
     if not options.runs:
         raise UserError("no run is given: name at least one run folder, for example runs/demo")
     # Imported late: torch and DALI take seconds, and a mistyped option must fail at once.

@@ -10,7 +10,8 @@ from dali_pipelines.augmentations import SCENARIOS
 from iwm.ablation.runs import plan
 from iwm.ablation.studies import STUDIES, AblationStudy, Variant
 from iwm.evaluation.settings import BankSize
-from iwm.recipes import RECIPES, parse
+from iwm.recipes import RECIPES
+from iwm.train_options import parse
 
 
 def _figures(name: str, recipe: str) -> dict[tuple[str, str], float | None]:

@@ -30,8 +30,8 @@ from rich.console import Console
 
 from dali_pipelines.augmentations import Views
 from dali_pipelines.loader import ViewLoader
-from iwm import recipes
 from iwm.config import ConfigError
+from iwm.train_options import parse
 from tests.dali_pipelines.pipeline_shards import jpeg, photographs_and_noise, write_split
 
 QUIET = Console(quiet=True)
@@ -100,7 +100,7 @@ def printed_options(options: TuneOptions) -> tuple[dict[str, Any], Any]:
     console = Console(file=io.StringIO(), width=200)
     result = run(options, console)
     printed = next(line for line in console.file.getvalue().splitlines() if line.startswith("iwm/train.py "))
-    return json.loads(json.dumps(result)), recipes.parse(printed.split()[1:]).config.data
+    return json.loads(json.dumps(result)), parse(printed.split()[1:]).config.data
 
 
 def test_on_a_gpu_backend_and_decoder_are_chosen_by_the_speed_of_training(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from environment import BenchmarkError
 from rich.console import Console
 
 from iwm.downstream.registry import PROTOCOLS
-from shards.errors import run_command
+from shards.command_line import run_command
 
 ROOT = Path(__file__).parents[2]
 HANG = 240

@@ -15,7 +15,7 @@ import pytest
 import throughput
 import torch
 
-from shards.errors import run_command
+from shards.command_line import run_command
 from tests.training.runs import ROOT, TINY
 
 MODEL = [word for key, value in TINY.items() if not key.startswith("log") for word in (f"--{key}", str(value))]

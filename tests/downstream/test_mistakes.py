@@ -19,7 +19,7 @@ from iwm.config import Config, DataConfig
 from iwm.downstream import trainer
 from iwm.downstream.trials import FinetunedEncoder
 from iwm.model_config import ActionConfig
-from shards.errors import run_command
+from shards.command_line import run_command
 from tests.disks import small_disk
 from tests.downstream.conftest import untrained
 from tests.training.runs import start

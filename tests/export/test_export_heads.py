@@ -24,12 +24,12 @@ from iwm.config import Config, ConfigError, DataConfig
 from iwm.downstream import experiment, multitask, segmentation
 from iwm.downstream.settings import DataSettings, ExternalModel
 from iwm.downstream.study import Study
+from iwm.export.__main__ import ExportOptions, export
 from iwm.export.model import PretrainedModel
 from iwm.model_config import PredictorConfig
 from iwm.models.encoder import IMAGENET_MEAN, IMAGENET_STD
 from iwm.training.checkpoint import CheckpointError
 from tests.downstream.conftest import untrained
-from tools.export import ExportOptions, export
 
 Leverage = Callable[..., dict[str, Any]]
 Asked = Callable[[Tensor, int], Tensor]

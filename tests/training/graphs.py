@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch._dynamo.utils import counters
 
-from iwm.recipes import parse
+from iwm.train_options import parse
 from iwm.training.runtime import StopFlag
 from tests.training.runs import train_here
 

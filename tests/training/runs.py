@@ -14,7 +14,7 @@ import torch
 
 from iwm.config import Config
 from iwm.evaluation.health import health_check
-from iwm.recipes import parse
+from iwm.train_options import parse
 from iwm.training.distributed import DistEnv
 from iwm.training.loop import pretrain
 from iwm.training.runtime import StopFlag

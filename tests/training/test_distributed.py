@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from iwm.config import ConfigError, TrainConfig
-from iwm.recipes import parse
+from iwm.train_options import parse
 from iwm.training.checkpoint import checkpoint_path, load_newest
 from iwm.training.distributed import init_distributed
 from iwm.training.train_state import split_batch
