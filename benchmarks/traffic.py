@@ -21,6 +21,7 @@ from kernel_traffic import Kernel, SequencePairs
 from options import TrafficOptions
 from rich.console import Console
 from roofline import choose_rates, estimate
+from scaling_model import parameters, state_bytes
 from traced_step import Graph, StepRecorder, TracedStep
 from traffic_tables import show_traffic
 
@@ -51,13 +52,15 @@ def run(options: TrafficOptions, console: Console) -> dict[str, Any]:
         step = in_own_process(trace_step, config, options.batch_size, gpu)
     flops = training_flops(config)
     rates = choose_rates(options)
+    graphs = [summary(graph) for graph in step.graphs]
     result = {
         "recipe": options.recipe,
         "scenario": options.scenario,
         "config": to_dict(config),
         "gpu": asdict(gpu),
         "images": options.batch_size,
-        "graphs": [summary(graph) for graph in step.graphs],
+        "graphs": graphs,
+        "memory": memory(config, graphs),
         "outside": {name: [kernel._asdict() for kernel in kernels] for name, kernels in step.eager.items()},
         "needed_flops_per_image": asdict(flops),
         "rates": {name: rate._asdict() for name, rate in rates.items()},
@@ -142,6 +145,19 @@ def sequence_pairs(masks: PackedMasks) -> SequencePairs:
         (len(packing.token_index), len(packing.cu_seqlens)): int(packing.cu_seqlens.diff().square().sum())
         for packing in (masks.context, masks.predictor)
         if packing is not None
+    }
+
+
+def memory(config: Config, graphs: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the bytes of the model's training state, and of what a pass saves for its backward pass.
+
+    Their sum is the least that training needs; recomputed activations (activation_checkpointing) are not subtracted.
+    """
+    with torch.device("meta"):
+        model = WorldModel(config)
+    return {
+        "state": state_bytes(parameters(model, trained=True), parameters(model, trained=False)),
+        "saved": sum(graph["calls"] * graph["saved_bytes"] for graph in graphs),
     }
 
 

@@ -100,8 +100,10 @@ def _step(result: Mapping[str, Any]) -> Table:
         size = sum(kernel["read"] + kernel["written"] for kernel in outside)
         table.add_row(name, f"{len(outside):,}", rounded(size / 1e9), "")
     if not result["config"]["train"]["activation_checkpointing"]:
-        saved = sum(graph["calls"] * graph["saved_bytes"] for graph in result["graphs"])
-        table.add_row("saved for the backward pass", "", rounded(saved / 1e9), "")
+        found = result["memory"]
+        table.add_row("saved for the backward pass", "", rounded(found["saved"] / 1e9), "")
+        table.add_row("parameters, gradients, moments, target encoder", "", rounded(found["state"] / 1e9), "")
+        table.add_row("memory, at least", "", rounded(sum(found.values()) / 1e9), "")
     return table
 
 
