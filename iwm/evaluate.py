@@ -17,7 +17,8 @@ from iwm.config import ConfigError
 from iwm.downstream.registry import PROTOCOLS
 from iwm.downstream.settings import TrainSettings
 from iwm.evaluation.registry import EVALUATORS
-from iwm.evaluation.settings import WorldModelSettings
+from iwm.evaluation.settings import EvalSettings, WorldModelSettings
+from iwm.ranges import check_ranges
 from shards.command_line import Subcommand, parse_subcommand, run_command
 
 
@@ -44,10 +45,22 @@ def parse(arguments: Sequence[str], prog: str = "iwm/evaluate.py") -> tuple[str,
     return parse_subcommand(names, arguments, prog=prog, description=__doc__, noun="evaluation")
 
 
+def check(settings: EvalSettings | TrainSettings) -> None:
+    """Raise ConfigError for options that are out of range or contradict each other, and for a missing checkpoint."""
+    if isinstance(settings, TrainSettings):
+        settings.check()
+    else:
+        check_ranges(settings)
+    if not settings.checkpoint.exists():
+        raise ConfigError(f"--checkpoint {settings.checkpoint} does not exist; correct the path")
+
+
 def main(arguments: Sequence[str] | None = None, prog: str = "iwm/evaluate.py") -> None:
     """Evaluate. arguments: None for those of the program. Raises UserError for what the user can fix."""
     name, settings = parse(sys.argv[1:] if arguments is None else arguments, prog)
-    # Imported late: torch and DALI take seconds to import, and a mistyped option must fail at once.
+    if not isinstance(settings, TableOptions):
+        check(settings)
+    # Imported late: torch and DALI take seconds to import, and a mistyped option or path must fail at once.
     import torch
 
     from iwm.protocols import evaluate, evaluate_everything, show_tables, train_and_evaluate

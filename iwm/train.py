@@ -12,13 +12,15 @@ from contextlib import nullcontext
 
 from iwm.train_options import parse
 from shards.command_line import run_command
+from shards.format import load_manifest
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "iwm/train.py") -> None:
     """Train. arguments: None for those of the program. Raises UserError for what the user can fix."""
     command = parse(sys.argv[1:] if arguments is None else arguments, __doc__, prog)
     command.config.check()
-    # Imported late: torch and DALI take seconds to import, and a mistyped option must fail at once.
+    load_manifest(command.config.data.shards, command.config.data.train)
+    # Imported late: torch and DALI take seconds to import, and a mistyped option or path must fail at once.
     from iwm.evaluation.health import health_check
     from iwm.training.distributed import init_distributed
     from iwm.training.loop import pretrain

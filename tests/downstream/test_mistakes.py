@@ -152,7 +152,7 @@ def test_the_command_itself_ends_with_one_line_and_status_1(tmp_path: Path) -> N
     output = process.communicate(timeout=600)[0]
     assert process.returncode == 1
     assert output.splitlines()[-1].startswith(
-        f"iwm/evaluate.py: {tmp_path}/nothing does not exist; correct the path; --checkpoint takes"
+        f"iwm/evaluate.py: --checkpoint {tmp_path}/nothing does not exist; correct the path"
     )
     assert "Traceback" not in output
 

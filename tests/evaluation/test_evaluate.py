@@ -127,7 +127,6 @@ def test_a_model_that_diverged_is_an_error_and_writes_nothing(run: Path, monkeyp
     ("arguments", "named"),
     [
         (("mrr",), "--checkpoint"),
-        (("nonsense",), "nonsense"),
         (("mrr", "--checkpoint", "x", "--bank.colour", "red"), "--bank.colour"),
         (("world-model", "--checkpoint", "x", "--output", "one.json"), "--output"),
     ],
