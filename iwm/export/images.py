@@ -183,7 +183,8 @@ def _to_levels(images: Real[Tensor, "b h w c"], name: str) -> UInt8[Tensor, "b h
         raise _wrong_type(str(images.dtype).removeprefix("torch."), images.shape, name)
     images = images.float()
     if images.numel() > 0:
-        _check_range(*torch.stack(images.aminmax()).tolist(), name)
+        low, high = torch.stack(images.aminmax()).tolist()
+        _check_range(low, high, name)
     return (images * 255).round().to(torch.uint8)
 
 
