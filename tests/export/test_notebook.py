@@ -52,7 +52,7 @@ def test_what_it_prints_about_a_run_is_right(
     result = leverage("linear", lrs=(10.0,), validate_every=100.0)
     monkeypatch.setenv("IWM_RUN", str(run))
     monkeypatch.setenv("IWM_LABEL", "label")
-    printed, values = execute(tmp_path, ["images", "labels", "params", "scores", "exchanged"])
+    printed, values = execute(tmp_path, ["images", "labels", "nearest", "params", "scores", "exchanged"])
     (batch,) = ValidationLoader(boxes, "val", size=32, batch_size=48, num_threads=1, label="label")
     assert batch.labels is not None
     assert "48 images of 48 × 48 px; label: blue, green, red" in printed
@@ -65,6 +65,7 @@ def test_what_it_prints_about_a_run_is_right(
     vectors = world.encode(pixels, "teacher").mean(1)
     vectors = (vectors / vectors.norm(dim=1, keepdim=True)).numpy()
     nearest = [max((float(a @ b), j) for j, b in enumerate(vectors) if j != i)[1] for i, a in enumerate(vectors)]
+    assert values["nearest"][:, 0].tolist() == nearest
     same = np.mean([batch.labels[i] == batch.labels[j] for i, j in enumerate(nearest)])
     assert number(r"has the same label: ([\d.]+)%", printed) == pytest.approx(100 * same, abs=0.06)
 
