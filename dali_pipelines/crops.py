@@ -5,6 +5,7 @@ This module imports neither torch nor DALI, so that a command can read its optio
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -133,3 +134,8 @@ class SegmentationCrops:
         self.photometric.check()
         if not 0 <= self.ignore_index <= 255:
             raise AugmentationError(f"ignore_index {self.ignore_index} must be from 0 to 255")
+
+
+def resized_side(size: int) -> int:
+    """Return the shorter side (pixels) to which a held-out image is resized before its centre crop of `size` (A.2)."""
+    return math.ceil(size * 256 / 224)

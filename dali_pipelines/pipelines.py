@@ -11,7 +11,6 @@ pixels correspond.
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +22,7 @@ from dali_pipelines.augmentations import (
     ViewBackend,
     Views,
 )
-from dali_pipelines.crops import CropSettings, RandAugment, SegmentationCrops, parse_rand_augment
+from dali_pipelines.crops import CropSettings, RandAugment, SegmentationCrops, parse_rand_augment, resized_side
 from dali_pipelines.dali import Pipeline, dali_math, fn, pipeline_def, types
 from dali_pipelines.decoder import Decoder
 from dali_pipelines.geometry import Crop, decode_crop, decode_full, draw_crop, resize_box
@@ -122,12 +121,13 @@ def centre_crops(
 ) -> tuple[DataNode, ...]:
     """Make the pipeline with outputs images (uint8 HWC, size×size), source_info, and label where the source has one.
 
-    Resize the shorter side to ceil(size · 256 / 224), with antialiasing, and crop the centre. The boxes equal those of
+    Resize the shorter side to `resized_side(size)`, with antialiasing, and crop the centre. The boxes equal those of
     torchvision's Resize and CenterCrop: sides are rounded down, margins are rounded to even.
+    replay.resized_centre_crop is the same in torch.
     """
     encoded = read(source, shuffle_buffer=0, seed=0, prefetch=reader_prefetch)
     sides = fn.peek_image_shape(encoded.jpeg, dtype=types.INT32)[:2]
-    resized = sides * math.ceil(size * 256 / 224) // dali_math.min(sides[0], sides[1])
+    resized = sides * resized_side(size) // dali_math.min(sides[0], sides[1])
     image = decode_full(encoded.jpeg, backend, decoder)
     image = fn.resize(image, size=fn.cast(resized, dtype=types.FLOAT))
     surplus = resized - size

@@ -24,6 +24,7 @@ from dali_pipelines.augmentations import (
     JitterImpl,
     PhotometricConfig,
 )
+from dali_pipelines.crops import resized_side
 
 
 def sample_photometric(spec: PhotometricConfig, n: int, generator: torch.Generator) -> Float[Tensor, "n p"]:
@@ -150,6 +151,20 @@ def apply_crop(
     for image, row in zip(images, geometry.tolist(), strict=True):
         left, top, width, height, _, _, flip = (round(value) for value in row)
         box = image[top : top + height, left : left + width].permute(2, 0, 1)[None]
-        view = interpolate(box.float(), (size, size), mode="bilinear", antialias=True).round().clamp(0, 255)
+        view = _resize(box, (size, size))
         views.append((view.flip(3) if flip else view)[0].permute(1, 2, 0))
-    return torch.stack(views).to(torch.uint8)
+    return torch.stack(views)
+
+
+def resized_centre_crop(images: UInt8[Tensor, "b h w 3"], size: int) -> UInt8[Tensor, "b s s 3"]:
+    """Resize the shorter side to `resized_side(size)`, with antialiasing, and crop the centre, as `centre_crops`."""
+    height, width = (side * resized_side(size) // min(images.shape[1:3]) for side in images.shape[1:3])
+    top, left = ((surplus + surplus // 2 % 2) // 2 for surplus in (height - size, width - size))
+    resized = _resize(images.permute(0, 3, 1, 2), (height, width))
+    return resized[:, :, top : top + size, left : left + size].permute(0, 2, 3, 1)
+
+
+def _resize(images: UInt8[Tensor, "b 3 h w"], sides: tuple[int, int]) -> UInt8[Tensor, "b 3 h2 w2"]:
+    """Resize linearly, with antialiasing where it reduces."""
+    resized = interpolate(images.float(), sides, mode="bilinear", antialias=True)
+    return resized.round().clamp(0, 255).to(torch.uint8)

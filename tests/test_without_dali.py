@@ -23,6 +23,7 @@ sys.meta_path.insert(0, Blocked())
 
 USE = """
 import sys
+import PIL.Image
 import torch
 import iwm
 
@@ -30,7 +31,9 @@ model = iwm.load(sys.argv[1])
 images = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
 action = model.action(brightness=0.2, hue=0.05)
 assert model.features(images).shape == (2, 16, 128)
-assert model.pooled(images).shape == (2, 128)
+assert model(images).shape == (2, 128)
+PIL.Image.fromarray(images[0].numpy()).resize((70, 50)).save(sys.argv[2])
+assert model([sys.argv[2], images[0].numpy(), PIL.Image.new("LA", (40, 60))]).shape == (3, 128)
 assert model.predict(images, action).shape == (2, 16, 128)
 assert iwm.__version__
 print(sorted(set(sys.modules) & {packages}))
@@ -68,7 +71,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_model_is_loaded_and_used_without_dali_and_the_commands_packages(exported: Path, tmp_path: Path) -> None:
-    done = run(["-c", USE.format(packages=set(PACKAGES)), str(exported)], tmp_path, PACKAGES)
+    done = run(["-c", USE.format(packages=set(PACKAGES)), str(exported), str(tmp_path / "a.jpg")], tmp_path, PACKAGES)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
 

@@ -17,6 +17,7 @@ from iwm.downstream.restore import BACKBONE
 from iwm.downstream.study import PIXELS, SharedInputs, Trial
 from iwm.downstream.trials import pad_to_patches
 from iwm.export.folder import ExportedModel, Provenance, is_export_dir, read_export
+from iwm.export.images import Images, to_pixels
 from iwm.models.attention import to_device
 from iwm.models.backbone import Backbone
 from iwm.models.encoder import Encoder
@@ -31,10 +32,15 @@ class PretrainedModel(nn.Module):
     """Encoder, predictor and an optional trained head, frozen and in evaluation mode.
 
     `encoder` and `predictor` are ordinary modules: `model.requires_grad_()` makes them trainable. `predictor` is None
-    where the encoder was finetuned, and `head` is None where no head was exported. Images are uint8 [b, size, size, 3],
-    or float32 [b, 3, size, size] from 0 to 1, which are rounded to the 256 levels of training; `size` is the run's.
-    Images and actions are moved to the device of the parameters.
+    where the encoder was finetuned, and `head` is None where no head was exported.
+
+    Images are what `pixels` takes: a path, a PIL image, a numpy array, a torch tensor, a batch, or a list. One image is
+    a batch of one: b = 1. Images and actions are moved to the device of the parameters. All methods raise ConfigError
+    for what is no image, cannot be read, or could mean two things.
     """
+
+    resize: bool = True
+    """True: images of any size are resized and cropped to the run's. False: other sizes are refused."""
 
     def __init__(
         self,
@@ -66,19 +72,30 @@ class PretrainedModel(nn.Module):
         """Device of the parameters."""
         return self.encoder.pos_embed.device
 
-    def features(self, images: Tensor) -> Float[Tensor, "b n d"]:
-        """Return the features of all patches in row-major order.
+    def pixels(self, images: Images) -> UInt8[Tensor, "b size size 3"]:
+        """Return the pixels that the encoder sees, RGB from 0 to 255, on the device of the parameters.
 
-        Raises ConfigError for images of another size, shape or range.
+        Images of another size than the run's `views.size` are resized and centre-cropped as held-out images are in
+        evaluation: shorter side to size · 256 / 224, antialiased. Images of that size are not changed. Arrays and
+        tensors are uint8 (0 to 255), uint16 (0 to 65535) or float (0 to 1, rounded to 256 levels), with 1, 3 or 4
+        channels, first or last. Transparency is put on white. The EXIF orientation of files and PIL images is applied.
         """
-        encoded: Tensor = self.encoder(self._images(images))
+        return to_pixels(images, self.device, self.config.views.size, self.resize)
+
+    def forward(self, images: Images) -> Float[Tensor, "b d"]:
+        """Return `pooled`, so that `model(images)` is one vector for each image, as of timm's and DINOv2's encoders."""
+        return self.pooled(images)
+
+    def features(self, images: Images) -> Float[Tensor, "b n d"]:
+        """Return the features of all patches in row-major order."""
+        encoded: Tensor = self.encoder(self.pixels(images))
         return encoded
 
-    def pooled(self, images: Tensor) -> Float[Tensor, "b d"]:
-        """Return the mean of each image's patch features. Raises ConfigError as `features` does."""
+    def pooled(self, images: Images) -> Float[Tensor, "b d"]:
+        """Return the mean of each image's patch features."""
         return self.features(images).mean(dim=1)
 
-    def targets(self, images: Tensor) -> Float[Tensor, "b n d"]:
+    def targets(self, images: Images) -> Float[Tensor, "b n d"]:
         """Return the features in the space of predictions: layer-normalised if the run's loss did so.
 
         Predictions approximate the teacher's targets. The student's features are only similar to them.
@@ -94,12 +111,11 @@ class PretrainedModel(nn.Module):
         """
         return make_action(self.config, self.action_spec, changes, undo, apply).to(self.device)
 
-    def predict(self, images: Tensor, action: Tensor | None = None) -> Float[Tensor, "b n d"]:
+    def predict(self, images: Images, action: Tensor | None = None) -> Float[Tensor, "b n d"]:
         """Return the predicted target features (see `targets`) of the images after an action.
 
         action: [k] for all images, or [b, k]; one image with several actions is predicted under each of them. None: the
-        null action, the only one where action.conditioning is none. Raises ConfigError for an action or images that do
-        not fit.
+        null action, the only one where action.conditioning is none. Raises ConfigError for an action that does not fit.
         """
         if self.predictor is None:
             raise ConfigError(
@@ -129,10 +145,10 @@ class PretrainedModel(nn.Module):
         self._require_trial("classes")
         return next(iter(self.tasks.values()))
 
-    def classify(self, images: Tensor, task: str | None = None) -> Float[Tensor, "b c"]:
+    def classify(self, images: Images, task: str | None = None) -> Float[Tensor, "b c"]:
         """Return the logits of all classes (`classes`, or `tasks[task]` where the model has several tasks).
 
-        Raises ConfigError without a classification head, for an unknown task, and for images as `features` does.
+        Raises ConfigError without a classification head and for an unknown task.
         """
         trial = self._require_trial("classify", segments=False)
         names = list(self.tasks)
@@ -142,19 +158,19 @@ class PretrainedModel(nn.Module):
             raise ConfigError(
                 f"classify: give the task, for example task={names[0]!r}; this model has {', '.join(names)}"
             )
-        shared = self._shared(self._images(images))
+        shared = self._shared(self.pixels(images))
         return trial.logits(shared, names.index(task)).float()
 
-    def segment(self, images: Tensor) -> Float[Tensor, "b c h w"]:
+    def segment(self, images: Images) -> Float[Tensor, "b c h w"]:
         """Return the logits of all classes for every pixel; `.argmax(1)` gives class numbers (`classes`).
 
-        Images may have any size. Raises ConfigError without a segmentation head, and for images of another shape or
-        range.
+        Images keep their size, which must be the same for all images of a call. Raises ConfigError for other sizes, and
+        without a segmentation head.
         """
         trial = self._require_trial("segment", segments=True)
-        images = self._images(images, any_size=True)
-        height, width = images.shape[1:3]
-        padded = pad_to_patches(images, self.config.encoder.patch_size)
+        pixels = to_pixels(images, self.device, size=None)
+        height, width = pixels.shape[1:3]
+        padded = pad_to_patches(pixels, self.config.encoder.patch_size)
         logits = trial.logits(self._shared(padded), 0).float()
         return upsample(logits, padded.shape[1:3])[:, :, :height, :width]
 
@@ -190,34 +206,18 @@ class PretrainedModel(nn.Module):
             )
         return action.reshape(-1, size).to(self.device, torch.float32)
 
-    def _images(self, images: Tensor, any_size: bool = False) -> UInt8[Tensor, "b h w 3"]:
-        size = self.config.views.size
-        channel_axis, first_axis = {torch.uint8: (3, 1), torch.float32: (1, 2)}.get(images.dtype, (0, 0))
-        sides = tuple(images.shape[first_axis : first_axis + 2])
-        valid_size = min(sides, default=0) > 0 if any_size else sides == (size, size)
-        if channel_axis == 0 or images.ndim != 4 or images.shape[channel_axis] != 3 or not valid_size:
-            sides_text = "h, w" if any_size else f"{size}, {size}"
-            raise ConfigError(
-                f"images: {images.dtype} {list(images.shape)}; this model takes torch.uint8 [b, {sides_text}, 3] or "
-                f"torch.float32 [b, 3, {sides_text}] from 0 to 1"
-            )
-        if images.dtype == torch.float32:
-            if not bool(((images >= 0) & (images <= 1)).all()):
-                raise ConfigError(
-                    "images: values are outside 0 to 1 or NaN; give float images from 0 to 1 that are not normalised"
-                )
-            images = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
-        return images.to(self.device).contiguous()
-
 
 def load_model(
-    path: Path | str, device: torch.device | str = "cpu", encoder: EncoderName | None = None
+    path: Path | str,
+    device: torch.device | str = "cpu",
+    encoder: EncoderName | None = None,
+    resize: bool = True,
 ) -> PretrainedModel:
     """Load a run's newest checkpoint, one checkpoint file, or a folder that tools/export.py wrote.
 
     encoder: `teacher` (EMA target encoder) or `student` (context encoder). Default: the teacher; for an exported folder
-    the encoder that it contains. Raises CheckpointError for a missing, damaged or other file, and ConfigError for an
-    unavailable device.
+    the encoder that it contains. resize: False refuses images of another size than the run's. Raises CheckpointError
+    for a missing, damaged or other file, and ConfigError for an unavailable device.
     """
     path, device = Path(path), torch.device(device)
     select_device(device.type, "device")
@@ -235,7 +235,9 @@ def load_model(
         )
     else:
         exported = read_checkpoint(path, encoder or "teacher")
-    return build_model(exported, path, device)
+    model = build_model(exported, path, device)
+    model.resize = resize
+    return model
 
 
 def read_checkpoint(path: Path, which: EncoderName) -> ExportedModel:

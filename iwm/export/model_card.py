@@ -105,15 +105,16 @@ def _use(model: PretrainedModel, name: str) -> str:
         names = "model.classes" if task is None else f"model.tasks[{task!r}]"
         calls += [f"names = [{names}[number] for number in {logits}.argmax(1)]"]
     abilities = f" {_abilities(model)}" if model.predictor is not None else ""
-    sizes = " `segment` takes images of any height and width." if model.head and model.head.segments else ""
+    sizes = " `segment` keeps the size of the images." if model.head and model.head.segments else ""
     return f"""```python
 import iwm
 model = iwm.load("{name}")
 {chr(10).join(calls)}
 ```
 
-`images` are uint8 [b, {size}, {size}, 3] or float [b, 3, {size}, {size}] from 0 to 1.{sizes}
-`model.features(images)` and `model.pooled(images)` return the encoder's features per patch and per image.{abilities}
+`images` are paths, PIL images, or arrays or tensors of uint8, or float from 0 to 1; they are resized and cropped to
+{size} px.{sizes} `model.features(images)` returns the encoder's features of every patch, `model(images)` one vector
+for each image.{abilities}
 
 {_in_timm(model)} without this package, in timm (its input is float images, normalised as above):
 

@@ -11,6 +11,7 @@ from PIL import Image
 from pipeline_shards import photographs_and_noise
 from torchvision.transforms.v2 import functional as tv
 
+from dali_pipelines.replay import resized_centre_crop
 from dali_pipelines.validation_loader import ValidationLoader
 
 
@@ -52,3 +53,17 @@ def test_images_are_resized_and_cropped_as_torchvision_does(shards: Path, device
         # 256 / 224 of 56 is 64.
         expected = tv.center_crop(tv.resize(image, [64], antialias=True), [56, 56]).permute(1, 2, 0)
         assert (made.float() - expected.float()).abs().mean() <= (1.0 if device == "cpu" else 2.0)
+
+
+@pytest.mark.parametrize("size", [32, 56, 128, 224])
+def test_torch_makes_the_same_crops_within_a_grey_level(shards: Path, device: str, size: int) -> None:
+    """Bound on the difference between inference (iwm/export/images.py) and evaluation: larger and smaller images."""
+    (batch,) = ValidationLoader(shards, "train", size=size, batch_size=47, num_threads=1, device=device)
+    for made, content in zip(batch.images, photographs_and_noise(47), strict=True):
+        image = tv.pil_to_tensor(Image.open(io.BytesIO(content))).permute(1, 2, 0)[None].to(device)
+        difference = (resized_centre_crop(image, size)[0].int() - made.int()).abs().float()
+        if device == "cpu":
+            assert difference.max() <= 1
+            assert (difference > 0).float().mean() <= 0.002
+        else:
+            assert difference.mean() <= 2.0  # nvJPEG decodes otherwise than libjpeg

@@ -159,23 +159,6 @@ def test_a_model_trained_without_jitter_says_so(tmp_path: Path) -> None:
     assert "undo grayscale" in (tmp_path / "model" / "README.md").read_text()
 
 
-@pytest.mark.parametrize(
-    "images",
-    [
-        torch.zeros(2, 48, 48, 3, dtype=torch.uint8),
-        torch.zeros(2, 3, 32, 32, dtype=torch.uint8),
-        torch.zeros(32, 32, 3, dtype=torch.uint8),
-        torch.zeros(2, 32, 32, 3),
-        torch.zeros(2, 3, 32, 32, dtype=torch.int64),
-        torch.full((2, 3, 32, 32), 1.5),
-        torch.full((2, 3, 32, 32), float("nan")),
-    ],
-)
-def test_images_that_do_not_fit_are_refused(exported: Path, images: torch.Tensor) -> None:
-    with pytest.raises(ConfigError, match="images: "):
-        iwm.load(exported).features(images)
-
-
 def test_actions_that_do_not_fit_are_refused(exported: Path) -> None:
     for action in (torch.zeros(3), torch.zeros(1, 1, 7), torch.zeros(7, dtype=torch.int64)):
         with pytest.raises(ConfigError, match=r"float \[7\] or \[b, 7\] \(brightness, "):

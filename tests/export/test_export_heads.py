@@ -167,8 +167,10 @@ def test_a_segmenter_says_the_class_of_every_pixel_at_any_size(
     assert model.segment(pictures(37, 29)).shape == (3, 4, 37, 29)
     with pytest.raises(ConfigError, match="head is for segmentation; call segment"):
         model.classify(pictures())
-    with pytest.raises(ConfigError, match=r"\[b, h, w, 3\]"):
-        model.segment(pictures()[0])
+    one = pictures(37, 29)[0]
+    torch.testing.assert_close(model.segment([one, one])[:1], model.segment(one), atol=1e-5, rtol=1e-4)
+    with pytest.raises(ConfigError, match=r"one batch cannot have images of 37 × 29 and 32 × 32"):
+        model.segment([one, pictures()[0]])
 
 
 def test_of_several_tasks_the_joint_predictor_is_exported_and_its_tasks_have_names(
