@@ -3,44 +3,23 @@
 from __future__ import annotations
 
 import io
-import struct
 import warnings
-import zlib
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from shards import jpeg
 from shards.format import RejectedSample
+from shards.rgb import DECODE_ERRORS, GREY_16, to_rgb, upright
 
 RESIZED: dict[str, Any] = {"quality": 90, "colorsubsampling": "420"}
 """Encoding of a resized image. Most photographs are stored with subsampled chroma already."""
 
 CONVERTED: dict[str, Any] = {"quality": 95, "colorsubsampling": "444"}
 """Encoding of an image that keeps its size but needs conversion: near lossless, chroma at full resolution."""
-
-DECODE_ERRORS = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    EOFError,
-    LookupError,
-    TypeError,
-    ArithmeticError,
-    RuntimeError,
-    AssertionError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
-)
-"""Exceptions of Pillow's plugins on damaged files: undocumented, found in their source code and by fuzzing."""
-
-GREY_16 = ("I;16", "I;16L", "I;16B", "I;16N", "I")
-"""Pillow's modes of 16-bit grey images. `I` has 32 bits; some plugins use it for 16-bit files."""
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -131,7 +110,7 @@ def _jpeg_to_baseline(data: bytes, rules: ImageOptions) -> EncodedImage:
 def _decoded_to_baseline(data: bytes, rules: ImageOptions) -> EncodedImage:
     image = _open(data, rules)
     try:
-        image = _to_rgb(_upright(image))
+        image = to_rgb(upright(image))
     except DECODE_ERRORS as error:
         raise RejectedSample(f"{image.format} of mode {image.mode} cannot be made RGB: {error}") from error
     return _encode(image, image.size, _target_size(image.size, rules.resize))
@@ -167,32 +146,6 @@ def _target_size(size: tuple[int, int], resize: int | None) -> tuple[int, int]:
     if resize is None or shorter <= resize:
         return size
     return round(size[0] * resize / shorter), round(size[1] * resize / shorter)
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation; ignore an EXIF block that cannot be read."""
-    try:
-        return ImageOps.exif_transpose(image)
-    except DECODE_ERRORS:
-        return image
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any mode to RGB: scale 16-bit grey to 8 bits, put transparency on white, ignore colour profiles."""
-    if image.mode in GREY_16:
-        grey = np.asarray(image).astype(np.int64)
-        if grey.min() < 0 or grey.max() > 65535:
-            raise RejectedSample(
-                f"integer pixels from {grey.min()} to {grey.max()}: only 0 to 65535 has a defined meaning"
-            )
-        return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise RejectedSample("floating-point pixels: their range has no defined meaning")
-    if image.has_transparency_data:
-        straight = image.convert("LA") if image.mode == "La" else image
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, straight.convert("RGBA")).convert("RGB")
-    return image.convert("RGB")
 
 
 def _encode(image: Image.Image, source_size: tuple[int, int], size: tuple[int, int]) -> EncodedImage:
