@@ -76,7 +76,7 @@ class ShardingOptions:
     """Another shard folder whose classes are used, so that a label has the same meaning in both.
     Splits of one folder always share their classes."""
     overwrite: bool = False
-    """If OUT holds this split with other settings, or damaged, delete the split and make it again."""
+    """If OUT holds a split to be made with other settings, or damaged, delete the split and make it again."""
 
 
 def make_shards(options: ShardingOptions, console: Console) -> dict[str, Manifest]:
