@@ -34,7 +34,7 @@ class DataConfig:
     """Split used for training."""
     val: str | None = "val"
     """Split of held-out images. MRR, feature_std and RankMe are measured on them during training.
-    None: these are not measured."""
+    None, or shards without the default split: these are not measured."""
     global_batch_size: Annotated[int, Range(min=1)] = 2048
     """Images per optimiser step, over all processes. The paper does not state it; 2,048 is that of I-JEPA."""
     micro_batch_size: Annotated[int | None, Range(min=1)] = None

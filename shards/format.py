@@ -122,7 +122,10 @@ def load_manifest(folder: Path, split: str) -> Manifest:
         raise ShardError(f"{path} does not exist: make the shards with tools/make_shards.py, or correct the folder")
     splits = _read_splits(path)
     if split not in splits:
-        raise ShardError(f"{path} has no split '{split}'; it has {sorted(splits)}")
+        raise ShardError(
+            f"{path} has no split '{split}'; it has {sorted(splits)}: name one of these, or make the split with "
+            "tools/make_shards.py"
+        )
     try:
         raw = dict(splits[split])
         shards = [Shard(**shard) for shard in raw.pop("shards")]

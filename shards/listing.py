@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 from urllib.parse import quote
 
 from shards.errors import ShardError
@@ -24,6 +24,9 @@ from shards.format import Column, RejectedSample, RejectionRecord
 
 LABEL = "label"
 """Name of the main label column; its tar component is `cls`."""
+
+Labels = Literal["auto", "folders", "none"]
+"""Origin of the labels: detected, the folders of the images, or no labels."""
 
 MAX_INTEGER_CLASS = 1_000_000
 """Largest label that is taken as a class index."""
@@ -58,13 +61,17 @@ class Sample(NamedTuple):
 
 @dataclass
 class SampleList:
-    """Contents of a source. Each file found is a sample, a rejection, or hidden (its name begins with a dot)."""
+    """Contents of a source. Each file found is a sample, a rejection, or hidden (its name begins with a dot).
+
+    `labelling` tells the user where the labels come from, and the option that gives the other choice.
+    """
 
     columns: list[Column]
     samples: list[Sample] = field(default_factory=list)
     rejections: list[RejectionRecord] = field(default_factory=list)
     hidden: int = 0
     masks: bool = False
+    labelling: str = ""
 
 
 def file_ref(folder: Path, name: str) -> FileRef:

@@ -113,9 +113,14 @@ def _agree(columns: list[Column], known: list[Column]) -> list[Column]:
     """Return the known columns in the source's order, so that all splits of a folder use the same class indices."""
     by_name = {column.name: column for column in known}
     if set(by_name) != {column.name for column in columns}:
+        remedy = "make all splits from sources with the same labels"
+        if not known:
+            remedy = "use --labels none"
+        elif not columns:
+            remedy += ", see --labels"
         raise ShardError(
             f"the label columns are {[c.name for c in columns]}, the shard folder's other splits have {list(by_name)}: "
-            "make all splits from sources with the same labels, or use another OUT"
+            f"{remedy}, or use another OUT"
         )
     for column in columns:
         extra = sorted(set(column.classes) - set(by_name[column.name].classes))

@@ -2,9 +2,8 @@
 
     python tools/make_tiles.py PHOTOGRAPHS OUT [--count 4000] [--width 500] [--height 375] [--quality 92] [--seed 0]
 
-PHOTOGRAPHS is a folder of images at any depth. The tiles are JPEGs in one subfolder of OUT, so tools/make_shards.py
-gives them one class. The photographs cannot be the classes, because they differ between splits. The default size is
-the most frequent one in ImageNet.
+PHOTOGRAPHS is a folder of images at any depth. The tiles are JPEGs in OUT, without labels. Make those for validation
+from other photographs. The default size is the most frequent one in ImageNet.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ from rich.progress import track
 from shards.command_line import run_command
 from shards.errors import UserError
 
-CLASS = "tile"
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"}
 
 
@@ -68,7 +66,7 @@ def make_tile(index: int, *, paths: list[Path], options: MakeTiles) -> None:
     left, top = rng.uniform(0, photograph.width - width), rng.uniform(0, photograph.height - height)
     box = (left, top, left + width, top + height)
     tile = photograph.resize((options.width, options.height), Image.Resampling.LANCZOS, box)
-    tile.save(options.out / CLASS / f"{path.stem}-{index:06d}.jpg", quality=options.quality)
+    tile.save(options.out / f"{path.stem}-{index:06d}.jpg", quality=options.quality)
 
 
 def main() -> None:
@@ -80,7 +78,7 @@ def main() -> None:
         )
     if options.out.exists():
         raise UserError(f"{options.out} exists already; delete it or name another folder")
-    (options.out / CLASS).mkdir(parents=True)
+    options.out.mkdir(parents=True)
     # Neighbours in the list share a photograph, so that each process decodes it once.
     order = sorted(range(options.count), key=lambda index: index % len(paths))
     with ProcessPoolExecutor() as pool:

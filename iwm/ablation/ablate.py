@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from iwm.ablation.runs import AblationError, PlannedRun, plan, run_all, threads_per_job
+from iwm.ablation.runs import AblationError, PlannedRun, is_finished, plan, run_all, threads_per_job
 from iwm.ablation.studies import STUDIES, AblateOptions, AblationStudy, Variant
 from iwm.ablation.tables import results, tables
 from iwm.config import ConfigError
@@ -20,8 +20,10 @@ from iwm.report.components import html_table, section
 from iwm.report.page import write_page
 from iwm.train_options import parse
 from iwm.training.checkpoint import versions
+from iwm.training.held_out import held_out_split
 from iwm.training.runtime import StopFlag
 from shards.atomic import write_atomically
+from shards.format import list_splits, load_manifest
 
 
 def ablate(options: AblateOptions, training: Sequence[str], console: Console, stop: StopFlag) -> dict[str, Any]:
@@ -85,7 +87,10 @@ def _study(options: AblateOptions) -> AblationStudy:
 def _checked(
     options: AblateOptions, study: AblationStudy, training: Sequence[str]
 ) -> dict[tuple[Variant, int], PlannedRun]:
-    """Plan the runs and parse their command lines as iwm/train.py does, so that errors appear before any run starts."""
+    """Plan the runs and parse their command lines as iwm/train.py does, so that errors appear before any run starts.
+
+    Shards are looked at only for unfinished runs.
+    """
     check_ranges(options)
     if not options.seeds:
         raise ConfigError("--seeds: name at least one seed")
@@ -94,8 +99,19 @@ def _checked(
         study, options.seeds, out=options.folder, common=options.common, bank=options.bank,
         training=lambda variant: (options.recipe, *shared, *variant.options),
     )  # fmt: skip
+    needed = set()
     for run in runs.values():
         command = parse(list(run.training))
         command.config.check()
         bank_augmentation(command.config.views, options.common, "--common")
+        if not is_finished(run):
+            needed.add(command.config.data)
+    for data in needed:
+        load_manifest(data.shards, data.train)
+        if held_out_split(data) is None:
+            raise ConfigError(
+                f"--data.val {data.val}: a study is evaluated on held-out images; name a split of {data.shards} "
+                f"({', '.join(list_splits(data.shards))}) with -- --data.val NAME, or make the shards with "
+                "--val-fraction 0.05"
+            )
     return runs

@@ -168,7 +168,7 @@ def threads_per_job(jobs: int) -> tuple[str, ...]:
 
 def _train_and_evaluate(run: PlannedRun, processes: int, environment: dict[str, str], stop: StopFlag) -> str:
     """Train and evaluate a run; return a progress message."""
-    if all(_is_done(run, evaluation) for evaluation in run.evaluations):
+    if is_finished(run):
         return "already finished, skipped"
     run.folder.mkdir(parents=True, exist_ok=True)
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes))
@@ -183,6 +183,11 @@ def _train_and_evaluate(run: PlannedRun, processes: int, environment: dict[str, 
 
 def _file(run: PlannedRun, evaluation: Evaluation) -> Path:
     return run.folder / "eval" / f"{evaluation.output}.json"
+
+
+def is_finished(run: PlannedRun) -> bool:
+    """Return True where all evaluations of a run are up to date."""
+    return all(_is_done(run, evaluation) for evaluation in run.evaluations)
 
 
 def _is_done(run: PlannedRun, evaluation: Evaluation) -> bool:

@@ -18,6 +18,7 @@ from iwm.evaluation.mrr import compute_ranks, summarise
 from iwm.evaluation.settings import BankSettings
 from iwm.models.world_model import WorldModel
 from iwm.training.distributed import DistEnv
+from iwm.training.held_out import held_out_split
 
 
 @torch.no_grad()
@@ -51,15 +52,16 @@ def health_check(config: Config, dist: DistEnv) -> Callable[[WorldModel], dict[s
 
 
 def health_images(config: Config, dist: DistEnv) -> UInt8[Tensor, "b h w 3"] | None:
-    """Return the first held-out images as clean views; None without a validation split and on other processes.
+    """Return the first held-out images as clean views; None without a split of them and on other processes.
 
     Only the main process measures health, except under FSDP, where each process holds a shard of the model.
     """
-    if config.data.val is None or not (dist.is_main or config.train.parallel == "fsdp"):
+    split = held_out_split(config.data)
+    if split is None or not (dist.is_main or config.train.parallel == "fsdp"):
         return None
     most = max(config.log.eval_images, NUM_FEATURE_IMAGES)
     size, device = config.views.size, dist.device
-    return first_images(config.data.shards, config.data.val, size=size, most=most, device=device)[0]
+    return first_images(config.data.shards, split, size=size, most=most, device=device)[0]
 
 
 def measure_health(model: WorldModel, images: UInt8[Tensor, "b h w 3"]) -> dict[str, float]:

@@ -21,10 +21,12 @@ from iwm.training import checkpoint as checkpoints
 from iwm.training.checkpoint import Checkpoint, load_newest
 from iwm.training.cuda_graph import build_forward_backward
 from iwm.training.distributed import DistEnv, loader_threads
+from iwm.training.held_out import missing_split_message
 from iwm.training.optim import Schedules, build_optimizer, build_schedules, load_optimizer_state, optimizer_state_dict
 from iwm.training.parallel import full_tensor, parallelize
 from iwm.training.runtime import select_backend
 from iwm.training.step import ForwardBackward
+from shards.few_images import few_images_advice
 
 
 @dataclass
@@ -68,6 +70,7 @@ def build_train_state(config: Config, run: Path, dist: DistEnv) -> TrainState:
     micro_batch, accumulation = split_batch(data.global_batch_size, data.micro_batch_size, dist.size, names)
     start, changes = find_resume_checkpoint(run, config)
     loader, seed, restart = _open_loader(config, dist, micro_batch, start)
+    advice = [*few_images_advice(loader.samples_per_epoch), *missing_split_message(data)]
     model, precision = build_model(config, dist.device, micro_batch)
     if start is not None:
         model.load_state_dict(start.model, strict=True)
@@ -87,6 +90,7 @@ def build_train_state(config: Config, run: Path, dist: DistEnv) -> TrainState:
         f"context encoder {encoder:.2f} M parameters, predictor {predictor:.2f} M, {config.action.conditioning} "
         "conditioning",
         f"attention: {attention} (torch {torch.__version__}); forward and backward passes {issued}",
+        *advice,
         *(f"changed since the last checkpoint: {change}" for change in changes),
         *restart,
         *([f"resuming from step {start.step:,} ({start.samples:,} images seen)"] if start is not None else []),
@@ -206,6 +210,7 @@ def to_checkpoint(state: TrainState) -> Checkpoint:
 
 RESUMABLE_CHANGES = (
     "data.shards",
+    "data.val",
     "data.backend",
     "data.num_threads",
     "data.prefetch_queue_depth",

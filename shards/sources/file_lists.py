@@ -1,7 +1,7 @@
 """Sources that are a file of image paths and labels: text list, CSV, COCO-like JSON.
 
-A CSV file has a `path` column, any number of label columns and optionally a `mask` column. The images that the file
-names are below a folder or in an uncompressed tar.
+A CSV file has a `path` column, any number of label columns and optionally a `mask` column. Paths are absolute, or
+relative to a folder or an uncompressed tar.
 """
 
 from __future__ import annotations
@@ -16,17 +16,38 @@ from pathlib import Path
 from typing import Any
 
 from shards.errors import ShardError
-from shards.format import RejectedSample, RejectionRecord
-from shards.listing import LABEL, FileRef, Sample, SampleList, TarMember, column, file_ref, list_members, sample_key
+from shards.format import Column, RejectedSample, RejectionRecord
+from shards.listing import (
+    LABEL,
+    FileRef,
+    Labels,
+    Sample,
+    SampleList,
+    TarMember,
+    column,
+    file_ref,
+    list_members,
+    sample_key,
+)
 
 PathResolver = Callable[[str], FileRef]
-"""Function from a path in the file to a reference; raises RejectedSample where there is no such image."""
+"""Function from a path to a reference; raises RejectedSample where there is no such image."""
+
+
+def read_path(text: str) -> str:
+    """Return the normalised path that a file names, without `./`.
+
+    A path with a leading slash is absolute if that file exists. Otherwise it is relative, without the slash (SUN397).
+    """
+    path = os.path.normpath(text)
+    return path if not path.startswith("/") or os.path.isfile(path) else path.lstrip("/")
 
 
 def make_resolver(place: Path) -> PathResolver:
-    """Make a resolver for `place`: a folder, a tar, or a folder inside a tar, e.g. `images.tar/data/images256`.
+    """Make a resolver of absolute paths and of paths in `place`.
 
-    Raise ShardError where `place` is none of these.
+    `place` is a folder, a tar, or a folder inside a tar, e.g. `images.tar/data/images256`. Raise ShardError where it is
+    none of these.
     """
     if place.is_dir():
         return partial(file_ref, place)
@@ -42,6 +63,8 @@ def _members(tar: Path) -> dict[str, TarMember]:
 
 
 def _member(tar: Path, folder: str, members: dict[str, TarMember], name: str) -> FileRef:
+    if name.startswith("/"):
+        return file_ref(tar.parent, name)
     path = os.path.normpath(os.path.join(folder, name))
     if path not in members:
         raise RejectedSample(f"no such file: {tar}/{path}")
@@ -59,11 +82,13 @@ def is_list(file: Path) -> bool:
     return "," not in first and _WITH_CLASS.fullmatch(first) is not None
 
 
-def list_lines(file: Path, find: PathResolver) -> SampleList:
-    """List a text file with one image per line: `PATH NUMBER` (Places205), or `PATH` with its folder as class (SUN397).
+def list_lines(file: Path, find: PathResolver, labels: Labels) -> SampleList:
+    """List a text file with one image per line: `PATH NUMBER` on all lines (Places205), or `PATH` (SUN397, own images).
 
-    A leading slash is ignored. A line whose image does not exist is rejected. Raise ShardError for a list that is empty
-    or mixes the two forms, and for an image without a class.
+    With `auto` the class is the number, else the path's folder if all paths are relative and lie in at least two
+    folders. With `folders` it is the path's folder. A number is never a part of the path. A line whose image does not
+    exist is rejected. Raise ShardError for a list that is empty or mixes the two forms, and with `folders` for a path
+    without a folder.
     """
     text = _read(file).splitlines()
     lines = {number: line.strip() for number, line in enumerate(text, start=1) if line.strip()}
@@ -73,29 +98,53 @@ def list_lines(file: Path, find: PathResolver) -> SampleList:
     if any(parsed.values()) and not all(parsed.values()):
         odd = next(number for number, match in parsed.items() if not match)
         raise ShardError(f"{file}, line {odd}: no class number after the path, unlike other lines; add it")
-    rows = []
-    for number, line in lines.items():
-        match = parsed[number]
-        name = (match[1] if match else line).lstrip("/")
-        label = match[2] if match else os.path.dirname(name)
-        if not label:
+    names = {number: match[1] if (match := parsed[number]) else line for number, line in lines.items()}
+    if labels == "none":
+        return _unlabelled(names.values(), find, "no labels")
+    if labels == "auto" and all(parsed.values()):
+        classes, origin = [str(int(match[2])) for match in parsed.values() if match], "the number on each line"
+    else:
+        paths = {number: read_path(name) for number, name in names.items()}
+        reason = _not_labels(paths) if labels == "auto" else None
+        if reason:
+            return _unlabelled(names.values(), find, f"no labels: {reason}")
+        classes, origin = [os.path.dirname(path) for path in paths.values()], "the folder of each path"
+        if not all(classes):
+            line = next(line for line, path in paths.items() if not os.path.dirname(path))
             raise ShardError(
-                f"{file}, line {number}: '{line}' has no class: add a class number after the path, "
-                "or put the image into a folder named after its class"
+                f"{file}, line {line}: '{lines[line]}' has no class: put the image into a folder named after its "
+                "class, or omit --labels folders"
             )
-        rows.append((name, str(int(label)) if match else label))
-    return _listing(rows, find, classes={label for _, label in rows})
+    listing = _labelled(zip(names.values(), classes, strict=True), find, set(classes))
+    listing.labelling = f"labels: {origin}, {len(listing.columns[0].classes):,} classes; --labels none ignores them"
+    return listing
 
 
-def list_annotations(file: Path, find: PathResolver) -> SampleList:
+def _not_labels(paths: dict[int, str]) -> str | None:
+    """Return why the folders of paths, by line, are not classes, with the way to labels; None where they are."""
+    for line, path in paths.items():
+        if not os.path.dirname(path):
+            return f"line {line} has no folder ({path!r}); a class number after each path gives labels"
+    for line, path in paths.items():
+        if path.startswith("/"):
+            return f"line {line} is an absolute path; --labels folders makes each path's folder its class"
+    folders = {os.path.dirname(path) for path in paths.values()}
+    if len(folders) == 1:
+        return f"all images are in the folder {min(folders)!r}; --labels folders makes it the class"
+    return None
+
+
+def list_annotations(file: Path, find: PathResolver, labels: Labels) -> SampleList:
     """List COCO-like annotations with one class per image (iNaturalist); the classes are the category ids.
 
-    An image that does not exist is rejected. Raise ShardError for JSON of another form, an image with no annotation or
-    several, and undeclared ids.
+    With `none` only `images` is read. An image that does not exist is rejected. Raise ShardError for JSON of another
+    form, an image with no annotation or several, and undeclared ids.
     """
     try:
         document = json.loads(_read(file))
         names: dict[Any, str] = {image["id"]: str(image["file_name"]) for image in document["images"]}
+        if labels == "none":
+            return _unlabelled(names.values(), find, "no labels")
         categories = {_class_number(category["id"]) for category in document["categories"]}
         annotations = [(item["image_id"], item["category_id"]) for item in document["annotations"]]
     except (ValueError, KeyError, TypeError) as error:
@@ -103,7 +152,7 @@ def list_annotations(file: Path, find: PathResolver) -> SampleList:
             f"{file} is not a file of COCO-like annotations ({error!r}): it must have 'images' with id and file_name, "
             "'categories' with id, and 'annotations' with image_id and category_id"
         ) from error
-    labels: dict[Any, str] = {}
+    category_of: dict[Any, str] = {}
     for image, category in annotations:
         if image not in names:
             raise ShardError(f"{file}: an annotation refers to image {image!r}, not in 'images'; download it again")
@@ -111,30 +160,51 @@ def list_annotations(file: Path, find: PathResolver) -> SampleList:
             raise ShardError(
                 f"{file}: {names[image]} has category {category!r}, not in 'categories'; download it again"
             )
-        if image in labels:
-            raise ShardError(f"{file}: {names[image]} has several annotations; use a file with one class per image")
-        labels[image] = str(category)
-    bare = [name for image, name in names.items() if image not in labels]
+        if image in category_of:
+            raise ShardError(
+                f"{file}: {names[image]} has several annotations; use a file with one class per image, or --labels none"
+            )
+        category_of[image] = str(category)
+    bare = [name for image, name in names.items() if image not in category_of]
     if bare:
         raise ShardError(
             f"{file}: {len(bare):,} of {len(names):,} images have no annotation (first: {bare[0]}); "
-            "use the annotations of a labelled split, e.g. train2018.json"
+            "use the annotations of a labelled split, e.g. train2018.json, or --labels none"
         )
-    return _listing(((name, labels[image]) for image, name in names.items()), find, categories)
+    return _labelled(((name, category_of[image]) for image, name in names.items()), find, categories)
 
 
-def _listing(rows: Iterable[tuple[str, str]], find: PathResolver, classes: set[str]) -> SampleList:
-    listing = SampleList([column(LABEL, classes)])
+def _labelled(rows: Iterable[tuple[str, str]], find: PathResolver, classes: set[str]) -> SampleList:
     # All images of a class share one tuple, which saves memory for millions of images.
     labels = {label: (label,) for label in classes}
-    for name, label in rows:
+    return _listing(((name, labels[label]) for name, label in rows), find, [column(LABEL, classes)])
+
+
+def _unlabelled(names: Iterable[str], find: PathResolver, labelling: str) -> SampleList:
+    listing = _listing(((name, ()) for name in names), find, [])
+    listing.labelling = labelling
+    return listing
+
+
+def _listing(rows: Iterable[tuple[str, tuple[str, ...]]], find: PathResolver, columns: list[Column]) -> SampleList:
+    listing = SampleList(columns)
+    for name, labels in rows:
         try:
-            image = find(name)
+            key, image = _find(find, name)
         except RejectedSample as reason:
             listing.rejections.append(RejectionRecord(name, str(reason)))
         else:
-            listing.samples.append(Sample(sample_key(os.path.splitext(name)[0]), image, labels[label]))
+            listing.samples.append(Sample(key, image, labels))
     return listing
+
+
+def _find(find: PathResolver, name: str) -> tuple[str, FileRef]:
+    """Return key and image of a path. Raise RejectedSample, with all readings of the path, where there is no image."""
+    path = read_path(name)
+    try:
+        return sample_key(os.path.splitext(path)[0]), find(path)
+    except RejectedSample as reason:
+        raise RejectedSample(f"{reason}, nor {name}" if name.startswith("/") else str(reason)) from None
 
 
 def _class_number(value: object) -> str:
@@ -150,18 +220,20 @@ def _read(file: Path) -> str:
         raise ShardError(f"{file} is not UTF-8 text ({error}); convert it to UTF-8") from error
 
 
-def list_table(table: Path, find: PathResolver) -> SampleList:
+def list_table(table: Path, find: PathResolver, labels: Labels) -> SampleList:
     """List a CSV file with one sample per row; the key is the path without its extension.
 
-    All columns except `path` and `mask` are labels, and `label` is the main one. `find` resolves the paths of image and
-    mask. A row with a missing file or an empty field is rejected. Raise ShardError for a file that is not CSV in UTF-8
-    and for an invalid header.
+    All columns except `path` and `mask` are labels, and `label` is the main one; with `none` they are ignored. `find`
+    resolves the paths of image and mask. A row with a missing file or an empty field is rejected. Raise ShardError for
+    a file that is not CSV in UTF-8 and for an invalid header.
     """
     with open(table, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         try:
             header = list(reader.fieldnames or [])
             names = _label_names(table, header)
+            if labels == "none":
+                names = []
             listing = SampleList([], masks="mask" in header)
             cache: dict[tuple[str, ...], tuple[str, ...]] = {}
             for row in reader:
@@ -181,25 +253,28 @@ def list_table(table: Path, find: PathResolver) -> SampleList:
 
 def _label_names(table: Path, header: list[str]) -> list[str]:
     if "path" not in header:
-        raise ShardError(f"{table} has no column 'path': its first line must name the columns, but is {header}")
+        raise ShardError(
+            f"{table} has no column 'path': its first line must name the columns, but is {header}; "
+            "a list of paths alone needs the extension .txt, or --source list"
+        )
     if len(set(header)) != len(header):
         raise ShardError(f"{table} names a column twice: {header}; rename one of them")
     return sorted((name for name in header if name not in ("path", "mask")), key=lambda name: name != LABEL)
 
 
 def _sample(find: PathResolver, row: dict[str, str], names: list[str]) -> Sample:
-    for name, value in row.items():
-        if name is None or value is None:
-            raise RejectedSample("its number of fields is not the number of columns")
-        if not value.strip():
+    if None in row or None in row.values():
+        raise RejectedSample("its number of fields is not the number of columns")
+    for name in ("path", *names, *(["mask"] if "mask" in row else [])):
+        if not row[name].strip():
             raise RejectedSample(f"'{name}' is empty")
     mask = _mask(find, row["mask"]) if "mask" in row else None
-    image = find(row["path"])
-    return Sample(sample_key(os.path.splitext(row["path"])[0]), image, tuple(row[n].strip() for n in names), mask)
+    key, image = _find(find, row["path"])
+    return Sample(key, image, tuple(row[name].strip() for name in names), mask)
 
 
 def _mask(find: PathResolver, name: str) -> FileRef:
     try:
-        return find(name)
+        return _find(find, name)[1]
     except RejectedSample as reason:
         raise RejectedSample(f"mask: {reason}") from reason

@@ -1,4 +1,4 @@
-"""Sources that are folders: one folder of images per class, or images with masks.
+"""Sources that are folders: images at any depth, in class folders or not, or images with masks.
 
 Class folders are the first level of the source and may contain nested folders. Images with segmentation masks are two
 parallel folders, the form in which ADE20k is distributed.
@@ -10,39 +10,84 @@ import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from PIL import Image
+
 from shards.errors import ShardError
 from shards.format import Column, RejectionRecord
-from shards.listing import LABEL, FileRef, Sample, SampleList, sample_key
+from shards.listing import LABEL, FileRef, Labels, Sample, SampleList, sample_key
 
 _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 
-def list_folder(folder: Path) -> SampleList:
-    """List class folders: each file below one is a sample, with its path without the extension as key.
+def list_folder(folder: Path, labels: Labels) -> SampleList:
+    """List all files below a folder as samples, with their paths without the extension as keys.
 
-    Links are followed. A file outside the class folders is rejected. Hidden files and folders are counted and ignored.
-    Raise ShardError where there are no class folders, or splits in place of classes.
+    With class folders each image has its first-level folder as label, and a file outside them is rejected. `folders`
+    demands them; `auto` takes the first-level folders as classes where `_not_classes` finds nothing against it. Links
+    are followed. Hidden files and folders are counted and ignored. Raise ShardError for splits in place of classes, and
+    for `folders` without a class folder.
     """
     with os.scandir(folder) as entries:
-        classes = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
-    if not classes:
+        classes = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    if not classes and labels == "folders":
         raise ShardError(
             f"{folder} has no class folders: put the images of each class into a separate folder, "
-            "or list the images in a CSV file (a 'path' column is enough where there are no labels), "
-            "or use --masks for the folder of their masks"
+            "or list the images in a CSV file with the columns path and label, or omit --labels folders"
         )
     refuse_splits(folder, classes)
-    listing = SampleList([Column(LABEL, "cls", classes)])
-    labels = {name: (name,) for name in classes}
-    for entry, name in walk(folder, listing):
-        class_name, _, rest = name.partition("/")
-        reason = no_file(entry) or (None if rest else "is outside the class folders, so it has no class")
-        if reason:
-            listing.rejections.append(RejectionRecord(name, reason))
+    listing = SampleList([])
+    files = _files(folder, listing)
+    reason = _not_classes(files, classes) if labels == "auto" else None
+    if labels == "none" or reason:
+        listing.samples = [Sample(sample_key(stem), image, ()) for stem, image in files]
+        listing.labelling = f"no labels: {reason}" if reason else "no labels"
+        return listing
+    listing.columns = [Column(LABEL, "cls", classes)]
+    listing.labelling = f"labels: {len(classes):,} class folders; --labels none ignores them"
+    tuples = {name: (name,) for name in classes}
+    for stem, image in files:
+        class_name, _, rest = image.name.partition("/")
+        if rest:
+            listing.samples.append(Sample(sample_key(stem), image, tuples[class_name]))
         else:
-            image = FileRef(str(folder), name, None, entry.stat().st_size)
-            listing.samples.append(Sample(sample_key(os.path.splitext(name)[0]), image, labels[class_name]))
+            reason = "is outside the class folders, so it has no class"
+            listing.rejections.append(RejectionRecord(image.name, reason))
     return listing
+
+
+def _not_classes(files: list[tuple[str, FileRef]], folders: list[str]) -> str | None:
+    """Return why the first-level folders are not taken as classes, with the way to labels; None where they are.
+
+    They are classes where every image lies in one of them, all at the same depth, and at least two have images. Only
+    names with the extension of an image count.
+    """
+    if not folders:
+        return "there are no class folders; a CSV file with the columns path and label gives labels"
+    images = [image.name for _, image in files if has_image_extension(image.name)]
+    outside = [name for name in images if "/" not in name]
+    if outside:
+        return (
+            f"images lie outside class folders ({len(outside):,}, first: {outside[0]!r}); "
+            "--labels folders rejects them and takes the first-level folders as classes"
+        )
+    used = {name.partition("/")[0] for name in images}
+    if len(used) < 2:
+        where = f"all images are in the folder {min(used)!r}" if used else "no file has the extension of an image"
+        return f"{where}; --labels folders takes the first-level folders as classes"
+    by_depth = {name.count("/"): name for name in images}
+    if len(by_depth) > 1:
+        one, other, *_ = by_depth.values()
+        return (
+            f"images lie at different depths ({one!r}, {other!r}); "
+            "--labels folders takes the first-level folders as classes"
+        )
+    return None
+
+
+def has_image_extension(name: str) -> bool:
+    """Return True where the name has the extension of a format that Pillow opens."""
+    kind = Image.registered_extensions().get(os.path.splitext(name)[1].lower())
+    return kind in Image.OPEN
 
 
 def refuse_splits(folder: Path, inside: Collection[str]) -> None:

@@ -18,7 +18,7 @@ from typing import IO
 
 from shards.errors import ShardError
 from shards.format import Column
-from shards.listing import LABEL, FileRef, Sample, SampleList, TarMember, list_members, sample_key
+from shards.listing import LABEL, FileRef, Labels, Sample, SampleList, TarMember, list_members, sample_key
 
 _SYNSET = re.compile(r"n\d{8}")
 _GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
@@ -26,58 +26,66 @@ _META = "meta.mat"
 _READS_AT_ONCE = 8
 
 
-def list_train(tar: Path) -> SampleList:
-    """List the training tar. Classes are the sorted synsets; a key is the file's stem, e.g. `n01440764_10026`."""
+def list_train(tar: Path, labels: Labels) -> SampleList:
+    """List the training tar. Classes are the sorted synsets; a key is the file's stem, e.g. `n01440764_10026`.
+
+    With `none` there are no labels.
+    """
     class_tars = list(list_members(tar))
     for class_tar in class_tars:
         if not (class_tar.name.endswith(".tar") and _SYNSET.fullmatch(Path(class_tar.name).stem)):
             raise ShardError(f"{tar} contains {class_tar.name}: the training tar has only tars named after synsets")
-    listing = SampleList([Column(LABEL, "cls", sorted(Path(class_tar.name).stem for class_tar in class_tars))])
+    columns = [Column(LABEL, "cls", sorted(Path(class_tar.name).stem for class_tar in class_tars))]
+    listing = SampleList([] if labels == "none" else columns)
     # Each of the million headers is found only by reading the one before it: threads overlap the disk reads.
     with ThreadPoolExecutor(_READS_AT_ONCE) as threads:
-        for samples in threads.map(partial(_list_class, tar), class_tars):
+        for samples in threads.map(partial(_list_class, tar, labels), class_tars):
             listing.samples += samples
     return listing
 
 
-def _list_class(tar: Path, class_tar: TarMember) -> list[Sample]:
-    labels = (Path(class_tar.name).stem,)
+def _list_class(tar: Path, labels: Labels, class_tar: TarMember) -> list[Sample]:
+    values = () if labels == "none" else (Path(class_tar.name).stem,)
     return [
         Sample(
             sample_key(os.path.splitext(member.name)[0]),
             FileRef(str(tar), f"{class_tar.name}/{member.name}", member.offset, member.size),
-            labels,
+            values,
         )
         for member in list_members(tar, within=class_tar)
     ]
 
 
-def list_val(tar: Path, val_labels: Path | None) -> SampleList:
+def list_val(tar: Path, val_labels: Path | None, labels: Labels) -> SampleList:
     """List the validation tar. The n-th label belongs to the n-th image in the order of the file names.
 
     `val_labels`: the development kit (`ILSVRC2012_devkit_t12.tar.gz` or the folder it unpacks to), its ground-truth
-    file with `meta.mat` next to it, or a text file with one synset per line. Raise ShardError where it is missing, is
-    unusable, or has another number of labels.
+    file with `meta.mat` next to it, or a text file with one synset per line. Raise ShardError where it is missing
+    (unless `labels` is `none`), is unusable, or has another number of labels.
     """
-    if val_labels is None:
+    if val_labels is None and labels != "none":
         raise ShardError(
             f"{tar} contains no labels: use --val-labels with ILSVRC2012_devkit_t12.tar.gz, "
-            "or with a text file of one synset per line in the order of the file names"
+            "or with a text file of one synset per line in the order of the file names, or use --labels none"
         )
     members = sorted(list_members(tar))
-    synsets, classes = read_val_labels(val_labels)
-    if len(synsets) != len(members):
-        raise ShardError(
-            f"{val_labels} has {len(synsets):,} labels, {tar} has {len(members):,} images; use the labels of this tar"
-        )
-    labels = {synset: (synset,) for synset in classes}
-    return SampleList(
-        columns=[Column(LABEL, "cls", classes)],
-        samples=[
-            Sample(sample_key(Path(m.name).stem), FileRef(str(tar), m.name, m.offset, m.size), labels[synset])
-            for m, synset in zip(members, synsets, strict=True)
-        ],
-    )
+    columns: list[Column] = []
+    values: list[tuple[str, ...]] = [()] * len(members)
+    if val_labels is not None:
+        synsets, classes = read_val_labels(val_labels)
+        if len(synsets) != len(members):
+            raise ShardError(
+                f"{val_labels} has {len(synsets):,} labels, {tar} has {len(members):,} images; "
+                "use the labels of this tar"
+            )
+        columns = [Column(LABEL, "cls", classes)]
+        tuples = {synset: (synset,) for synset in classes}
+        values = [tuples[synset] for synset in synsets]
+    samples = [
+        Sample(sample_key(Path(member.name).stem), FileRef(str(tar), member.name, member.offset, member.size), value)
+        for member, value in zip(members, values, strict=True)
+    ]
+    return SampleList(columns, samples)
 
 
 def read_val_labels(path: Path) -> tuple[list[str], list[str]]:

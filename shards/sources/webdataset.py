@@ -14,7 +14,7 @@ from PIL import Image
 
 from shards.errors import ShardError
 from shards.format import MANIFEST, Manifest, RejectedSample, RejectionRecord, list_splits, load_manifest
-from shards.listing import LABEL, FileRef, Sample, SampleList, TarMember, column, list_members, sample_key
+from shards.listing import LABEL, FileRef, Labels, Sample, SampleList, TarMember, column, list_members, sample_key
 
 MASK = "mask.png"
 """Tar component of the segmentation mask."""
@@ -36,12 +36,14 @@ def expand(pattern: str) -> list[Path]:
     return [Path(name) for name in names]
 
 
-def list_tars(tars: list[Path], label_field: str) -> SampleList:
+def list_tars(tars: list[Path], label_field: str, labels: Labels) -> SampleList:
     """List one sample per key: image, labels (`cls` or `label_field` of the json, and any `NAME.cls`), and `mask.png`.
 
     Samples with other labels than the first, with a mask where the first has none or the reverse, and without exactly
-    one image are rejected. Keys of letters, digits, `_`, `-`, `%`, `~` are kept. Where a manifest of this project is
-    next to the tars, it names the classes; otherwise labels are class names, or integers that are class indices.
+    one image are rejected. A json without the field `label` gives no label; without another `label_field`, the sample
+    is rejected. Labels `none` ignores them all. Keys of letters, digits, `_`, `-`, `%`, `~` are kept. Where a manifest
+    of this project is next to the tars, it names the classes; otherwise labels are class names, or integers that are
+    class indices.
     """
     ours = _own_manifest(tars)
     listing = SampleList([])
@@ -55,22 +57,22 @@ def list_tars(tars: list[Path], label_field: str) -> SampleList:
                     continue
                 try:
                     image = components[_image_component(components)]
-                    labels = _labels(file.fileno(), components, label_field, ours)
+                    found = {} if labels == "none" else _labels(file.fileno(), components, label_field, ours)
                     mask = components.get(MASK)
                     if names is None:
-                        names, listing.masks = list(labels), mask is not None
-                    if list(labels) != names or (mask is not None) != listing.masks:
+                        names, listing.masks = list(found), mask is not None
+                    if list(found) != names or (mask is not None) != listing.masks:
                         mask_text = " and a mask" if mask else ""
-                        raise RejectedSample(f"has the labels {list(labels)}{mask_text}, unlike the first sample")
+                        raise RejectedSample(f"has the labels {list(found)}{mask_text}, unlike the first sample")
                 except RejectedSample as reason:
                     listing.rejections.append(RejectionRecord(f"{tar.name}/{base}", str(reason)))
                     continue
                 key = base if _KEPT_KEY.fullmatch(base) else sample_key(base)
                 # Samples with the same labels share one tuple, which saves memory for millions of samples.
-                values = cache.setdefault(tuple(labels.values()), tuple(labels.values()))
+                values = cache.setdefault(tuple(found.values()), tuple(found.values()))
                 listing.samples.append(Sample(key, _reference(tar, image), values, mask and _reference(tar, mask)))
     for place, name in enumerate(names or []):
-        listing.columns.append(ours.column(name) if ours else column(name, {labels[place] for labels in cache}))
+        listing.columns.append(ours.column(name) if ours else column(name, {values[place] for values in cache}))
     return listing
 
 
@@ -122,10 +124,11 @@ def _labels(file: int, components: dict[str, TarMember], label_field: str, ours:
     if "cls" not in components and "json" in components:
         try:
             document = json.loads(_read(file, components["json"]))
-            labels[LABEL] = _text(document[label_field]) if label_field in document else ""
+            if label_field in document:
+                labels[LABEL] = _text(document[label_field])
         except (ValueError, TypeError) as error:
             raise RejectedSample(f"its json cannot be read: {error}") from error
-        if not labels[LABEL]:
+        if LABEL not in labels and label_field != LABEL:
             raise RejectedSample(f"its json has no field '{label_field}' (label_field)")
     for name in sorted(components, key=lambda name: (name != "cls", name)):
         if name == "cls" or name.endswith(".cls"):

@@ -17,7 +17,7 @@ Box = tuple[int, int, int, int]
 
 
 def tile_shards(folder: Path, boxes: Iterable[Box]) -> Path:
-    """Write a folder of shards with a JPEG of each box, in one class."""
+    """Write a folder of shards with a JPEG of each box, without labels."""
     tiles = folder / "tiles" / "astronaut"
     tiles.mkdir(parents=True)
     photograph = Image.fromarray(skimage.data.astronaut())

@@ -24,6 +24,7 @@ from iwm.models.world_model import WorldModel
 from iwm.protocols import evaluate
 from shards.make import ShardingOptions, make_shards
 from shards.plan import ShardSize
+from shards.sources.detect import SourceOptions
 from tests.evaluation.conftest import untrained
 
 BANK = BankSettings(num_images=3, num_views=16, batch_size=7)
@@ -188,7 +189,14 @@ def test_one_class_alone_is_refused_with_the_remedy(config: Config, tmp_path: Pa
         picture.parent.mkdir(parents=True)
         Image.new("RGB", (32, 32)).save(picture)
         make_shards(
-            ShardingOptions(str(tmp_path / name), tmp_path / "shards", name, workers=1, shard=ShardSize(min_shards=1)),
+            ShardingOptions(
+                str(tmp_path / name),
+                tmp_path / "shards",
+                name,
+                workers=1,
+                shard=ShardSize(min_shards=1),
+                extra=SourceOptions(labels="folders"),
+            ),
             Console(quiet=True),
         )
     run = untrained(tmp_path / "run", replace(config, data=replace(config.data, shards=tmp_path / "shards")))

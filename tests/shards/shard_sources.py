@@ -101,7 +101,7 @@ def development_kit(folder: Path, ids: list[int]) -> Path:
 
 
 def make(src: Path | str, out: Path, split: str = "train", **options: object) -> Manifest:
-    """Run make_shards in this process, with shards of a few samples."""
+    """Run make_shards in this process, with shards of a few samples; return the manifest of `split`."""
 
     def taken(kind: type) -> dict[str, object]:
         return {item.name: options.pop(item.name) for item in fields(kind) if item.name in options}
@@ -109,9 +109,10 @@ def make(src: Path | str, out: Path, split: str = "train", **options: object) ->
     rules, extra = ImageOptions(**taken(ImageOptions)), SourceOptions(**taken(SourceOptions))
     cut = ShardSize(min_shards=options.pop("min_shards", 2))
     options = {"workers": 1, **options}
-    return make_shards(
+    manifests = make_shards(
         ShardingOptions(str(src), out, split, image=rules, shard=cut, extra=extra, **options), Console(quiet=True)
     )
+    return manifests[split]
 
 
 def contents(out: Path) -> dict[str, bytes]:

@@ -39,8 +39,8 @@ def uninterrupted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     return contents(out)
 
 
-def start(source: Path, out: Path, workers: int = 2) -> subprocess.Popen[str]:
-    options = ["--split", "train", "--min-shards", str(SHARDS), "--workers", str(workers)]
+def start(source: Path, out: Path, workers: int = 2, *more: str) -> subprocess.Popen[str]:
+    options = ["--min-shards", str(SHARDS), "--workers", str(workers), *more]
     return subprocess.Popen(
         [sys.executable, str(ROOT / "tools" / "make_shards.py"), str(source), str(out), *options],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -53,15 +53,15 @@ def start(source: Path, out: Path, workers: int = 2) -> subprocess.Popen[str]:
     )
 
 
-def finish(source: Path, out: Path) -> str:
-    process = start(source, out)
+def finish(source: Path, out: Path, *more: str) -> str:
+    process = start(source, out, 2, *more)
     stdout, stderr = process.communicate(timeout=600)
     assert process.returncode == 0, stderr
     return stdout
 
 
-def records(out: Path) -> int:
-    return len(list((out / ".train.unfinished").glob("00*.json")))
+def records(out: Path, split: str = "train") -> int:
+    return len(list((out / f".{split}.unfinished").glob("00*.json")))
 
 
 def wait_for(condition, seconds: float = 600.0) -> None:
@@ -84,15 +84,28 @@ def is_gone(pid: int) -> bool:
         return True
 
 
-def kill_once(source: Path, out: Path, generator: random.Random, at_least: int) -> None:
-    """Start a run and kill it with SIGKILL shortly after `at_least` shards are finished."""
-    process = start(source, out)
-    wait_for(lambda: records(out) >= at_least or process.poll() is not None)
+def kill_once(
+    source: Path, out: Path, generator: random.Random, at_least: int, split: str = "train", *more: str
+) -> None:
+    """Start a run and kill it with SIGKILL shortly after `at_least` shards of the split are finished."""
+    process = start(source, out, 2, *more)
+    wait_for(lambda: records(out, split) >= at_least or process.poll() is not None)
     time.sleep(generator.uniform(0, 0.03))
     workers = workers_of(process) if process.poll() is None else []
     process.kill()
     process.communicate()
     wait_for(lambda: all(map(is_gone, workers)))
+
+
+def test_two_splits_of_one_source_are_both_resumed(source, tmp_path):
+    options = ("--val-fraction", "0.4")
+    finish(source, tmp_path / "whole", *options)
+    out = tmp_path / "out"
+    for split in ("val", "train"):
+        kill_once(source, out, random.Random(4), 2, split, *options)
+    output = finish(source, out, *options)
+    assert "already has the split 'val' with the same settings: nothing to do" in output
+    assert contents(out) == contents(tmp_path / "whole")
 
 
 def check_kills(source: Path, out: Path, uninterrupted: dict[str, bytes], moments: list[int]) -> None:

@@ -43,7 +43,7 @@ def test_a_folder_gives_its_first_level_as_classes_and_keeps_bytes_at_any_depth(
     (src / ".cache").mkdir()
     (src / "stray.jpg").write_bytes(jpeg(52))
     (src / "owl" / "notes.txt").write_text("not an image")
-    manifest = make(src, tmp_path / "out")
+    manifest = make(src, tmp_path / "out", labels="folders")
     assert manifest.columns[0].classes == ["Ant", "empty", "owl"]
     assert labels(tmp_path / "out", manifest) == {
         "Ant%2F000": "Ant",
@@ -83,7 +83,7 @@ def test_links_are_followed_and_loops_end(tmp_path):
 def test_a_folder_of_another_layout_is_refused(tmp_path, build, message):
     build(tmp_path / "src")
     with pytest.raises(ShardError, match=message):
-        make(tmp_path / "src", tmp_path / "out")
+        make(tmp_path / "src", tmp_path / "out", labels="folders")
     assert not (tmp_path / "out").exists()
 
 
@@ -288,14 +288,14 @@ def test_splits_of_one_folder_share_their_classes(tmp_path):
     val = class_folders(tmp_path / "val", {"owl": 2})
     other = class_folders(tmp_path / "other", {"yak": 1})
     make(train, tmp_path / "out")
-    manifest = make(val, tmp_path / "out", "val")
+    manifest = make(val, tmp_path / "out", "val", labels="folders")
     assert manifest.columns[0].classes == ["ant", "bee", "owl"]
     assert set(labels(tmp_path / "out", manifest).values()) == {"owl"}
-    elsewhere = make(val, tmp_path / "elsewhere", "val", classes_from=tmp_path / "out")
+    elsewhere = make(val, tmp_path / "elsewhere", "val", classes_from=tmp_path / "out", labels="folders")
     assert elsewhere.columns == manifest.columns
     before = contents(tmp_path / "out")
     with pytest.raises(ShardError, match="class 'yak'"):
-        make(other, tmp_path / "out", "test")
+        make(other, tmp_path / "out", "test", labels="folders")
     assert contents(tmp_path / "out") == before
 
 

@@ -30,7 +30,7 @@ def test_tars_of_the_library_become_shards_that_the_library_reads(tmp_path: Path
     options = ShardingOptions(
         str(tmp_path / "src"), tmp_path / "out", "train", workers=1, shard=ShardSize(min_shards=2)
     )
-    manifest = make_shards(options, Console(quiet=True))
+    manifest = make_shards(options, Console(quiet=True))["train"]
     urls = [str(tmp_path / "out" / shard.name) for shard in manifest.shards]
     dataset = (
         webdataset.WebDataset(urls, shardshuffle=False, empty_check=False)
