@@ -21,6 +21,7 @@ from iwm.training import checkpoint as checkpoints
 from iwm.training.checkpoint import Checkpoint, load_newest
 from iwm.training.cuda_graph import build_forward_backward
 from iwm.training.distributed import DistEnv, loader_threads
+from iwm.training.initial_weights import load_initial_weights, read_initial_weights
 from iwm.training.optim import Schedules, build_optimizer, build_schedules, load_optimizer_state, optimizer_state_dict
 from iwm.training.parallel import full_tensor, parallelize
 from iwm.training.runtime import select_backend
@@ -67,10 +68,13 @@ def build_train_state(config: Config, run: Path, dist: DistEnv) -> TrainState:
     names = ("data.global_batch_size", "data.micro_batch_size")
     micro_batch, accumulation = split_batch(data.global_batch_size, data.micro_batch_size, dist.size, names)
     start, changes = find_resume_checkpoint(run, config)
+    # Read before the data is opened, so that another encoder's weights are refused at once.
+    initial = read_initial_weights(config.init_from, config) if config.init_from and start is None else None
     loader, seed, restart = _open_loader(config, dist, micro_batch, start)
     model, precision = build_model(config, dist.device, micro_batch)
     if start is not None:
         model.load_state_dict(start.model, strict=True)
+    origin = load_initial_weights(initial, model) if initial is not None else []
     attention = ", ".join(f"{part} {kernel}" for part, kernel in model.attention_kernels().items())
     wrapped = parallelize(model, dist, accumulation)
     forward_backward, issued = build_forward_backward(model, wrapped, dist)
@@ -87,6 +91,7 @@ def build_train_state(config: Config, run: Path, dist: DistEnv) -> TrainState:
         f"context encoder {encoder:.2f} M parameters, predictor {predictor:.2f} M, {config.action.conditioning} "
         "conditioning",
         f"attention: {attention} (torch {torch.__version__}); forward and backward passes {issued}",
+        *origin,
         *(f"changed since the last checkpoint: {change}" for change in changes),
         *restart,
         *([f"resuming from step {start.step:,} ({start.samples:,} images seen)"] if start is not None else []),

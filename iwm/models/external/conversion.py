@@ -50,6 +50,8 @@ class ConvertedEncoder:
     """Positions are [1, grid², d], without those of other tokens."""
     grid: int
     """Number of patches along a side of the image that the positions were made for."""
+    other_positions: int
+    """Number of positions left out: those of class and distillation token."""
     embed_dim: int
     depth: int
     patch_size: int
@@ -73,7 +75,8 @@ def convert_encoder(state: Mapping[str, Any], path: Path) -> ConvertedEncoder:
     prefix = _positions_before_patches(state, path)
     grid = grid_of(encoder, "pos_embed", prefix, path)
     encoder["pos_embed"] = encoder["pos_embed"][:, prefix:]
-    found = ConvertedEncoder(encoder, grid, width, depth_of(encoder, "blocks"), patch[0], mlp_ratio_of(hidden, width))
+    ratio = mlp_ratio_of(hidden, width)
+    found = ConvertedEncoder(encoder, grid, prefix, width, depth_of(encoder, "blocks"), patch[0], ratio)
     problems = mismatches(_expected(found), encoder)
     if problems:
         raise ExternalCheckpointError(f"{path} does not match this project's encoder: {abbreviated(problems)}")
@@ -138,25 +141,34 @@ def with_imagenet_pixels(tensors: State, mean: Sequence[float], std: Sequence[fl
     return {**tensors, "patch_embed.proj.weight": scaled.float(), "patch_embed.proj.bias": shifted.float()}
 
 
-IJEPA_PREDICTOR = {"predictor_blocks.": "blocks.", "predictor_norm.": "norm."}
-"""Beginnings of names in I-JEPA's predictor that this project's predictor abbreviates."""
+_IJEPA_PREDICTOR = {"predictor_blocks.": "blocks.", "predictor_norm.": "norm."}
+"""Beginnings of names in I-JEPA's predictor, and in this project's."""
+IJEPA_POSITIONS = "predictor_pos_embed"
 
 
-def convert_ijepa_predictor(state: Mapping[str, Any], path: Path) -> State:
-    """Return I-JEPA's predictor by this project's names, in float32. It may still be of another shape.
+def ijepa_predictor_names(state: Mapping[str, Any]) -> dict[str, str]:
+    """Return the names in I-JEPA's predictor by this project's, without those of its positions."""
+    names = {}
+    for name in state:
+        beginning = next((theirs for theirs in _IJEPA_PREDICTOR if name.startswith(theirs)), "")
+        names[_IJEPA_PREDICTOR.get(beginning, "") + name.removeprefix(beginning)] = name
+    names.pop(IJEPA_POSITIONS, None)
+    return names
 
-    Its positions are left out: this project's predictor computes the same. Raises ExternalCheckpointError where they
-    are others.
+
+def convert_ijepa_predictor(state: Mapping[str, Any]) -> State:
+    """Return I-JEPA's predictor by this project's names, in float32. It may be of another shape than this run's."""
+    converted = {ours: state[name].float() for ours, name in ijepa_predictor_names(state).items()}
+    return {name: tensor.flatten() if name == "mask_token" else tensor for name, tensor in converted.items()}
+
+
+def has_sincos_positions(state: Mapping[str, Any], path: Path) -> bool:
+    """Return True where the positions of I-JEPA's predictor are those that this project's predictor computes.
+
+    Raises ExternalCheckpointError where they are not those of a square.
     """
-    converted: State = {}
-    for name, tensor in state.items():
-        if name == "predictor_pos_embed":
-            grid, width = grid_of(state, name, 0, path), tensor.shape[-1]
-            if width % 4 or not torch.allclose(tensor[0].float(), sincos_positions(width, grid), atol=1e-5):
-                raise ExternalCheckpointError(f"{name} is not the fixed sine-cosine that this project's predictor has")
-            continue
-        for theirs, ours in IJEPA_PREDICTOR.items():
-            if name.startswith(theirs):
-                name = ours + name.removeprefix(theirs)
-        converted[name] = tensor.float().flatten() if name == "mask_token" else tensor.float()
-    return converted
+    if IJEPA_POSITIONS not in state:
+        return True
+    grid, width = grid_of(state, IJEPA_POSITIONS, 0, path), state[IJEPA_POSITIONS].shape[-1]
+    found = state[IJEPA_POSITIONS][0].float()
+    return width % 4 == 0 and torch.allclose(found, sincos_positions(width, grid), atol=1e-5)
