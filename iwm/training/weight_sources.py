@@ -159,13 +159,14 @@ def _read_external(path: Path) -> WeightSource:
     width, *_ = shape_of(encoder.state, "patch_embed.proj.weight", 4, path)
     heads = architecture.num_heads if architecture else HEADS["timm" if plain else format_name].get(width)
     predictor, notes = _ijepa_predictor(layout, flat, heads, path) if layout.predictor else (None, [])
+    heads_used = f"{heads} heads" if heads else f"this run's number of heads (no ViT of width {width} was published)"
     if plain and architecture is None:
         notes.append(
-            f"not stated by the file and assumed: {heads or 'the recipe’s number of'} heads, GELU, norms with ε 1e-6, "
-            "pixels normalised with ImageNet's mean and standard deviation"
+            f"not in the file, so assumed: {heads_used}, GELU, norms with ε 1e-6, pixels normalised with ImageNet's "
+            "mean and standard deviation"
         )
     elif heads is None:
-        notes.append(f"assumed: the recipe's number of heads, because a width of {width} was never published")
+        notes.append(f"not in the file, so assumed: {heads_used}")
     return WeightSource(
         path=path,
         kind=_kind(format_name, plain, architecture),

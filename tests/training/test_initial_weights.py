@@ -247,7 +247,7 @@ def test_a_timm_folder_gives_its_features_with_its_own_normalisation_of_pixels(t
     (tmp_path / "timm" / "model.safetensors").unlink()
     model, messages = initialised(tmp_path / "timm", config_with(*shape))
     assert_same(model.encoder.patch_embed.proj.weight.data, vit.patch_embed.proj.weight.data)
-    assert "assumed: the recipe’s number of heads" in "\n".join(messages)
+    assert "assumed: this run's number of heads" in "\n".join(messages)
 
 
 def test_half_precision_becomes_float32(tmp_path: Path) -> None:
