@@ -219,6 +219,10 @@ class Config:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    init_from: Path | None = None
+    """Known weights to start from: a run, a checkpoint, an exported folder, or the file of a published encoder.
+    docs/pretrained-weights.md lists what is loaded from each. It is read before the first step only.
+    None: a random initialisation."""
 
     @property
     def grid_size(self) -> int:

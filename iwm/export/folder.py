@@ -24,8 +24,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from iwm.actions import action_schema, action_spec
@@ -36,12 +35,21 @@ from iwm.downstream.registry import lookup
 from iwm.downstream.restore import split_state
 from iwm.models.encoder import IMAGENET_MEAN, IMAGENET_STD, timm_arguments
 from iwm.training.checkpoint import CheckpointError, versions
+from iwm.training.export_files import (
+    CONFIG,
+    ENCODER,
+    FORMAT,
+    HEAD,
+    PREDICTOR,
+    damaged,
+    incomplete,
+    read_description,
+    read_tensors,
+)
+from iwm.training.export_files import is_export_dir as is_export_dir
 from shards.atomic import sync_folder, write_atomically
 
-FORMAT = 1
-ENCODER, ENCODER_ARGUMENTS = "encoder.safetensors", "encoder.json"
-PREDICTOR, CONFIG, CARD = "predictor.safetensors", "config.json", "README.md"
-HEAD, HEAD_DESCRIPTION = "head.safetensors", "head.json"
+ENCODER_ARGUMENTS, HEAD_DESCRIPTION, CARD = "encoder.json", "head.json", "README.md"
 
 LINEAR = {"head.fc.weight": "head.weight", "head.fc.bias": "head.bias"}
 """Tensor names of a linear head, and their names in timm's VisionTransformer."""
@@ -82,11 +90,6 @@ def attach_head(exported: ExportedModel, head: TrainedHead | None, tensors: Mapp
     if encoder is None:
         return replace(exported, head=head, trained=others)
     return replace(exported, head=head, trained=others, encoder=encoder, predictor=None)
-
-
-def is_export_dir(folder: Path) -> bool:
-    """Return True for a folder with an exported encoder or predictor."""
-    return (folder / ENCODER).exists() or (folder / PREDICTOR).exists()
 
 
 def write_export(exported: ExportedModel, card: str, out: Path) -> None:
@@ -144,33 +147,30 @@ def read_export(folder: Path) -> ExportedModel:
     """Read an exported folder, on the CPU. Raises CheckpointError for missing or damaged files."""
     path = folder / CONFIG
     try:
-        description = json.loads(path.read_bytes())
-        if description["format"] != FORMAT:
-            raise CheckpointError(
-                f"{path}: its format is not {FORMAT} (another version of iwm); export the model again"
-            )
+        description = read_description(folder)
         head = None
         if (folder / HEAD_DESCRIPTION).exists():
             path = folder / HEAD_DESCRIPTION
             head = _head(json.loads(path.read_bytes()))
-        encoder = _unpacked(folder / ENCODER)
+        encoder = read_tensors(folder / ENCODER)
         if head is not None and lookup(head.protocol).linear:
             trained = {name: encoder.pop(timm_name) for name, timm_name in LINEAR.items()}
         else:
-            trained = _unpacked(folder / HEAD) if head else {}
+            trained = read_tensors(folder / HEAD) if head else {}
+        finetuned = head is not None and lookup(head.protocol).finetunes_encoder(head)
         return ExportedModel(
             config=from_dict(description["config"]),
             encoder_name=description["encoder"],
             origin=Provenance(**description["origin"]),
             encoder=encoder,
-            predictor=None if head and lookup(head.protocol).finetunes_encoder(head) else _unpacked(folder / PREDICTOR),
+            predictor=None if finetuned else read_tensors(folder / PREDICTOR),
             head=head,
             trained=trained,
         )
     except OSError as error:
-        raise CheckpointError(f"{folder} is not a complete exported model ({error}); export it again") from error
+        raise incomplete(folder, error) from error
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ConfigError) as error:
-        raise CheckpointError(f"{path} is damaged ({error!r}); export the model again") from error
+        raise damaged(path, error) from error
 
 
 def _head(description: dict[str, Any]) -> TrainedHead:
@@ -203,14 +203,6 @@ def _description(exported: ExportedModel) -> dict[str, object]:
 def _packed(tensors: Mapping[str, Tensor]) -> bytes:
     content: bytes = save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"format": "pt"})
     return content
-
-
-def _unpacked(path: Path) -> dict[str, Tensor]:
-    try:
-        tensors: dict[str, Tensor] = load_file(path)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged ({error}); export the model again") from error
-    return tensors
 
 
 def _json(content: object) -> bytes:

@@ -11,9 +11,10 @@ from typing import Any
 from iwm.actions import applicable_ops, jitter_ranges, removable_ops
 from iwm.downstream.progress import TrainedHead
 from iwm.downstream.registry import lookup
-from iwm.export.folder import CONFIG, ENCODER, ENCODER_ARGUMENTS, HEAD, HEAD_DESCRIPTION, PREDICTOR
+from iwm.export.folder import ENCODER_ARGUMENTS, HEAD_DESCRIPTION
 from iwm.export.model import PretrainedModel
 from iwm.models.encoder import IMAGENET_MEAN, IMAGENET_STD
+from iwm.training.export_files import CONFIG, ENCODER, HEAD, PREDICTOR
 
 
 def model_card(model: PretrainedModel, mrr: dict[str, Any] | None, name: str) -> str:

@@ -57,6 +57,13 @@ class Conditioning(nn.Module):
         """Append the action tokens to the sequence."""
         return tokens
 
+    def action_weights(self) -> Float[Tensor, "d k"] | None:
+        """Return a view of the weights that multiply the action, one column per entry; None where there are none.
+
+        Weights from a run with other strengths of the jitter are rescaled by it (iwm/training/initial_weights.py).
+        """
+        return None
+
 
 class FeatureConditioning(Conditioning):
     """Conditioning `feature`: three linear layers with ReLU between mix the action into each mask token (A.1)."""
@@ -83,6 +90,9 @@ class FeatureConditioning(Conditioning):
 
     def mix(self, tokens: Float[Tensor, "n d"], action: Float[Tensor, "b k"]) -> Float[Tensor, "b n d"]:
         return self(tokens, action)
+
+    def action_weights(self) -> Float[Tensor, "d k"]:
+        return self.fc1.weight[:, self.fc2.in_features :]
 
 
 class SequenceConditioning(Conditioning):
@@ -111,6 +121,9 @@ class SequenceConditioning(Conditioning):
 
     def append(self, tokens: Float[Tensor, "b s d"], action: Float[Tensor, "b k"]) -> Float[Tensor, "b s2 d"]:
         return torch.cat((tokens, self(action).to(tokens.dtype)), dim=1)
+
+    def action_weights(self) -> Float[Tensor, "d k"]:
+        return self.weight.T
 
 
 CONDITIONING: dict[str, type[Conditioning]] = {

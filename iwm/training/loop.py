@@ -30,13 +30,14 @@ def pretrain(
 ) -> None:
     """Train until the configured end or until `stop` is set, then save a checkpoint.
 
-    validate: returns metrics of the model, logged every log.eval_interval steps; None: no validation.
+    validate: returns metrics of the model, logged every log.eval_interval steps, and before the first step of a run
+    that starts from known weights; None: no validation.
     Raises TrainingError where the gradient stays non-finite, or the last checkpoint cannot be written.
     """
     s, config, dist = state, state.config, state.dist
     if dist.is_main:
         write_atomically(s.run / "config.yaml", to_yaml(config).encode())
-        truncate_metrics_after(s.run, s.step)
+        truncate_metrics_after(s.run, s.step if s.step > 0 else -1)
     flops_share = training_flops(config).total / measure_matmul_flops(dist.device, config.train.precision) / dist.size
     agreement = StopConsensus(dist)
     with (
@@ -48,6 +49,8 @@ def pretrain(
     ):
         for line in s.startup_messages:
             monitor.print(line)
+        if s.step == 0 and config.init_from is not None and validate is not None:
+            monitor.log(0, validate(s.model))
         lines = _MetricLines(s, monitor, flops_share)
         window, ended, saved = MetricWindow(dist.device), s.step >= s.schedules.steps, True
         while not ended:

@@ -22,6 +22,7 @@ from iwm.training.checkpoint import Checkpoint, load_newest
 from iwm.training.cuda_graph import build_forward_backward
 from iwm.training.distributed import DistEnv, loader_threads
 from iwm.training.held_out import missing_split_message
+from iwm.training.initial_weights import load_initial_weights, read_initial_weights
 from iwm.training.optim import Schedules, build_optimizer, build_schedules, load_optimizer_state, optimizer_state_dict
 from iwm.training.parallel import full_tensor, parallelize
 from iwm.training.runtime import select_backend
@@ -69,11 +70,14 @@ def build_train_state(config: Config, run: Path, dist: DistEnv) -> TrainState:
     names = ("data.global_batch_size", "data.micro_batch_size")
     micro_batch, accumulation = split_batch(data.global_batch_size, data.micro_batch_size, dist.size, names)
     start, changes = find_resume_checkpoint(run, config)
+    # Read before the data is opened, so that another encoder's weights are refused at once.
+    initial = read_initial_weights(config.init_from, config) if config.init_from and start is None else None
     loader, seed, restart = _open_loader(config, dist, micro_batch, start)
     advice = [*few_images_advice(loader.samples_per_epoch), *missing_split_message(data)]
     model, precision = build_model(config, dist.device, micro_batch)
     if start is not None:
         model.load_state_dict(start.model, strict=True)
+    origin = load_initial_weights(initial, model) if initial is not None else []
     attention = ", ".join(f"{part} {kernel}" for part, kernel in model.attention_kernels().items())
     wrapped = parallelize(model, dist, accumulation)
     forward_backward, issued = build_forward_backward(model, wrapped, dist)
@@ -91,6 +95,7 @@ def build_train_state(config: Config, run: Path, dist: DistEnv) -> TrainState:
         "conditioning",
         f"attention: {attention} (torch {torch.__version__}); forward and backward passes {issued}",
         *advice,
+        *origin,
         *(f"changed since the last checkpoint: {change}" for change in changes),
         *restart,
         *([f"resuming from step {start.step:,} ({start.samples:,} images seen)"] if start is not None else []),

@@ -1,4 +1,4 @@
-"""Checkpoint formats of other projects: location of the encoder, and recognition of a file's format.
+"""Checkpoint formats of other projects: location of the networks, and recognition of a file's format.
 
 | format | published as | the encoder |
 | --- | --- | --- |
@@ -8,14 +8,16 @@
 | dino | dino_vitbase16_pretrain.pth | the file itself; of a full checkpoint, the teacher's backbone |
 | ibot | checkpoint_teacher.pth | under `state_dict`; of a full checkpoint, the teacher's backbone |
 
-All of them name a ViT's parameters as timm does.
+All of them name a ViT's parameters as timm does. Files of I-JEPA and MoCo v3 and full checkpoints hold two encoders:
+the trained one (student) and its moving average (teacher).
 """
 
 from __future__ import annotations
 
 import argparse
 import pickle
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,74 +60,119 @@ def read_file(path: Path) -> dict[str, Any]:
     return content
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Networks of a file: the prefixes of their names, where the names of nested tensors are joined (`flatten`)."""
+
+    encoder: str
+    """Prefix of the encoder that the project publishes."""
+    student: str = ""
+    """Prefix of the encoder that is trained. '': the file has one encoder."""
+    teacher: str = ""
+    """Prefix of the moving average of the student. '': the file has one encoder."""
+    predictor: str = ""
+    """Prefix of the predictor. '': none."""
+    marker: str = ""
+    """Entry that a file of this layout has."""
+    projection: str = ""
+    """Names that begin with this are a projection that training put in place of timm's `head`."""
+
+
+def _full(marker: str) -> tuple[Layout, ...]:
+    """Return the layouts of a full checkpoint of DINO or iBOT, whose teacher's names may have the prefix of DDP."""
+    student = "student.module.backbone."
+    return tuple(
+        Layout(teacher, student=student, teacher=teacher, marker=marker)
+        for teacher in ("teacher.module.backbone.", "teacher.backbone.")
+    )
+
+
+_MOCO = "state_dict.module."
+_LAYOUTS: dict[str, tuple[Layout, ...]] = {
+    "mae": (Layout("model."),),
+    "ijepa": (
+        Layout(
+            "target_encoder.module.",
+            student="encoder.module.",
+            teacher="target_encoder.module.",
+            predictor="predictor.module.",
+            marker="predictor",
+        ),
+    ),
+    "moco_v3": (
+        Layout(
+            f"{_MOCO}base_encoder.",
+            student=f"{_MOCO}base_encoder.",
+            teacher=f"{_MOCO}momentum_encoder.",
+            projection="head.",
+        ),
+    ),
+    "dino": (*_full("dino_loss"), Layout("")),
+    "ibot": (*_full("ibot_loss"), Layout("state_dict.")),
+}
+FORMATS = tuple(_LAYOUTS)
+
+
+def flatten(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a file's tensors by name, those in a dictionary as `entry.name`, and its other entries as they are."""
+    flat: dict[str, Any] = {}
+    for entry, value in content.items():
+        if isinstance(value, dict) and any(isinstance(part, Tensor) for part in value.values()):
+            flat |= {f"{entry}.{name}": part for name, part in value.items()}
+        else:
+            flat[str(entry)] = value
+    return flat
+
+
+def below(prefix: str, flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): value for name, value in flat.items() if name.startswith(prefix)}
+
+
+def has_vit(flat: Mapping[str, Any], prefix: str) -> bool:
+    """Return True where any name with this prefix is a parameter of a ViT's blocks; others may still be missing."""
+    return any(name.startswith(f"{prefix}blocks.") for name in flat)
+
+
+def find_layouts(content: Mapping[str, Any]) -> dict[str, Layout]:
+    """Return the formats that a file's content may have, with the location of its networks."""
+    flat = flatten(content)
+    found = {name: _layout(layouts, content, flat) for name, layouts in _LAYOUTS.items()}
+    return {name: layout for name, layout in found.items() if layout is not None}
+
+
+def _layout(layouts: tuple[Layout, ...], content: Mapping[str, Any], flat: Mapping[str, Any]) -> Layout | None:
+    for layout in layouts:
+        if (not layout.marker or layout.marker in content) and has_vit(flat, layout.encoder):
+            return layout
+    return None
+
+
 def find_encoder(format_name: str, content: dict[str, Any], path: Path) -> State:
     """Return the encoder's tensors by their names in timm's ViT (MAE: with the decoder's under their published names).
 
     Raises ExternalCheckpointError where the file does not have the published form of `format_name`; the message names
     the format that it looks like.
     """
-    found = _FORMS[format_name](content)
-    if found is None:
-        raise ExternalCheckpointError(f"{path} is not a checkpoint in the format {format_name}: {_looks_like(content)}")
-    return found
+    layouts = find_layouts(content)
+    if format_name not in layouts:
+        raise ExternalCheckpointError(
+            f"{path} is not a checkpoint in the format {format_name}: {_looks_like(content, layouts)}"
+        )
+    layout = layouts[format_name]
+    state = below(layout.encoder, flatten(content))
+    dropped = layout.projection
+    return {name: value for name, value in state.items() if not (dropped and name.startswith(dropped))}
 
 
-def _looks_like(content: dict[str, Any]) -> str:
-    formats = [format_name for format_name, form in _FORMS.items() if form(content) is not None]
-    if formats:
-        return f"it looks like {' or '.join(formats)}"
+def _looks_like(content: dict[str, Any], layouts: Mapping[str, Layout]) -> str:
+    if layouts:
+        return f"it looks like {' or '.join(layouts)}"
     if "format" in content and "config" in content:
         return "it is a checkpoint of this program, for iwm.load"
-    return f"it looks like none of {', '.join(_FORMS)}; it holds {', '.join(map(str, list(content)[:6]))}"
+    return f"it looks like none of {', '.join(FORMATS)}; it holds {entries(content)}"
 
 
-def _mae(content: dict[str, Any]) -> State | None:
-    return _vit(content.get("model"))
-
-
-def _ijepa(content: dict[str, Any]) -> State | None:
-    return _vit(_below("module.", content.get("target_encoder"))) if "predictor" in content else None
-
-
-def _moco_v3(content: dict[str, Any]) -> State | None:
-    return _without_head(_vit(_below("module.base_encoder.", content.get("state_dict"))))
-
-
-def _dino(content: dict[str, Any]) -> State | None:
-    return _teacher(content) if "dino_loss" in content else _vit(content)
-
-
-def _ibot(content: dict[str, Any]) -> State | None:
-    return _teacher(content) if "ibot_loss" in content else _vit(content.get("state_dict"))
-
-
-_FORMS: dict[str, Callable[[dict[str, Any]], State | None]] = {
-    "mae": _mae,
-    "ijepa": _ijepa,
-    "moco_v3": _moco_v3,
-    "dino": _dino,
-    "ibot": _ibot,
-}
-FORMATS = tuple(_FORMS)
-
-
-def _teacher(content: dict[str, Any]) -> State | None:
-    """Return the backbone of a full checkpoint's teacher, whose names may have the prefix of DDP."""
-    teacher = content.get("teacher")
-    return _vit(_below("module.backbone.", teacher) or _below("backbone.", teacher))
-
-
-def _below(prefix: str, state: object) -> State:
-    if not isinstance(state, dict):
-        return {}
-    return {name.removeprefix(prefix): value for name, value in state.items() if str(name).startswith(prefix)}
-
-
-def _without_head(state: State | None) -> State | None:
-    """Drop the projection that training put in place of timm's `head`."""
-    return state and {name: value for name, value in state.items() if not name.startswith("head.")}
-
-
-def _vit(state: object) -> State | None:
-    """Return the state if it has any parameter of a ViT's blocks, else None; missing tensors are reported later."""
-    return state if isinstance(state, dict) and any(str(name).startswith("blocks.") for name in state) else None
+def entries(content: Mapping[str, Any]) -> str:
+    """Return the first entries of a file's content, for an error."""
+    return ", ".join(map(str, list(content)[:6])) or "nothing"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 
 from iwm.models.encoder import IMAGENET_MEAN, IMAGENET_STD
 from iwm.models.external.formats import FORMATS, ExternalCheckpointError, NoDecoderError, State, find_encoder, read_file
+from iwm.models.external.tensors import abbreviated, depth_of, grid_of, mismatches, mlp_ratio_of, shape_of
 from iwm.models.external.vit import ExternalEncoder, MaeDecoder
 from iwm.models.layers import resample_positions
 
@@ -25,6 +24,7 @@ HEADS: dict[str, dict[int, int]] = {
     "moco_v3": {384: 12, 768: 12, 1024: 16, 1280: 16},
     "dino": {192: 3, 384: 6, 768: 12},
     "ibot": {192: 3, 384: 6, 768: 12, 1024: 16},
+    "timm": {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16},
 }
 """Published number of attention heads by width, which a ViT's tensors alone do not determine."""
 DECODER_HEADS = {512: 16}
@@ -84,16 +84,16 @@ def _published_vit(
 ) -> VisionTransformer:
     """Return a ViT with the width, depth, patch size and tensors of the file."""
     class_token = format_name != "ijepa"
-    width, _, patch, _ = _shape(state, "patch_embed.proj.weight", 4, path)
-    hidden, _ = _shape(state, "blocks.0.mlp.fc1.weight", 2, path)
-    grid = _grid(state, "pos_embed", int(class_token), path)
+    width, _, patch, _ = shape_of(state, "patch_embed.proj.weight", 4, path)
+    hidden, _ = shape_of(state, "blocks.0.mlp.fc1.weight", 2, path)
+    grid = grid_of(state, "pos_embed", int(class_token), path)
     vit = VisionTransformer(
         img_size=_size(image_size or grid * patch, patch),
         patch_size=patch,
         embed_dim=width,
-        depth=_depth(state, "blocks"),
+        depth=depth_of(state, "blocks"),
         num_heads=_heads(heads, HEADS[format_name], width, "heads", path),
-        mlp_ratio=(hidden + 0.5) / width,  # timm rounds ratio · width down; the added half keeps the exact width
+        mlp_ratio=mlp_ratio_of(hidden, width),
         class_token=class_token,
         global_pool="token" if class_token else "avg",
         fc_norm=False,
@@ -106,13 +106,13 @@ def _published_vit(
 
 
 def _decoder(state: State, vit: VisionTransformer, path: Path, heads: int | None) -> MaeDecoder:
-    width, _ = _shape(state, "decoder_embed.weight", 2, path)
-    hidden, _ = _shape(state, "decoder_blocks.0.mlp.fc1.weight", 2, path)
-    grid, new_grid = _grid(state, "decoder_pos_embed", 1, path), vit.patch_embed.grid_size[0]
+    width, _ = shape_of(state, "decoder_embed.weight", 2, path)
+    hidden, _ = shape_of(state, "decoder_blocks.0.mlp.fc1.weight", 2, path)
+    grid, new_grid = grid_of(state, "decoder_pos_embed", 1, path), vit.patch_embed.grid_size[0]
     decoder = MaeDecoder(
         width=vit.embed_dim,
         own_width=width,
-        depth=_depth(state, "decoder_blocks"),
+        depth=depth_of(state, "decoder_blocks"),
         heads=_heads(heads, DECODER_HEADS, width, "decoder_heads", path),
         hidden=hidden,
         grid=new_grid,
@@ -147,7 +147,7 @@ def _load_timm(name: str | None, path: Path | str | None, image_size: int | None
         state = {key: value for key, value in content.items() if not str(key).startswith("head.")}
         if vit.pos_embed is not None:
             prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
-            grid = _grid(state, "pos_embed", prefix, path)
+            grid = grid_of(state, "pos_embed", prefix, path)
             state["pos_embed"] = _resampled(state["pos_embed"], grid, vit.patch_embed.grid_size[0], prefix)
         _load_strictly(vit, state, path)
     return ExternalEncoder("timm", vit, vit.pretrained_cfg["mean"], vit.pretrained_cfg["std"])
@@ -158,41 +158,10 @@ def _resampled(positions: Tensor, grid: int, new_grid: int, prefix: int) -> Tens
 
 
 def _load_strictly(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-    found = {key: tuple(value.shape) if isinstance(value, Tensor) else () for key, value in state.items()}
-    problems = [f"{key} is missing" for key in expected if key not in found]
-    problems += [f"{key} is unexpected" for key in found if key not in expected]
-    problems += [
-        f"{key} is {list(found[key])}, not {list(shape)}"
-        for key, shape in expected.items()
-        if key in found and found[key] != shape
-    ]
+    problems = mismatches(module.state_dict(), state)
     if problems:
-        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ExternalCheckpointError(f"{path} does not match the ViT: {'; '.join(problems[:3])}{more}")
+        raise ExternalCheckpointError(f"{path} does not match the ViT: {abbreviated(problems)}")
     module.load_state_dict(state, strict=True)
-
-
-def _shape(state: Mapping[str, Any], key: str, dimensions: int, path: Path) -> tuple[int, ...]:
-    if key not in state:
-        raise ExternalCheckpointError(f"{path} does not match the ViT: {key} is missing")
-    if not isinstance(state[key], Tensor) or state[key].ndim != dimensions:
-        raise ExternalCheckpointError(f"{path} does not match the ViT: {key} does not have {dimensions} dimensions")
-    return tuple(state[key].shape)
-
-
-def _grid(state: Mapping[str, Any], key: str, prefix: int, path: Path) -> int:
-    """Return the number of patches along a side of the image that the positions were made for."""
-    count = _shape(state, key, 3, path)[1] - prefix
-    grid = math.isqrt(max(count, 0))
-    if grid == 0 or grid**2 != count:
-        raise ExternalCheckpointError(f"{path} does not match the ViT: {key} has {count} positions, not a square")
-    return grid
-
-
-def _depth(state: Mapping[str, Any], blocks: str) -> int:
-    numbers = (re.match(rf"{blocks}\.(\d+)\.", key) for key in state)
-    return 1 + max(int(number[1]) for number in numbers if number)
 
 
 def _heads(given: int | None, published: Mapping[int, int], width: int, option: str, path: Path) -> int:

@@ -14,6 +14,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from iwm.models.external.formats import ExternalCheckpointError
+from iwm.models.external.tensors import mlp_ratio_of
 from iwm.models.layers import forward_blocks, resample_positions
 
 
@@ -123,8 +124,7 @@ class MaeDecoder(nn.Module):
         self.decoder_pos_embed = nn.Parameter(torch.zeros(1, 1 + grid**2, own_width), requires_grad=False)
         norm = partial(nn.LayerNorm, eps=1e-6)
         self.decoder_blocks = nn.ModuleList(
-            # timm rounds ratio · width down; the added half keeps the exact hidden width.
-            Block(own_width, heads, (hidden + 0.5) / own_width, qkv_bias=True, norm_layer=norm)
+            Block(own_width, heads, mlp_ratio_of(hidden, own_width), qkv_bias=True, norm_layer=norm)
             for _ in range(depth)
         )
         self.decoder_norm = norm(own_width)
