@@ -64,8 +64,14 @@ def _evaluate(context: EvalContext, name: str, settings: EvalSettings) -> dict[s
     output = settings.output or context.run / "eval" / f"{name}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     precision = _precision(context, settings)
-    with torch.autocast(context.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        figures = EVALUATORS[name].evaluate(context, settings, output)
+    try:
+        with torch.autocast(context.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            figures = EVALUATORS[name].evaluate(context, settings, output)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"the device is out of memory ({' '.join(str(error).split())}); python iwm/evaluate.py {name}: lower "
+            f"{_memory_option(settings)}"
+        ) from error
     figures = {
         "checkpoint": str(context.checkpoint),
         "data": context.data.record(),
@@ -80,6 +86,12 @@ def _evaluate(context: EvalContext, name: str, settings: EvalSettings) -> dict[s
 def _precision(context: EvalContext, settings: EvalSettings) -> str:
     trained = "bf16" if context.config.train.bf16_autocast else "fp32"
     return trained if settings.precision == "auto" else settings.precision
+
+
+def _memory_option(settings: EvalSettings) -> str:
+    """Return the evaluator's option that bounds its memory."""
+    options = {field.name for field in fields(settings)}
+    return "--bank.batch-size" if "bank" in options else "--batch-size" if "batch_size" in options else "--num-images"
 
 
 def _no_longer_left_out(run: Path, name: str, output: Path) -> None:

@@ -10,16 +10,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 
 from dali_pipelines.loader import ViewLoader
 from iwm import protocols
 from iwm.config import Config, ConfigError
-from iwm.evaluate import main
+from iwm.evaluate import main, parse
 from iwm.evaluation.common import load_eval_context
 from iwm.evaluation.held_out import MissingDataError
-from iwm.evaluation.registry import EVALUATORS
+from iwm.evaluation.registry import EVALUATORS, Evaluator
 from iwm.evaluation.settings import (
     BankSettings,
     CorruptionSettings,
@@ -294,3 +295,19 @@ def test_a_training_split_that_is_named_gives_the_same_scores_and_the_warning(ba
     named = evaluate("mrr", replace(FEW["mrr"], checkpoint=bare_run, data=EvalData(bare, "train")))
     assert by_default["mrr"] == named["mrr"]
     assert named["data"]["note"].startswith("evaluated on split 'train', on which the model was trained")
+
+
+def test_a_device_out_of_memory_is_told_with_an_option_that_the_evaluator_has(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*given: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20.00 MiB")
+
+    _only(monkeypatch, "similarity", "mrr", "feature-maps")
+    monkeypatch.setattr(Evaluator, "evaluate", full)
+    assert mistake(monkeypatch, "world-model", "--checkpoint", str(run)).endswith("similarity, mrr, feature-maps")
+    lines = capsys.readouterr().err.splitlines()
+    options = ("--batch-size", "--bank.batch-size", "--num-images")
+    assert [line.split()[-1] for line in lines] == list(options)
+    for name, option in zip(("similarity", "mrr", "feature-maps"), options, strict=True):
+        assert parse([name, "--checkpoint", "x", option, "8"])[0] == name
