@@ -20,7 +20,7 @@ from iwm.downstream.pretrained import load_pretrained
 from iwm.downstream.registry import lookup
 from iwm.downstream.settings import TrainSettings
 from iwm.evaluation.common import EvalContext, load_eval_context
-from iwm.evaluation.held_out import MissingDataError
+from iwm.evaluation.held_out import MissingDataError, naming_command
 from iwm.evaluation.registry import EVALUATORS, WORLD_MODEL
 from iwm.evaluation.result_table import ResultTable
 from iwm.evaluation.settings import EvalSettings, KNNSettings, MarginalisationSettings, WorldModelSettings
@@ -69,8 +69,7 @@ def _evaluate(context: EvalContext, name: str, settings: EvalSettings) -> dict[s
             figures = EVALUATORS[name].evaluate(context, settings, output)
     except torch.OutOfMemoryError as error:
         raise ConfigError(
-            f"the device is out of memory ({' '.join(str(error).split())}); python iwm/evaluate.py {name}: lower "
-            f"{_memory_option(settings)}"
+            f"the device is out of memory ({' '.join(str(error).split())}); lower {_memory_option(settings)}"
         ) from error
     figures = {
         "checkpoint": str(context.checkpoint),
@@ -215,10 +214,10 @@ def evaluate_everything(settings: WorldModelSettings) -> None:
                 result = _evaluate(context, name, own)
                 parts |= {f"{name}, {part}": reason for part, reason in result.get("left_out", {}).items()}
             except MissingDataError as error:
-                left_out[name] = error.note(name)
+                left_out[name] = naming_command(error, name)
             except ConfigError as error:
-                print(f"iwm/evaluate.py {name}: {error}", file=sys.stderr)
-                failed[name] = f"{error} (python iwm/evaluate.py {name})"
+                print(f"{name}: {naming_command(error, name)}", file=sys.stderr)
+                failed[name] = naming_command(error, name)
         not_done = {**left_out, **failed}
         summary = {"checkpoint": str(context.checkpoint), "data": context.data.record(), "left_out": not_done}
         output, precision = context.run / "eval" / f"{WORLD_MODEL}.json", _precision(context, settings)

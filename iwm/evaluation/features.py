@@ -20,7 +20,7 @@ from shards.errors import ShardError
 from shards.format import list_splits, load_manifest
 from shards.listing import LABEL
 
-LABELS_REMEDY = "make the shards from labelled images (tools/make_shards.py --help)"
+LABELS_REMEDY = "make the shards from labelled images, see tools/make_shards.py --help"
 """Remedy for shards without labels."""
 
 
@@ -76,14 +76,14 @@ def extract_features(
         raise ConfigError(str(error)) from error
     if split == held_out.split:
         raise MissingDataError(
-            f"the classifier would be fitted and evaluated on the same images, split '{split}'",
-            f"use {options}train NAME, {HELD_OUT_REMEDY}",
+            f"the classifier would be fitted and evaluated on the same images, split '{split}'; use "
+            f"{options}train NAME, {HELD_OUT_REMEDY}"
         )
     train, labels = _embed(context, split, label, settings.train_images, features)
     if len(labels.unique()) < 2:
         raise MissingDataError(
-            f"all {len(labels)} images of split '{split}' have one class of '{label}'",
-            f"use another {options}label or more {options}train-images",
+            f"all {len(labels)} images of split '{split}' have one class of '{label}'; "
+            f"use another {options}label or more {options}train-images"
         )
     test, numbers = _embed(context, held_out.split, label, settings.val_images, features)
     chance = numbers.bincount().max().item() / len(numbers)
@@ -110,12 +110,12 @@ def match_classes(
             columns.append(manifest.column(label).classes)
         except ShardError as error:
             remedy = f"use another {label_option}" if manifest.columns else LABELS_REMEDY
-            raise MissingDataError(str(error), remedy) from error
+            raise MissingDataError(f"{error}; {remedy}") from error
     classes, held_out_classes = columns
     if not set(classes) & set(held_out_classes):
         raise MissingDataError(
-            f"'{label}' of splits '{train}' and '{held_out}' of {shards} have no class in common",
-            f"use another {train_option} or {label_option}",
+            f"'{label}' of splits '{train}' and '{held_out}' of {shards} have no class in common; "
+            f"use another {train_option} or {label_option}"
         )
     numbers = {name: number for number, name in enumerate(classes)}
     return classes, torch.tensor([numbers.get(name, -1) for name in held_out_classes])

@@ -31,14 +31,10 @@ class MissingDataError(ConfigError):
     An evaluator that runs alone ends with this error. `world-model` leaves it out and says so.
     """
 
-    def __init__(self, reason: str, remedy: str) -> None:
-        """Store both parts of the message. remedy: options of the evaluator's own command."""
-        super().__init__(f"{reason}; {remedy}")
-        self._reason, self._remedy = reason, remedy
 
-    def note(self, command: str) -> str:
-        """Return the reason, and the command of iwm/evaluate.py whose options are the remedy."""
-        return f"{self._reason} (python iwm/evaluate.py {command}: {self._remedy})"
+def naming_command(error: ConfigError, command: str) -> str:
+    """Return the message with the command of iwm/evaluate.py whose options it names."""
+    return f"{error} (python iwm/evaluate.py {command})"
 
 
 @dataclass(frozen=True)
@@ -100,8 +96,8 @@ def require_images(found: int, at_least: int, shards: Path, split: str) -> None:
     """Raise MissingDataError where a split has fewer images than an evaluation needs."""
     if found < at_least:
         raise MissingDataError(
-            f"split '{split}' of {shards} has {found} image{'s' if found != 1 else ''}, at least {at_least} are needed",
-            "use --data.split NAME or --data.shards FOLDER with more images",
+            f"split '{split}' of {shards} has {found} image{'s' if found != 1 else ''}, at least {at_least} are "
+            "needed; use --data.split NAME or --data.shards FOLDER with more images"
         )
 
 
@@ -111,4 +107,4 @@ def require_splits(shards: Path, train: str, held_out: str, train_option: str) -
     remedies = {train: f"use another {train_option}", held_out: f"use another --data.split, or {MAKE_HELD_OUT}"}
     for split, remedy in remedies.items():
         if splits and split not in splits:
-            raise MissingDataError(f"{shards / MANIFEST} has no split '{split}'; it has {splits}", remedy)
+            raise MissingDataError(f"{shards / MANIFEST} has no split '{split}'; it has {splits}; {remedy}")

@@ -32,7 +32,7 @@ from dali_pipelines.seeds import derive_seed
 from iwm.config import ConfigError
 from iwm.evaluation.bank import TIE_TOLERANCE, actions_from, chance_mrr, embed_bank
 from iwm.evaluation.common import EvalContext, mean_and_stderr
-from iwm.evaluation.held_out import MissingDataError
+from iwm.evaluation.held_out import MissingDataError, naming_command
 from iwm.evaluation.logistic_regression import linear_accuracy
 from iwm.evaluation.paper_results import TABLE_S6
 from iwm.evaluation.result_table import ResultTable, format_mean_stderr
@@ -76,7 +76,7 @@ def evaluate(context: EvalContext, settings: MarginalisationSettings, output: Pa
         try:
             linear = _linear(context, settings, (TEACHER, NULL, *numbers))
         except MissingDataError as error:
-            left_out["linear accuracy"] = error.note("marginalisation")
+            left_out["linear accuracy"] = naming_command(error, "marginalisation")
     generators = torch.Generator().manual_seed(settings.seed), _action_generator(settings.seed)
     banks = [_look_up(context, image, settings, *generators) for image in track(images, "banks", transient=True)]
     picture = output.with_suffix(".png")

@@ -176,7 +176,7 @@ def test_a_label_that_the_user_names_and_the_shards_lack_is_an_error_after_the_o
     said = mistake(monkeypatch, "world-model", "--checkpoint", str(run), "--label", "mood")
     assert said.endswith("skipped, for the reasons above: knn")
     errors = capsys.readouterr().err
-    assert "iwm/evaluate.py knn: split 'train' has no label column 'mood'; it has ['colour']" in errors
+    assert "knn: split 'train' has no label column 'mood'; it has ['colour']; use another --label (python" in errors
     assert _read(run, "feature-maps")["data"] == {"shards": str(shards), "split": "val", "held_out": True}
     assert "mood" in _section((run / "report.html").read_text(), "Left out")
     # Without --label, the default column is not there: that is no error.
@@ -247,7 +247,8 @@ def test_a_classifier_is_not_evaluated_on_the_images_that_it_is_fitted_on(tmp_pa
         evaluate("knn", KNNSettings(run))
     result = evaluate("marginalisation", replace(FEW["marginalisation"], checkpoint=run))
     assert "on the same images" in result["left_out"]["linear accuracy"]
-    assert "python iwm/evaluate.py marginalisation: use --probe.train NAME" in result["left_out"]["linear accuracy"]
+    assert "use --probe.train NAME" in result["left_out"]["linear accuracy"]
+    assert result["left_out"]["linear accuracy"].endswith("(python iwm/evaluate.py marginalisation)")
 
 
 def _trained_on(run: Path, shards: Path) -> None:
@@ -308,6 +309,6 @@ def test_a_device_out_of_memory_is_told_with_an_option_that_the_evaluator_has(
     assert mistake(monkeypatch, "world-model", "--checkpoint", str(run)).endswith("similarity, mrr, feature-maps")
     lines = capsys.readouterr().err.splitlines()
     options = ("--batch-size", "--bank.batch-size", "--num-images")
-    assert [line.split()[-1] for line in lines] == list(options)
+    assert [line.partition("lower ")[2].split()[0] for line in lines] == list(options)
     for name, option in zip(("similarity", "mrr", "feature-maps"), options, strict=True):
         assert parse([name, "--checkpoint", "x", option, "8"])[0] == name
