@@ -111,7 +111,7 @@ def _mrr(scenario: str, bank: BankSize) -> Evaluation:
 
 
 def _similarity(scenario: str, images: int) -> Evaluation:
-    options = ("--scenario", scenario, "--num-images", str(images), "--num-shown", str(min(images, 8)))
+    options = ("--scenario", scenario, "--num-images", str(images))
     return Evaluation("similarity", "similarity", options, {"scenario": scenario, "num_images": images})
 
 

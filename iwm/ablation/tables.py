@@ -10,6 +10,7 @@ from typing import Any
 from iwm.ablation.runs import PlannedRun, mrr_file
 from iwm.ablation.studies import AblationStudy, Variant
 from iwm.evaluation.result_table import ResultTable
+from iwm.report.provenance import kind_of_images
 
 NOT_RUN = "not run"
 
@@ -37,7 +38,8 @@ def tables(study: AblationStudy, found: Sequence[dict[str, Any]], common: str) -
     seeds = sorted({result["seed"] for result in found})
     spread = f"Mean over seeds {', '.join(map(str, seeds))} (lowest–highest)." if len(seeds) > 1 else "One seed."
     sizes, views = (found[0]["evaluations"][name] for name in (mrr_file(common), "similarity"))
-    bank_caption = f"{sizes['images']} images, bank of {sizes['bank']}, chance {sizes['chance']:.3f}. {spread}"
+    images = f"{sizes['images']} {kind_of_images(sizes)}"
+    bank_caption = f"{images}, bank of {sizes['bank']}, chance {sizes['chance']:.3f}. {spread}"
     ratio = (
         f"Pooled teacher features of {views['images']} images, {views['augmentations']} views each (augmentation of "
         f"{common}); an invariant encoder has 0. {spread}"

@@ -108,7 +108,7 @@ def _columns(context: RunContext, settings: MultitaskSettings) -> list[LabelColu
     columns = []
     for task in settings.tasks:
         folder, _, label = task.rpartition(":")
-        column = column_of(context, label, task)
+        column = replace(column_of(context, label, task), option="--tasks")
         columns.append(replace(column, shards=Path(folder)) if folder else column)
     return columns
 

@@ -11,6 +11,7 @@ import torch
 from iwm.actions import ActionSpec, action_spec
 from iwm.config import AttentionImpl, Config, ConfigError, EncoderName
 from iwm.downstream.settings import TrainSettings
+from iwm.evaluation.held_out import VAL
 from iwm.models.attention import to_device
 from iwm.models.backbone import Backbone, frozen_backbone
 from iwm.models.external.loading import ExternalCheckpointError, MaeDecoder, NoDecoderError, load_external
@@ -94,9 +95,6 @@ def _load_run(settings: TrainSettings, device: torch.device) -> Pretrained:
             "file of a published encoder"
         ) from error
     data = settings.data
-    val = data.split or config.data.val
-    if val is None:
-        raise ConfigError(f"{path}: the run has no validation split (data.val); use --data.split NAME")
     if device.type == "cpu" and not settings.num_threads:
         configure_cpu(config.train.num_threads)
     return Pretrained(
@@ -108,7 +106,7 @@ def _load_run(settings: TrainSettings, device: torch.device) -> Pretrained:
         config=config,
         shards=data.shards or config.data.shards,
         train=data.train or config.data.train,
-        val=val,
+        val=data.split or config.data.val or VAL,
         bf16=config.train.bf16_autocast if settings.precision == "auto" else settings.precision == "bf16",
     )
 
@@ -146,6 +144,6 @@ def _load_external(settings: TrainSettings, device: torch.device) -> Pretrained:
         config=None,
         shards=data.shards,
         train=data.train or "train",
-        val=data.split or "val",
+        val=data.split or VAL,
         bf16=settings.precision != "fp32",
     )

@@ -25,6 +25,7 @@ from iwm.downstream.settings import (
 )
 from iwm.downstream.study import FrozenEncoders
 from iwm.downstream.trials import Segmenter
+from iwm.evaluation.held_out import require_splits
 from iwm.evaluation.result_table import ResultTable
 from iwm.models.heads import UPerNet
 from iwm.models.predictor_backbone import PredictorBackbone
@@ -34,6 +35,7 @@ from iwm.training.runtime import StopFlag
 def run_segmentation(context: RunContext, settings: SegmentationSettings, stop: StopFlag) -> dict[str, Any] | None:
     """Train and evaluate. Return None where the stop flag ended it early. Raises ConfigError and ShardError."""
     pretrained, dist = context.pretrained, context.dist
+    require_splits(pretrained.shards, pretrained.train, pretrained.val, "--data.train")
     encoder = pretrained.encoder(settings.features)
     crops = replace(
         sized_crops(settings.crops, pretrained.img_size), ignore_index=0 if settings.reduce_zero_label else 255

@@ -35,6 +35,8 @@ class ExternalModel:
 class DataSettings(EvalData):
     """Labelled images: a training split (`train`) and a held-out split (`split`)."""
 
+    split: str | None = None
+    """Held-out split. Default: the run's validation split (data.val); `val` where it has none."""
     train: str | None = None
     """Training split. Default: the run's own (data.train); `train` for external encoders."""
     label: str = LABEL

@@ -44,6 +44,8 @@ class LabelColumn:
     label: str
     size: int
     """Side of the held-out centre crops (pixels)."""
+    option: str = "--data.label"
+    """Option that names the column."""
 
 
 class Classes(NamedTuple):
@@ -56,9 +58,11 @@ class Classes(NamedTuple):
 
 
 def classes_of(column: LabelColumn, dist: DistEnv) -> Classes:
-    """Return the classes of a column. Raises ConfigError, naming the option, where the splits have no common class or
-    lack the column."""
-    names, train_index = match_classes(column.shards, column.train, column.val, column.label, "--data.")
+    """Return the classes of a column. Raises ConfigError, naming the option, for a split that does not exist, and where
+    the splits lack the column or have no common class."""
+    names, train_index = match_classes(
+        column.shards, column.train, column.val, column.label, "--data.train", column.option
+    )
     return Classes(names, train_index.to(dist.device))
 
 

@@ -1,4 +1,4 @@
-"""Common parts of all evaluators: the loaded model, held-out images, standard errors.
+"""Common parts of all evaluators: the loaded model, its images, standard errors.
 
 Images are clean views in the order of the shards. Shards are shuffled when they are made, so the first images are a
 random sample. Standard errors are over images, the independent units of every evaluation.
@@ -7,7 +7,7 @@ random sample. Standard errors are over images, the independent units of every e
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,18 +17,19 @@ from torch import Tensor
 
 from dali_pipelines.validation_loader import ValidationBatch, ValidationLoader
 from iwm.config import Config, ConfigError
+from iwm.evaluation.held_out import EvalSplit, choose_split, require_images
 from iwm.evaluation.settings import EvalSettings
 from iwm.models.world_model import WorldModel
 from iwm.training.checkpoint import load_world_model, resolve, run_dir_of
 from iwm.training.runtime import device_name, select_device
 
 RANDOM_POOL_SIZE = 256
-"""Number of held-out images that random images are sampled from (all, if there are fewer)."""
+"""Number of images that random images are sampled from (all, if there are fewer)."""
 
 
 @dataclass(frozen=True)
 class EvalContext:
-    """Loaded model and location of its held-out images."""
+    """Loaded model and location of its images."""
 
     model: WorldModel
     config: Config
@@ -36,60 +37,63 @@ class EvalContext:
     """Run folder, which evaluation files are written to."""
     checkpoint: Path
     """Checkpoint file that was loaded."""
-    shards: Path
-    split: str
+    data: EvalSplit
     device: torch.device
+    notes: list[str] = field(default_factory=list)
+    """Remarks on this evaluation, for terminal, JSON and page: fewer images than requested."""
 
     @property
     def device_name(self) -> str:
         """Name of the device, for the JSON result."""
         return device_name(self.device)
 
-    def first_images(
-        self, most: int, at_least: int | None = None, option: str = "--bank.num-images"
-    ) -> tuple[UInt8[Tensor, "b h w 3"], list[str]]:
-        """Return the first `most` held-out images as clean views on the device, with their sample keys.
+    def first_images(self, most: int, at_least: int = 1) -> tuple[UInt8[Tensor, "b h w 3"], list[str]]:
+        """Return the first `most` images as clean views on the device, with their sample keys; all if there are fewer.
 
-        Raises ConfigError, which names `option`, where the split has fewer than `at_least` (default: `most`).
+        A note says so. Raises MissingDataError where the split has fewer than `at_least`.
         """
-        images, keys = first_images(self.shards, self.split, size=self.config.views.size, most=most, device=self.device)
-        if len(keys) < (at_least or most):
-            raise ConfigError(
-                f"{self.shards}: split '{self.split}' has {len(keys)} images, {at_least or most} are required; "
-                f"lower {option}"
-            )
+        images, keys = self.read_images(most)
+        require_images(len(keys), at_least, self.data.shards, self.data.split)
+        self.note_fewer(len(keys), most, self.data.split)
         return images, keys
 
-    def random_images(
-        self, count: int, generator: torch.Generator, option: str = "--bank.num-images"
-    ) -> tuple[UInt8[Tensor, "b h w 3"], list[str]]:
-        """Sample `count` of the first max(RANDOM_POOL_SIZE, count) held-out images; return them with their sample keys.
+    def random_images(self, count: int, generator: torch.Generator) -> tuple[UInt8[Tensor, "b h w 3"], list[str]]:
+        """Sample `count` of the first max(RANDOM_POOL_SIZE, count) images; return them with their sample keys.
 
-        Raises ConfigError, which names `option`, where the split has fewer than `count`.
+        All if there are fewer, with a note.
         """
-        images, keys = self.first_images(max(RANDOM_POOL_SIZE, count), at_least=count, option=option)
+        images, keys = self.read_images(max(RANDOM_POOL_SIZE, count))
+        self.note_fewer(len(keys), count, self.data.split)
         order = torch.randperm(len(images), generator=generator)[:count]
         return images[order.to(images.device)], [keys[i] for i in order.tolist()]
 
+    def read_images(self, most: int) -> tuple[UInt8[Tensor, "b h w 3"], list[str]]:
+        """Return at most `most` images as clean views on the device, with their sample keys."""
+        data, size = self.data, self.config.views.size
+        return first_images(data.shards, data.split, size=size, most=most, device=self.device)
+
+    def note_fewer(self, found: int, most: int | None, split: str, kind: str = "images") -> None:
+        """Add a note where a split has fewer images than the `most` that are used (None: all are used)."""
+        if most is not None and found < most:
+            self.notes.append(f"{found} of at most {most} {kind}: split '{split}' has no more")
+
     def images_of(self, keys: Sequence[str]) -> UInt8[Tensor, "b h w 3"]:
-        """Return the held-out images of these sample keys, in this order. Raises ConfigError for a missing key."""
-        return images_of(self.shards, self.split, keys, size=self.config.views.size, device=self.device)
+        """Return the images of these sample keys, in this order. Raises ConfigError for a missing key."""
+        return images_of(self.data.shards, self.data.split, keys, size=self.config.views.size, device=self.device)
 
     def iter_labelled(self, split: str, label: str, most: int | None) -> Iterator[ValidationBatch]:
         """Iterate over the first `most` images of a split (None: all) with their labels, in batches (iter_batches)."""
-        return iter_batches(self.shards, split, size=self.config.views.size, device=self.device, most=most, label=label)
+        size, shards = self.config.views.size, self.data.shards
+        return iter_batches(shards, split, size=size, device=self.device, most=most, label=label)
 
 
 def load_eval_context(settings: EvalSettings) -> EvalContext:
-    """Load the checkpoint and resolve its data. Raises ConfigError and the errors of load_world_model."""
+    """Load the checkpoint and choose its images. Raises the errors of load_world_model and choose_split."""
     device = select_device(settings.device, "--device")
     checkpoint = resolve(settings.checkpoint)
     model, config = load_world_model(checkpoint, device)
-    split = settings.data.split or config.data.val
-    if split is None:
-        raise ConfigError(f"{settings.checkpoint}: the run has no validation split (data.val); use --data.split NAME")
-    shards = settings.data.shards or config.data.shards
-    return EvalContext(model, config, run_dir_of(checkpoint), checkpoint, shards, split, device)
+    data = choose_split(settings.data, config.data, checkpoint)
+    return EvalContext(model, config, run_dir_of(checkpoint), checkpoint, data, device)
 
 
 READ_BATCH_SIZE = 64
@@ -156,7 +160,8 @@ def images_of(
 
 def mean_and_stderr(values: Float[Tensor, " images"]) -> dict[str, float]:
     """Return `mean` and `standard_error` of one value per image (the error is NaN for a single image)."""
-    return {"mean": values.mean().item(), "standard_error": (values.std() / len(values) ** 0.5).item()}
+    error = (values.std() / len(values) ** 0.5).item() if len(values) > 1 else torch.nan
+    return {"mean": values.mean().item(), "standard_error": error}
 
 
 Share = TypeVar("Share", float, Tensor)

@@ -163,10 +163,13 @@ def score_corruptions(
 
 
 def evaluate(context: EvalContext, settings: CorruptionSettings, output: Path) -> dict[str, Any]:
-    """Score all corruptions and draw the figure next to `output`. Raises ConfigError for invalid settings."""
+    """Score all corruptions and draw the figure next to `output`.
+
+    Raises ConfigError for invalid settings and fewer than two images.
+    """
     _check(settings)
     corruptions = make_corruptions(context.config.views, settings)
-    images, keys = context.first_images(settings.bank.num_images)
+    images, keys = context.first_images(settings.bank.num_images, at_least=2)
     generator = torch.Generator().manual_seed(settings.seed)
     shown = torch.randperm(len(images), generator=generator)[: settings.num_shown].tolist()
     scores, drawn = [], {}
@@ -200,8 +203,6 @@ def _check(settings: CorruptionSettings) -> None:
     bank = settings.bank
     if settings.num_queries > bank.num_views:
         raise ConfigError(f"--num-queries {settings.num_queries}: must be from 2 to --bank.num-views {bank.num_views}")
-    if settings.num_shown > bank.num_images:
-        raise ConfigError(f"--num-shown {settings.num_shown}: must be from 0 to --bank.num-images {bank.num_images}")
     if not settings.blur_sigmas:
         raise ConfigError("--blur-sigmas: name at least one sigma")
 

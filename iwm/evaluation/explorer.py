@@ -1,7 +1,7 @@
 """Precomputed predictions for a grid of actions, for the explorer on report.html.
 
 The grid holds all combinations of a few values of brightness, contrast, saturation and hue. Each combination is a view
-of a held-out image, and the views are both the bank and the targets of the actions. The source is the clean image, or
+of an image, and the views are both the bank and the targets of the actions. The source is the clean image, or
 the image after grayscale, blur or solarize, which the action then also undoes. Distances are those of MRR: features
 averaged over tokens, source through the target encoder.
 
@@ -145,7 +145,7 @@ def evaluate(context: EvalContext, settings: ExplorerSettings, output: Path) -> 
     Raises ConfigError where the grid has a single view, CheckpointError where features are not finite.
     """
     generator = torch.Generator().manual_seed(settings.seed)
-    images, keys = context.random_images(settings.num_images, generator, option="--num-images")
+    images, keys = context.random_images(settings.num_images, generator)
     views = action_grid(bank_augmentation(context.config.views, settings.scenario, "--scenario"), settings.num_values)
     if len(views.params) == 1:
         raise ConfigError("the run's jitter changes nothing; use --scenario default")

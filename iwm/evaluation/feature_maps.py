@@ -195,7 +195,7 @@ def _images(context: EvalContext, settings: FeatureMapSettings) -> tuple[UInt8[T
     if settings.keys:
         return context.images_of(settings.keys), list(settings.keys)
     generator = torch.Generator().manual_seed(settings.seed)
-    return context.random_images(settings.num_images, generator, option="--num-images")
+    return context.random_images(settings.num_images, generator)
 
 
 def tables(result: dict[str, Any]) -> list[ResultTable]:

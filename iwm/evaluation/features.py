@@ -14,15 +14,22 @@ from torch import Tensor
 
 from iwm.config import ConfigError
 from iwm.evaluation.common import EvalContext
+from iwm.evaluation.held_out import HELD_OUT_REMEDY, MissingDataError, require_images, require_splits
 from iwm.evaluation.settings import LabelledImageSettings
 from shards.errors import ShardError
-from shards.format import load_manifest
+from shards.format import list_splits, load_manifest
+from shards.listing import LABEL
+
+LABELS_REMEDY = "make the shards from labelled images, see tools/make_shards.py --help"
+"""Remedy for shards without labels."""
 
 
 @dataclass(frozen=True)
 class LabelledFeatures:
     """s features of each image, and its class index."""
 
+    label: str
+    """Label column."""
     classes: list[str]
     """Class names of the training split."""
     train: Float[Tensor, "n s d"]
@@ -34,8 +41,9 @@ class LabelledFeatures:
     """Share of the majority class among the held-out images (0 to 1)."""
 
     def metadata(self) -> dict[str, Any]:
-        """Return the entries of a result that describe the images: numbers of classes and images, and chance."""
+        """Return the entries of a result that describe the images: label, numbers of classes and images, chance."""
         return {
+            "label": self.label,
             "classes": len(self.train_labels.unique()),
             "chance": self.chance,
             "train_images": len(self.train_labels),
@@ -51,38 +59,63 @@ def extract_features(
 ) -> LabelledFeatures:
     """Extract features of labelled images of the training split and the held-out split.
 
-    Images are read in batches; only features stay in memory. Raises ConfigError for missing or constant labels; it
-    names the option, which begins with `options`.
+    Images are read in batches; only features stay in memory. Where a split has fewer images than requested, a note says
+    so. Raises MissingDataError where the data lack labels, a second class, a second split or a second image, and
+    ConfigError for a label or training split that the settings name and the data lack. Messages name the option, which
+    begins with `options`.
     """
-    split, label = settings.train or context.config.data.train, settings.label
-    classes, held_out_numbers = match_classes(context.shards, split, context.split, label, options)
+    split, label, held_out = settings.train or context.config.data.train, settings.label or LABEL, context.data
+    try:
+        classes, held_out_numbers = match_classes(
+            held_out.shards, split, held_out.split, label, f"{options}train", f"{options}label"
+        )
+    except MissingDataError as error:
+        given = settings.train if split not in list_splits(held_out.shards) else settings.label
+        if given is None:
+            raise
+        raise ConfigError(str(error)) from error
+    if split == held_out.split:
+        raise MissingDataError(
+            f"the classifier would be fitted and evaluated on the same images, split '{split}'; use "
+            f"{options}train NAME, {HELD_OUT_REMEDY}"
+        )
     train, labels = _embed(context, split, label, settings.train_images, features)
     if len(labels.unique()) < 2:
-        raise ConfigError(
-            f"all {len(labels)} images of split '{split}' have one class of '{label}'; use another {options}label or "
-            f"more {options}train-images"
+        raise MissingDataError(
+            f"all {len(labels)} images of split '{split}' have one class of '{label}'; "
+            f"use another {options}label or more {options}train-images"
         )
-    test, numbers = _embed(context, context.split, label, settings.val_images, features)
+    test, numbers = _embed(context, held_out.split, label, settings.val_images, features)
     chance = numbers.bincount().max().item() / len(numbers)
-    return LabelledFeatures(classes, train, labels, test, held_out_numbers.to(numbers.device)[numbers], chance)
+    return LabelledFeatures(label, classes, train, labels, test, held_out_numbers.to(numbers.device)[numbers], chance)
 
 
 def match_classes(
-    shards: Path, train: str, held_out: str, label: str, options: str
+    shards: Path, train: str, held_out: str, label: str, train_option: str, label_option: str
 ) -> tuple[list[str], Int64[Tensor, " c"]]:
     """Return the training split's classes and, for each class of the held-out split, its index among them (or -1).
 
-    Each split numbers its own classes, so one class may have two numbers. Raises ConfigError for a missing split or
-    column, and for splits without a common class; it names the option, which begins with `options`.
+    Each split numbers its own classes, so one class may have two numbers. Raises MissingDataError for a missing split
+    or column and for splits without a common class, ConfigError for a folder without shards. Messages name the option:
+    train_option, --data.split or label_option.
     """
+    require_splits(shards, train, held_out, train_option)
     try:
-        classes, held_out_classes = (load_manifest(shards, split).column(label).classes for split in (train, held_out))
+        manifests = [load_manifest(shards, split) for split in (train, held_out)]
     except ShardError as error:
-        raise ConfigError(f"{error}; use another {options}label or {options}train") from error
+        raise ConfigError(str(error)) from error
+    columns = []
+    for manifest in manifests:
+        try:
+            columns.append(manifest.column(label).classes)
+        except ShardError as error:
+            remedy = f"use another {label_option}" if manifest.columns else LABELS_REMEDY
+            raise MissingDataError(f"{error}; {remedy}") from error
+    classes, held_out_classes = columns
     if not set(classes) & set(held_out_classes):
-        raise ConfigError(
-            f"'{label}' of splits '{train}' and '{held_out}' of {shards} have no class in common; use another "
-            f"{options}train"
+        raise MissingDataError(
+            f"'{label}' of splits '{train}' and '{held_out}' of {shards} have no class in common; "
+            f"use another {train_option} or {label_option}"
         )
     numbers = {name: number for number, name in enumerate(classes)}
     return classes, torch.tensor([numbers.get(name, -1) for name in held_out_classes])
@@ -101,4 +134,7 @@ def _embed(
         assert batch.labels is not None  # the loader was given a label column
         parts.append(features(batch.images))
         labels.append(batch.labels.clone())
+    found = sum(map(len, labels))
+    require_images(found, 2, context.data.shards, split)
+    context.note_fewer(found, most, split, "labelled images")
     return torch.cat(parts), torch.cat(labels)

@@ -52,18 +52,21 @@ def knn_predict(
 def evaluate(context: EvalContext, settings: KNNSettings, output: Path) -> dict[str, Any]:
     """Compute accuracy (0 to 1) with its standard error, by encoder and number of neighbours.
 
-    Raises ConfigError for invalid settings and for missing or constant labels.
+    With fewer training images than neighbours, all training images vote, and a note says so. Raises ConfigError for
+    invalid settings and a given label or training split that does not exist, MissingDataError where the data lack
+    labels or a second split.
     """
-    ks = settings.k
-    if not ks or list(ks) != sorted(set(ks)):
-        raise ConfigError(f"--k {' '.join(map(str, ks))}: give ascending numbers from 1, for example 10 20 100")
+    if not settings.k or list(settings.k) != sorted(set(settings.k)):
+        raise ConfigError(f"--k {' '.join(map(str, settings.k))}: give ascending numbers from 1, for example 10 20 100")
 
     def features(images: UInt8[Tensor, "b h w 3"]) -> Float[Tensor, "b s d"]:
         return torch.stack([context.model.encode(images, encoder).float().mean(1) for encoder in ENCODERS], dim=1)
 
     data = extract_features(context, settings, features)
-    if max(ks) > len(data.train_labels):
-        raise ConfigError(f"--k {max(ks)}: there are {len(data.train_labels)} training images; lower --k")
+    most = len(data.train_labels)
+    ks = sorted({min(k, most) for k in settings.k})
+    if settings.k[-1] > most:
+        context.notes.append(f"k = {most} instead of more neighbours: there are {most} training images")
     accuracies = {}
     for i, encoder in enumerate(ENCODERS):
         predicted = knn_predict(
@@ -79,7 +82,7 @@ def evaluate(context: EvalContext, settings: KNNSettings, output: Path) -> dict[
         errors = proportion_stderr(correct, len(data.test_labels))
         scores = zip(ks, correct.tolist(), errors.tolist(), strict=True)
         accuracies[encoder] = {str(k): {"mean": mean, "standard_error": error} for k, mean, error in scores}
-    return {"label": settings.label, **data.metadata(), "accuracy": accuracies}
+    return {**data.metadata(), "accuracy": accuracies}
 
 
 def tables(result: dict[str, Any]) -> list[ResultTable]:

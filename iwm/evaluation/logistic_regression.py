@@ -22,6 +22,7 @@ from torch.nn.functional import cross_entropy
 from iwm.config import ConfigError
 from iwm.evaluation.common import EvalContext, proportion_stderr
 from iwm.evaluation.features import extract_features
+from iwm.evaluation.held_out import MissingDataError
 from iwm.evaluation.settings import LinearSettings
 
 TOL = 1e-6
@@ -136,12 +137,15 @@ def linear_accuracy(
 
     Returns label, classes, chance (share of the majority class among held-out images), train_images, val_images, and
     for each of `names` (length s): mean, standard_error (over images), l2, iterations, gradient. Images are read in
-    batches; only features stay in memory. Raises ConfigError, which names the option, for invalid settings or labels.
+    batches; only features stay in memory. Raises ConfigError, which names the option, for invalid settings or labels,
+    MissingDataError where the data lack labels or a second split.
     """
     if not settings.l2:
         raise ConfigError("--probe.l2: name at least one penalty")
     try:
         data = extract_features(context, settings, features, options="--probe.")
+    except MissingDataError:
+        raise
     except ConfigError as error:
         raise ConfigError(f"linear accuracy: {error}, or use --no-linear") from error
     accuracies = {}
@@ -155,4 +159,4 @@ def linear_accuracy(
             "iterations": classifier.iterations,
             "gradient": classifier.gradient,
         }
-    return {"label": settings.label, **data.metadata(), "accuracy": accuracies}
+    return {**data.metadata(), "accuracy": accuracies}

@@ -32,6 +32,7 @@ from dali_pipelines.seeds import derive_seed
 from iwm.config import ConfigError
 from iwm.evaluation.bank import TIE_TOLERANCE, actions_from, chance_mrr, embed_bank
 from iwm.evaluation.common import EvalContext, mean_and_stderr
+from iwm.evaluation.held_out import MissingDataError, naming_command
 from iwm.evaluation.logistic_regression import linear_accuracy
 from iwm.evaluation.paper_results import TABLE_S6
 from iwm.evaluation.result_table import ResultTable, format_mean_stderr
@@ -64,12 +65,18 @@ class BankLookup:
 def evaluate(context: EvalContext, settings: MarginalisationSettings, output: Path) -> dict[str, Any]:
     """Compute retrieval and linear accuracy for each number of predictions; draw the figure next to `output`.
 
-    Raises ConfigError for invalid settings and for missing or constant labels.
+    Linear accuracy is left out where the data lack labels or a second split. Raises ConfigError for invalid settings,
+    a given label or training split that does not exist, and fewer than two images.
     """
     _check(context, settings)
     numbers = tuple(map(str, settings.predictions))
-    linear = _linear(context, settings, (TEACHER, NULL, *numbers)) if settings.linear else None
-    images, _ = context.first_images(settings.bank.num_images)
+    images, _ = context.first_images(settings.bank.num_images, at_least=2)
+    linear, left_out = None, {}
+    if settings.linear:
+        try:
+            linear = _linear(context, settings, (TEACHER, NULL, *numbers))
+        except MissingDataError as error:
+            left_out["linear accuracy"] = naming_command(error, "marginalisation")
     generators = torch.Generator().manual_seed(settings.seed), _action_generator(settings.seed)
     banks = [_look_up(context, image, settings, *generators) for image in track(images, "banks", transient=True)]
     picture = output.with_suffix(".png")
@@ -92,6 +99,7 @@ def evaluate(context: EvalContext, settings: MarginalisationSettings, output: Pa
             "of_random": mean_and_stderr(torch.tensor([bank.random_strength for bank in banks], dtype=torch.float64)),
         },
         "linear": linear,
+        "left_out": left_out,
         "paper": {str(n): TABLE_S6[n] for n in settings.predictions if n in TABLE_S6},
         "picture": picture.name,
     }

@@ -94,10 +94,10 @@ def _scores(values: Float[Tensor, "distance encoder images k"]) -> dict[str, dic
 
 
 def evaluate(context: EvalContext, settings: MRRSettings, output: Path) -> dict[str, Any]:
-    """Return the scores of `summarise` on held-out images. Raises ConfigError for invalid bank settings."""
+    """Return the scores of `summarise`. Raises ConfigError for invalid bank settings and fewer than two images."""
     bank = settings.bank
     bank_augmentation(context.config.views, bank.scenario)
-    images, _ = context.first_images(bank.num_images)
+    images, _ = context.first_images(bank.num_images, at_least=2)
     ranks = compute_ranks(
         context.model, images, bank, settings.seed, lambda steps: track(steps, "banks", transient=True)
     )

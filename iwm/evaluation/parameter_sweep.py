@@ -24,7 +24,6 @@ from torch import Tensor
 
 from dali_pipelines.augmentations import DESTRUCTIVE_OPS, IDENTITY, JITTER_OPS, OP_BY_NAME, OPS, Op, Views
 from iwm.actions import action_between
-from iwm.config import ConfigError
 from iwm.evaluation.bank import (
     MIN_FACTOR,
     TIE_TOLERANCE,
@@ -172,12 +171,10 @@ def summarise(series: Sweep, results: Sequence[SweepResult]) -> dict[str, Any]:
 def evaluate(context: EvalContext, settings: SweepSettings, output: Path) -> dict[str, Any]:
     """Compute curves and scores of all series; draw the figures next to `output`.
 
-    Raises ConfigError for invalid settings.
+    Raises ConfigError for invalid settings and fewer than two images.
     """
-    if settings.num_shown > settings.num_images:
-        raise ConfigError(f"--num-shown {settings.num_shown}: must be from 0 to --num-images {settings.num_images}")
     all_series = make_sweeps(context.config.views, context.model.action_spec.target_flags, settings)
-    images, keys = context.first_images(settings.num_images, option="--num-images")
+    images, keys = context.first_images(settings.num_images, at_least=2)
     generator = torch.Generator().manual_seed(settings.seed)
     shown = torch.randperm(len(images), generator=generator)[: settings.num_shown].tolist()
     results, pictures = [], {}

@@ -50,3 +50,6 @@ EVALUATORS: dict[str, Evaluator] = {
     "knn": Evaluator(options.KNNSettings, "iwm.evaluation.knn"),
 }
 """Evaluators in the order in which `world-model` runs them."""
+
+WORLD_MODEL = "world-model"
+"""Command that runs all evaluators, and protocol of its result, which lists those that it left out."""

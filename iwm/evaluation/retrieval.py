@@ -1,6 +1,6 @@
 """Retrieval figures: nearest view to each prediction (paper, section 4.3, figures 1 and S5 to S8).
 
-The predictor applies an action to the target encoder's features of a held-out image. The figure shows the view of the
+The predictor applies an action to the target encoder's features of an image. The figure shows the view of the
 bank that is nearest to the prediction, next to the true view. Images and actions are random. A second figure shows the
 best and worst prediction of each image.
 """

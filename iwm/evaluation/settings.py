@@ -14,7 +14,6 @@ import tyro
 from dali_pipelines.augmentations import OP_BY_NAME, SCENARIOS, PhotometricConfig, Views
 from iwm.config import ConfigError, EncoderName
 from iwm.ranges import Range
-from shards.listing import LABEL
 
 JITTER_SCENARIOS = tuple(name for name, views in SCENARIOS.items() if views.target.jitter_probability > 0)
 """Scenarios whose target has jitter, so that a bank can be sampled from it."""
@@ -37,7 +36,9 @@ class EvalData:
     shards: Path | None = None
     """Shard folder made by tools/make_shards.py. Default: the run's own (data.shards)."""
     split: str | None = None
-    """Split of that folder. Default: the run's validation split (data.val)."""
+    """Split of that folder.
+    Default: the run's validation split (data.val, or `val`); where there is none, its training split (data.train).
+    Results on images that the model was trained on say so."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class BankSize:
     """Size of the banks of augmented views in which predictions are ranked."""
 
     num_images: Annotated[int, Range(min=2)] = 64
-    """Held-out images, at least 2. Each has its own bank; the standard error is over images."""
+    """Images, at least 2; all where the split has fewer. Each has its own bank; the standard error is over images."""
     num_views: Annotated[int, Range(min=2)] = 256
     """Jittered views per image, at least 2. Chance depends on it: compare only scores of the same bank size."""
     batch_size: Annotated[int, Range(min=1)] = 256
@@ -115,7 +116,7 @@ class SweepSettings(EvalSettings):
     """Retrieval along a grid of values, one parameter at a time. Writes RUN/eval/parameter-sweep-1.png, -2.png, …"""
 
     num_images: Annotated[int, Range(min=2)] = 64
-    """Held-out images that the curves are averaged over."""
+    """Images that the curves are averaged over, at least 2; all where the split has fewer."""
     num_values: Annotated[int, Range(min=2)] = 11
     """Values of brightness, contrast, saturation and hue over their range, at least 2."""
     num_sigmas: Annotated[int, Range(min=2)] = 6
@@ -158,7 +159,7 @@ class ExplorerSettings(EvalSettings):
     """Data of the explorer on report.html: a grid of actions on a few images. Writes RUN/eval/explorer.*."""
 
     num_images: Annotated[int, Range(min=1)] = 6
-    """Held-out images, sampled with the seed."""
+    """Images, sampled with the seed; all where the split has fewer."""
     num_values: Annotated[int, Range(min=2, max=MAX_VALUES)] = 5
     """Values of each jitter component over its range, 2 to 7. The views are all combinations, num_values⁴."""
     scenario: JitterScenario = None
@@ -177,11 +178,11 @@ class SimilaritySettings(EvalSettings):
     """Cosine similarity of augmented views within and between images. Writes RUN/eval/similarity.png."""
 
     num_images: Annotated[int, Range(min=2)] = 128
-    """Held-out images, at least 2."""
+    """Images, at least 2; all where the split has fewer."""
     num_views: Annotated[int, Range(min=2)] = 16
     """Augmented views of each image, at least 2. The paper uses 16."""
     num_shown: Annotated[int, Range(min=1)] = 8
-    """Images in the figure, the first of --num-images."""
+    """Images in the figure, the first of --num-images; all where there are fewer."""
     encoder: EncoderName = "teacher"
     """`teacher`: the target encoder. `student`: the context encoder."""
     scenario: JitterScenario = None
@@ -193,16 +194,16 @@ class SimilaritySettings(EvalSettings):
 
 @dataclass(frozen=True)
 class LabelledImageSettings:
-    """Options of evaluators that fit a classifier to labelled images."""
+    """Options of evaluators that fit a classifier to labelled images. It needs a second split to be evaluated on."""
 
-    label: str = LABEL
-    """Label column of the shards."""
+    label: str | None = None
+    """Label column of the shards. Default: `label`."""
     train: str | None = None
     """Split that the classifier is fitted on. Default: the run's training split (data.train)."""
     train_images: Annotated[int | None, Range(min=2)] = None
-    """Number of training images, the first of the split; None: all."""
+    """Number of training images, the first of the split; all where it has fewer. None: all."""
     val_images: Annotated[int | None, Range(min=2)] = None
-    """Number of held-out images, the first of the split; None: all."""
+    """Number of held-out images, the first of the split; all where it has fewer. None: all."""
 
 
 @dataclass(frozen=True)
@@ -210,9 +211,9 @@ class LinearSettings(LabelledImageSettings):
     """Data and L2 penalties of the linear classifier."""
 
     train_images: int | None = 256
-    """Number of training images, the first of the split; None: all."""
+    """Number of training images, the first of the split; all where it has fewer. None: all."""
     val_images: int | None = 128
-    """Number of held-out images, the first of the split; None: all."""
+    """Number of held-out images, the first of the split; all where it has fewer. None: all."""
     l2: Annotated[tuple[float, ...], Range(above=0)] = (1e-3, 1e-2, 1e-1, 1.0)
     """L2 penalties to select from, by accuracy on a fifth of the training images. The penalty is l2 / 2 · ‖weight‖²."""
 
@@ -227,7 +228,7 @@ class MarginalisationSettings(EvalSettings):
     nearest: Annotated[int, Range(min=1)] = 5
     """Number of nearest views whose jitter strength is averaged."""
     linear: bool = True
-    """Fit and evaluate linear classifiers, which requires labels."""
+    """Fit and evaluate linear classifiers. They are left out where the shards have no labels or a single split."""
     probe: LinearSettings = field(default_factory=LinearSettings)
 
 
@@ -236,7 +237,7 @@ class FeatureMapSettings(EvalSettings):
     """Attention and PCA maps of patch features. Writes RUN/eval/feature-maps.png and feature-maps-attention.png."""
 
     num_images: Annotated[int, Range(min=1)] = 6
-    """Held-out images, sampled with the seed."""
+    """Images, sampled with the seed; all where the split has fewer."""
     keys: tuple[str, ...] = ()
     """Sample keys of the images to show, instead of random ones."""
     pca: Literal["together", "each"] = "together"
@@ -253,7 +254,7 @@ class KNNSettings(LabelledImageSettings, EvalSettings):
     """Accuracy of k-nearest-neighbour classification with the features of both encoders."""
 
     k: Annotated[tuple[int, ...], Range(min=1)] = (10, 20, 100)
-    """Numbers of neighbours, in ascending order."""
+    """Numbers of neighbours, in ascending order; all training images where there are fewer."""
     temperature: Annotated[float, Range(above=0)] = 0.07
     """Temperature of the votes, above 0. With a small value the nearest neighbours decide."""
     batch_size: Annotated[int, Range(min=1)] = 256
@@ -262,9 +263,13 @@ class KNNSettings(LabelledImageSettings, EvalSettings):
 
 @dataclass(frozen=True)
 class WorldModelSettings(EvalSettings):
-    """Run all evaluators of the world model (mrr to knn) one after another, with their default options."""
+    """Run all evaluators of the world model (mrr to knn) one after another, with their default options.
+
+    What the data do not allow (labels, a second split) is left out and named. Writes RUN/eval/world-model.json.
+    """
 
     output: tyro.conf.Suppress[None] = None
     """Each evaluator writes its own file in RUN/eval."""
-    label: str = LABEL
-    """Label column for the evaluators that need labels: `marginalisation` (linear accuracy) and `knn`."""
+    label: str | None = None
+    """Label column for the evaluators that need labels: `marginalisation` (linear accuracy) and `knn`.
+    Default: `label`."""

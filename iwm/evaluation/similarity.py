@@ -1,6 +1,6 @@
 """Cosine similarity of augmented views within and between images (paper, appendix G, figure S3).
 
-Held-out images are augmented several times and embedded; pooled features of one image's views are compared with those
+Images are augmented several times and embedded; pooled features of one image's views are compared with those
 of other images. The augmentation is the run's source view: jitter at probability 1; grayscale, blur and solarize as
 often as in training. There is no crop, so views of one image differ only in the parameters that the action describes.
 
@@ -123,12 +123,11 @@ def draw(images: UInt8[Tensor, "k h w 3"], features: Float[Tensor, "k m d"], pat
 def evaluate(context: EvalContext, settings: SimilaritySettings, output: Path) -> dict[str, Any]:
     """Compute similarities and variance ratio with standard errors; draw the figure next to `output`.
 
-    Raises ConfigError for invalid settings, CheckpointError where all images have the same features.
+    Raises ConfigError for invalid settings and fewer than two images, CheckpointError where all images have the same
+    features.
     """
-    if settings.num_shown > settings.num_images:
-        raise ConfigError(f"--num-shown {settings.num_shown}: must be from 1 to --num-images {settings.num_images}")
     spec = view_augmentation(context.config.views, settings.scenario)
-    images, keys = context.first_images(settings.num_images, option="--num-images")
+    images, keys = context.first_images(settings.num_images, at_least=2)
     generator = torch.Generator().manual_seed(settings.seed)
     params = torch.stack([sample_photometric(spec, settings.num_views, generator) for _ in keys]).to(images.device)
     features = embed_views(context.model, images, params, settings.encoder, settings.batch_size)
@@ -142,12 +141,12 @@ def evaluate(context: EvalContext, settings: SimilaritySettings, output: Path) -
     picture = output.with_suffix(".png")
     draw(images[: settings.num_shown], features[: settings.num_shown], picture)
     return {
-        "images": settings.num_images,
+        "images": len(keys),
         "augmentations": settings.num_views,
         "encoder": settings.encoder,
         "within_image": mean_and_stderr(within),
         "between_images": mean_and_stderr(between),
-        "variance_ratio": {"mean": ratio, "standard_error": None if settings.num_images < 3 else error},
+        "variance_ratio": {"mean": ratio, "standard_error": None if len(keys) < 3 else error},
         "picture": picture.name,
         "shown": keys[: settings.num_shown],
     }

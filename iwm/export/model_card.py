@@ -145,6 +145,7 @@ def _files(model: PretrainedModel) -> str:
 def _evaluation(model: PretrainedModel, mrr: dict[str, Any] | None) -> str:
     if mrr is None:
         return "Not measured.\n"
+    trained = "" if mrr["data"].get("held_out", True) else " The model was trained on these images."
     own, control = (mrr[key]["pooled"][model.encoder_name] for key in ("mrr", "shuffled_actions"))
     return (
         f"| MRR, {mrr['images']} images, bank of {mrr['bank']} | mean ± standard error |\n| --- | --- |\n"
@@ -152,7 +153,7 @@ def _evaluation(model: PretrainedModel, mrr: dict[str, Any] | None) -> str:
         f"| this model with shuffled actions | {control['mean']:.3f} ± {control['standard_error']:.3f} |\n"
         f"| chance | {mrr['chance']:.3f} |\n\n"
         f"Pooled features; sources are encoded by the {model.encoder_name}. "
-        f"Split `{mrr['data']['split']}` of the shards\n`{_short(Path(mrr['data']['shards']))}`.\n"
+        f"Split `{mrr['data']['split']}` of the shards\n`{_short(Path(mrr['data']['shards']))}`.{trained}\n"
     )
 
 

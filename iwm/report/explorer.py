@@ -18,6 +18,7 @@ import numpy as np
 
 from iwm.evaluation.bank import TIE_TOLERANCE, UNCONDITIONED_NOTE
 from iwm.report.components import section
+from iwm.report.provenance import origin_paragraph
 from iwm.report.runs import ReportError, RunResults
 
 FOR_THE_SCRIPT = ("bank", "chance", "columns", "side", "axes", "words", "sources")
@@ -38,16 +39,16 @@ def explorer(runs: Sequence[RunResults]) -> str:
     if not results:
         return ""
     script = (resources.files("iwm.report") / "explorer.js").read_text()
-    parts = "".join(_one(runs[0].folder / "eval", name, result) for name, result in results.items())
+    parts = "".join(_one(runs[0], name, result) for name, result in results.items())
     return f"{parts}<script>{script}</script>"
 
 
-def _one(folder: Path, name: str, result: dict[str, Any]) -> str:
+def _one(run: RunResults, name: str, result: dict[str, Any]) -> str:
     controls = (
         _choice(name, "photograph", [("", f"photograph {i + 1}") for i in range(len(result["photographs"]))]),
         _choice(name, "source", [(source["name"], source["name"]) for source in result["sources"]]),
     )
-    data = json.dumps(_data(folder, result), separators=(",", ":")).replace("</", "<\\/")
+    data = json.dumps(_data(run.folder / "eval", result), separators=(",", ":")).replace("</", "<\\/")
     buttons = "".join(f'<button type="button" value="{value}">{text}</button>' for value, text in BUTTONS.items())
     sliders = "".join(_slider(name, axis, values) for axis, values in result["axes"].items())
     views = "".join(_view(role, caption) for role, caption in VIEWS.items())
@@ -55,7 +56,7 @@ def _one(folder: Path, name: str, result: dict[str, Any]) -> str:
     note = f"<p>{UNCONDITIONED_NOTE}</p>" if result["conditioning"] == "none" else ""
     axes = list(result["axes"])
     downwards, across = (", then ".join(names) for names in (axes[:2], axes[2:]))
-    content = f"""{meaning}{note}
+    content = f"""{origin_paragraph(run, result)}{meaning}{note}
 <div class="explorer">
 <script type="application/json">{data}</script>
 <noscript><p>The explorer needs JavaScript.</p></noscript>

@@ -16,6 +16,7 @@ from string import Template
 from iwm.report.components import details, with_contents
 from iwm.report.downstream import downstream_section, downstream_tables
 from iwm.report.explorer import explorer
+from iwm.report.provenance import left_out_section, training_images
 from iwm.report.runs import ReportError, RunResults, read_runs
 from iwm.report.training import configuration, curves
 from iwm.report.world_model import (
@@ -42,6 +43,7 @@ SECTIONS: tuple[Callable[[RunResults], str], ...] = (
     marginalised,
     patch_maps,
     nearest_neighbours,
+    left_out_section,
     downstream_section,
 )
 """Sections of a single run."""
@@ -76,6 +78,7 @@ def write_page(folders: Sequence[Path], path: Path, lead: str = "") -> Path:
 
 def _body(runs: Sequence[RunResults], lead: str) -> str:
     top, *overview = (section(runs) for section in OVERVIEW)
+    top += training_images(runs)
     own = ["\n".join(section(run) for section in SECTIONS) for run in runs]
     background = [section(runs) for section in BACKGROUND]
     if len(runs) == 1:

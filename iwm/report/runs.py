@@ -67,11 +67,7 @@ def read_run(folder: Path, name: str | None = None) -> RunResults:
     config = folder / "config.yaml"
     evaluations = {}
     for path in sorted((folder / "eval").glob("*.json"), key=lambda path: path.stem):
-        try:
-            result = json.loads(path.read_bytes())
-            evaluations[path.stem] = {**result, "protocol": result["protocol"]}
-        except (ValueError, KeyError, TypeError) as error:
-            raise ReportError(f"{path} is not an evaluation result ({error}); delete it or evaluate again") from error
+        evaluations[path.stem] = read_result(path)
     return RunResults(
         folder=folder,
         name=name or folder.resolve().name,
@@ -79,6 +75,15 @@ def read_run(folder: Path, name: str | None = None) -> RunResults:
         metrics=read_metrics(folder / "metrics.jsonl"),
         evaluations=evaluations,
     )
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """Read one evaluation result. Raises ReportError, which names the file, where it is none."""
+    try:
+        result = json.loads(path.read_bytes())
+        return {**result, "protocol": result["protocol"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ReportError(f"{path} is not an evaluation result ({error}); delete it or evaluate again") from error
 
 
 def is_up_to_date(evaluation: Path, run: Path) -> bool:

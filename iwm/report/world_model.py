@@ -26,6 +26,7 @@ from iwm.report.components import (
     stored_tables,
     table,
 )
+from iwm.report.provenance import kind_of_images, origin, origin_paragraph
 from iwm.report.runs import RunResults
 
 
@@ -41,7 +42,7 @@ def _tiles(run: RunResults) -> str:
         result = run.evaluations[name]
         mrr, shuffled = (result[key]["pooled"]["teacher"] for key in ("mrr", "shuffled_actions"))
         tiles += [
-            ("MRR, pooled", f"{mrr['mean']:.3f}", f"± {mrr['standard_error']:.3f}, held-out images"),
+            ("MRR, pooled", f"{mrr['mean']:.3f}", f"± {mrr['standard_error']:.3f}, {kind_of_images(result)}"),
             ("with shuffled actions", f"{shuffled['mean']:.3f}", f"chance {result['chance']:.3f}"),
         ]
     if "loss" in run.metrics:
@@ -103,7 +104,7 @@ def _speed(run: RunResults) -> str:
     return number(round(statistics.median(values))) if values else ""
 
 
-MEANING = """<p>Mean reciprocal rank of the true view among the jittered views of a held-out image, by distance to the
+MEANING = """<p>Mean reciprocal rank of the true view among the jittered views of an image, by distance to the
 prediction, ± standard error over images. Shuffled actions: predictions with another view's action. Teacher, student:
 encoder of the clean image.</p>"""
 
@@ -122,7 +123,7 @@ def _of_one(run: RunResults, names: Sequence[str]) -> str:
     for name in names:
         result = run.evaluations[name]
         for stored in stored_tables(result):
-            caption = f"{result['checkpoint']} · {stored.caption}"
+            caption = f"{stored.caption}. {origin(run, result)}"
             tables.append(html_table(replace(stored, title=name, caption=caption)))
     return "".join(tables)
 
@@ -135,8 +136,11 @@ def _by_run(runs: Sequence[RunResults], name: str) -> str:
         if result is not None:
             scores = [result["mrr"][distance][encoder] for distance, encoder in WAYS]
             scores.append(result["shuffled_actions"]["pooled"]["teacher"])
-            rows.append([run.name, *map(format_mean_stderr, scores), f"{result['chance']:.3f}", str(result["bank"])])
-    columns = ["run", *(way_name(*way) for way in WAYS), "shuffled actions, pooled", "chance", "bank"]
+            images = f"{result['images']} {kind_of_images(result)}"
+            rows.append(
+                [run.name, *map(format_mean_stderr, scores), f"{result['chance']:.3f}", str(result["bank"]), images]
+            )
+    columns = ["run", *(way_name(*way) for way in WAYS), "shuffled actions, pooled", "chance", "bank", "images"]
     return details(name, html_table(ResultTable("Mean reciprocal rank ± standard error", columns, rows)))
 
 
@@ -147,7 +151,7 @@ def _picture(run: RunResults, name: str, alt: str, caption: str) -> str:
 
 def _section(run: RunResults, title: str, evaluator: str, content: Callable[[RunResults, dict[str, Any]], str]) -> str:
     """Return the section of an evaluator's results, each by `content`; '' where there are none."""
-    parts = [content(run, result) for result in run.evaluations_of(evaluator).values()]
+    parts = [origin_paragraph(run, result) + content(run, result) for result in run.evaluations_of(evaluator).values()]
     return section(title, "".join(parts)) if parts else ""
 
 
@@ -187,7 +191,7 @@ def similarity_matrix(run: RunResults) -> str:
 
     def content(run: RunResults, result: dict[str, Any]) -> str:
         caption = (
-            f"Cosine similarity of the {result['encoder']}'s pooled features, {len(result['shown'])} held-out images, "
+            f"Cosine similarity of the {result['encoder']}'s pooled features, {len(result['shown'])} images, "
             f"{result['augmentations']} augmented views of each (no crop). Uniform yellow squares on the diagonal: "
             "invariant features. Structure within the squares: features depend on the augmentation. A smaller "
             "variance within images means more invariance."
@@ -201,9 +205,7 @@ def marginalised(run: RunResults) -> str:
     """Return the results of marginalised representations (table S6, figure S4)."""
 
     def content(run: RunResults, result: dict[str, Any]) -> str:
-        caption = (
-            "Some jittered views of a held-out image; below them, the views nearest to the mean of its predictions."
-        )
+        caption = "Some jittered views of an image; below them, the views nearest to the mean of its predictions."
         return _tables(result) + _picture(run, result["picture"], "views and nearest neighbours", caption)
 
     return _section(run, "Marginalised representations", "marginalisation", content)
@@ -240,7 +242,7 @@ def sweep_section(run: RunResults) -> str:
 
 def _sweeps(run: RunResults, result: dict[str, Any]) -> str:
     meaning = (
-        "Horizontal axis: true value. Vertical axis: value of the view nearest to the prediction, mean over held-out "
+        "Horizontal axis: true value. Vertical axis: value of the view nearest to the prediction, mean over "
         "images; the band is one standard deviation. In undo sweeps, the source has the value and the target is the "
         "clean image. Control: shuffled actions; in undo sweeps, an action that does not describe the source's "
         "augmentation. Exact: share of predictions whose nearest view is the target. The number above each chart is "

@@ -54,10 +54,13 @@ def test_places_have_mean_and_range_the_papers_figure_or_say_not_run() -> None:
 
 def test_the_caption_says_what_was_asked_and_whose_figures_stand_beside() -> None:
     own, common, *_ = tables(STUDY, FOUND, "default")
-    assert "64 images, bank of 256, chance 0.024" in own.caption
+    assert "64 held-out images, bank of 256, chance 0.024" in own.caption
     assert "ImageNet, 300 epochs" in own.caption
     assert "seeds 0, 1" in common.caption
     assert "paper" not in common.markdown()
+    trained_on = _result("default", "feature", "default", 0, 0.2, 0.2)
+    trained_on["evaluations"]["mrr-default"]["data"] = {"held_out": False}
+    assert "64 training images" in tables(STUDY, [trained_on], "default")[0].caption
 
 
 def test_nothing_run_gives_no_table() -> None:

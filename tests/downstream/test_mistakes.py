@@ -103,8 +103,18 @@ def test_options_that_cannot_be_are_told_before_anything_is_read(told: Told, wor
             "linear --micro-batch-size None --data.label colour",
             "no label column 'colour'; it has ['label', 'side']; use another",
         ),
-        ("linear --micro-batch-size None --data.train nowhere", "has no split 'nowhere'; it has ['train', 'val']"),
-        ("linear --micro-batch-size None --data.split nowhere", "has no split 'nowhere'; it has ['train', 'val']"),
+        (
+            "linear --micro-batch-size None --data.train nowhere",
+            "has no split 'nowhere'; it has ['train', 'val']; use another --data.train",
+        ),
+        (
+            "linear --micro-batch-size None --data.split nowhere",
+            "has no split 'nowhere'; it has ['train', 'val']; use another --data.split, or make shards with a",
+        ),
+        (
+            "segmentation --data.split nowhere",
+            "it has ['train', 'val']; use another --data.split, or make shards with a",
+        ),
         (
             "linear --micro-batch-size None --data.shards nowhere",
             "nowhere/manifest.json does not exist: make the shards",
@@ -139,7 +149,10 @@ def test_options_that_cannot_be_are_told_before_anything_is_read(told: Told, wor
             "pixels have an id outside --classes 2: classes are 1 to 2, and 0 is ignored",
         ),
         ("multitask --tasks label", "--tasks: name at least two, each only once"),
-        ("multitask --tasks label colour", "--tasks colour: split 'train' has no label column 'colour'"),
+        (
+            "multitask --tasks label colour",
+            "--tasks colour: split 'train' has no label column 'colour'; it has ['label', 'side']; use another --tasks",
+        ),
         ("multitask --tasks label nowhere:label", "--tasks nowhere:label: nowhere/manifest.json does not exist"),
     ],
 )

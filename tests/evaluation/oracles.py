@@ -12,6 +12,7 @@ from dali_pipelines.replay import apply_photometric
 from iwm.actions import action_spec
 from iwm.config import Config
 from iwm.evaluation.common import EvalContext
+from iwm.evaluation.held_out import EvalSplit
 from iwm.model_config import ActionConfig
 from iwm.models.world_model import WorldModel
 
@@ -60,4 +61,4 @@ class Knowing(Oracle):
 def context_of(model: WorldModel) -> EvalContext:
     """Context of a model that has neither a run nor data."""
     nowhere = Path("unused")
-    return EvalContext(model, model.config, nowhere, nowhere, nowhere, "val", torch.device("cpu"))
+    return EvalContext(model, model.config, nowhere, nowhere, EvalSplit(nowhere, "val"), torch.device("cpu"))

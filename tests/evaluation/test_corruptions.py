@@ -159,7 +159,6 @@ def test_every_kind_of_run_is_asked(
         (("--num-queries", "17", "--bank.num-views", "16"), "--num-queries 17.*--bank.num-views 16"),
         (("--blur-sigmas", "0.0"), "--blur-sigmas"),
         (("--strengths", "1.5"), "--strengths"),
-        (("--num-shown", "40"), "--num-shown 40"),
         (("--bank.num-views", "1"), "--bank"),
     ],
 )

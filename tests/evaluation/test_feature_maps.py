@@ -136,7 +136,6 @@ def test_a_run_whose_target_is_destroyed_is_drawn_too(config: Config, tmp_path: 
     ("settings", "says"),
     [
         ({"keys": ("val-00000", "nowhere")}, r"--keys: split 'val'.* has no nowhere"),
-        ({"num_images": 13}, r"has 12 images, 13.*--num-images"),
         ({"num_images": 0}, r"--num-images 0"),
         ({"query": (0.5, 1.0)}, r"--query 0.5 1"),
     ],

@@ -12,7 +12,7 @@ import torch
 
 from iwm.config import Config, ConfigError
 from iwm.evaluation.knn import knn_predict, tables
-from iwm.evaluation.settings import KNNSettings
+from iwm.evaluation.settings import EvalData, KNNSettings
 from iwm.protocols import evaluate
 from tests.evaluation.conftest import untrained
 
@@ -55,14 +55,16 @@ def test_a_models_autocast_leaves_the_vote_exact() -> None:
     assert given.item() == 1
 
 
-def test_training_images_are_their_own_nearest_neighbours(labelled_run: Path) -> None:
-    settings = KNNSettings(
-        checkpoint=labelled_run, k=(1, 5), data=replace(KNNSettings(labelled_run).data, split="train")
-    )
-    result = evaluate("knn", settings)
-    assert result["accuracy"]["teacher"]["1"]["mean"] == 1.0
-    assert result["accuracy"]["student"]["1"]["mean"] == 1.0
-    assert (result["train_images"], result["val_images"], result["classes"]) == (100, 100, 2)
+def test_known_images_are_their_own_nearest_neighbours() -> None:
+    torch.manual_seed(0)
+    known, labels = torch.randn(30, 4), torch.randint(0, 4, (30,))
+    assert torch.equal(knn_predict(known, known, labels, 4, [1, 5], 0.07)[0], labels)
+
+
+def test_more_neighbours_than_training_images_are_all_of_them(labelled_run: Path) -> None:
+    result = evaluate("knn", KNNSettings(checkpoint=labelled_run, k=(5, 20, 100), train_images=12, val_images=6))
+    assert list(result["accuracy"]["teacher"]) == ["5", "12"]
+    assert result["notes"] == ["k = 12 instead of more neighbours: there are 12 training images"]
 
 
 def test_a_real_run_is_judged_and_shown(labelled_run: Path) -> None:
@@ -80,9 +82,12 @@ def test_a_real_run_is_judged_and_shown(labelled_run: Path) -> None:
     ("changes", "says"),
     [
         ({"k": (5, 5)}, "--k 5 5"),
-        ({"k": (101,)}, "--k 101: there are 100 training images"),
         ({"temperature": 0.0}, "--temperature"),
-        ({"label": "mood"}, "mood.*--label"),
+        ({"label": "mood"}, "no label column 'mood'; it has .*; use another --label"),
+        (
+            {"data": EvalData(split="train")},
+            "fitted and evaluated on the same images, split 'train'.*--data.split NAME",
+        ),
         ({"train_images": 1}, "--train-images"),
     ],
 )

@@ -16,9 +16,10 @@ from dali_pipelines.replay import apply_photometric, sample_photometric
 from iwm.actions import action_between
 from iwm.config import Config, ConfigError
 from iwm.evaluation.common import EvalContext, load_eval_context
+from iwm.evaluation.held_out import MissingDataError
 from iwm.evaluation.logistic_regression import linear_accuracy
 from iwm.evaluation.marginalisation import COPIES, NULL, average_predictions, jitter_strength, nearest_views
-from iwm.evaluation.settings import BankSettings, EvalData, LinearSettings, MarginalisationSettings
+from iwm.evaluation.settings import BankSettings, LinearSettings, MarginalisationSettings
 from iwm.model_config import ActionConfig
 from iwm.models.world_model import WorldModel
 from iwm.protocols import evaluate
@@ -167,10 +168,6 @@ def test_linear_accuracy_is_whole_for_what_tells_the_classes_and_chance_for_what
         ({"probe": LinearSettings(train_images=1)}, r"--probe.train-images"),
         ({"predictions": (8, 1)}, r"--predictions 8 1: give ascending numbers"),
         ({"nearest": 17}, r"--nearest 17: must be from 1 to --bank.num-views 16"),
-        (
-            {"data": EvalData(split="train"), "bank": replace(BANK, num_images=101)},
-            r"has 100 images.*--bank.num-images",
-        ),
     ],
 )
 def test_settings_that_cannot_be_are_named_with_the_remedy(
@@ -183,11 +180,14 @@ def test_settings_that_cannot_be_are_named_with_the_remedy(
         evaluate("marginalisation", MarginalisationSettings(checkpoint=run, **given))
 
 
-def test_one_class_alone_is_refused_with_the_remedy(config: Config, tmp_path: Path) -> None:
+def test_one_class_alone_is_refused_with_the_remedy_and_leaves_the_label_free_part(
+    config: Config, tmp_path: Path
+) -> None:
     for name in ("train", "val"):
-        picture = tmp_path / name / "only" / "one.png"
-        picture.parent.mkdir(parents=True)
-        Image.new("RGB", (32, 32)).save(picture)
+        folder = tmp_path / name / "only"
+        folder.mkdir(parents=True)
+        for grey in (50, 200):
+            Image.new("RGB", (32, 32), (grey, grey, grey)).save(folder / f"{grey}.png")
         make_shards(
             ShardingOptions(
                 str(tmp_path / name),
@@ -201,8 +201,11 @@ def test_one_class_alone_is_refused_with_the_remedy(config: Config, tmp_path: Pa
         )
     run = untrained(tmp_path / "run", replace(config, data=replace(config.data, shards=tmp_path / "shards")))
     context = load_eval_context(MarginalisationSettings(checkpoint=run, device="cpu"))
-    with pytest.raises(ConfigError, match=r"one class.*--no-linear"):
+    with pytest.raises(MissingDataError, match=r"all 2 images of split 'train' have one class.*--probe.label"):
         linear_accuracy(context, LinearSettings(), lambda images: images.float().mean((1, 2, 3))[:, None, None], "a", 0)
+    result = evaluate("marginalisation", MarginalisationSettings(checkpoint=run, predictions=(1,), bank=BANK))
+    assert (result["images"], result["linear"]) == (2, None)
+    assert "one class" in result["left_out"]["linear accuracy"]
 
 
 def test_banks_depend_on_the_seed_and_not_on_what_is_predicted(run: Path) -> None:

@@ -149,8 +149,6 @@ def test_every_kind_of_run_gets_its_grids(
     ("arguments", "says"),
     [
         (("--num-values", "1"), "--num-values"),
-        (("--num-shown", "9", "--num-images", "3"), "--num-shown 9"),
-        (("--num-images", "13"), "has 12 images.*--num-images"),
         (("--scenario", "ijepa"), "--scenario: 'ijepa'.*strong_jitter"),
     ],
 )

@@ -20,13 +20,13 @@ from tests.evaluation.oracles import Blind, Oracle, context_of
 SETTINGS = RetrievalSettings(checkpoint=Path("unused"), bank=BankSettings(num_images=3, num_views=32), num_actions=2)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Photos(EvalContext):
-    """Context whose held-out images are given."""
+    """Context whose images are given."""
 
     photos: Tensor
 
-    def first_images(self, most: int, at_least: int | None = None, option: str = "") -> tuple[Tensor, list[str]]:
+    def read_images(self, most: int) -> tuple[Tensor, list[str]]:
         return self.photos, [f"photo-{i}" for i in range(len(self.photos))]
 
 

@@ -182,9 +182,9 @@ def test_the_config_says_what_an_action_is(exported: Path) -> None:
     assert content["origin"] == {"name": "run/step-000000007.pt", "step": 7, "samples": 448}
 
 
-def mrr(checkpoint: str) -> str:
+def mrr(checkpoint: str, **data: object) -> str:
     score = {"pooled": {name: {"mean": 0.25, "standard_error": 0.01} for name in ("teacher", "student")}}
-    data = {"shards": "shards/photos", "split": "val"}
+    data = {"shards": "shards/photos", "split": "val", **data}
     content = {"mrr": score, "shuffled_actions": score, "chance": 0.024, "images": 64, "bank": 256, "data": data}
     return json.dumps({**content, "checkpoint": checkpoint})
 
@@ -202,6 +202,10 @@ def test_the_card_has_only_what_was_run_on_this_checkpoint(run: Path, tmp_path: 
     evaluation.write_text(mrr("elsewhere/run/checkpoints/step-000000007.pt"))
     export(ExportOptions(run, card.parent))
     assert "0.250 ± 0.010" in card.read_text()
+    assert "trained on these images" not in card.read_text()
+    evaluation.write_text(mrr("elsewhere/run/checkpoints/step-000000007.pt", held_out=False))
+    export(ExportOptions(run, card.parent))
+    assert "The model was trained on these images." in card.read_text()
     os.utime(evaluation, (0, 0))
     export(ExportOptions(run, card.parent))
     assert "Not measured" in card.read_text()
