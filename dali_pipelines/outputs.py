@@ -66,7 +66,7 @@ def parse_labels(codes: UInt8[Tensor, "b n"], keys: Sequence[str], source: DataS
         raise ShardError(
             f"{source.folder}: sample {keys[first]} of split '{source.manifest.split}' has label '{found}', but the "
             f"class indices of '{source.column.name}' are 0 to {len(source.column.classes) - 1}; remake the split "
-            "with tools/make_shards.py"
+            "with iwm shards"
         )
     return value
 
@@ -102,7 +102,7 @@ def _translate_errors(folder: Path) -> Iterator[None]:
             ) from error
         raise ShardError(
             f"{folder}: DALI could not make a batch: {_reason(error)}. If a sample is damaged, "
-            f"'python tools/make_shards.py verify {folder}' names it"
+            f"'iwm verify {folder}' names it"
         ) from error
 
 

@@ -78,12 +78,12 @@ def open_source(
     if len(manifest.shards) < world_size:
         raise ShardError(
             f"{folder}: split '{split}' has {len(manifest.shards)} shards for {world_size} processes; remake it "
-            "with smaller shards (tools/make_shards.py), or start fewer processes"
+            "with smaller shards (iwm shards), or start fewer processes"
         )
     if masks and not manifest.masks:
         raise ShardError(
             f"{folder}: split '{split}' has no segmentation masks; remake it from a source with masks "
-            "(tools/make_shards.py --help), or use another split"
+            "(iwm shards --help), or use another split"
         )
     column = manifest.column(label) if label is not None else None
     return DataSource(folder, manifest, column, masks, rank, world_size)

@@ -1,4 +1,4 @@
-"""Image World Models: training (iwm/train.py), evaluation (iwm/evaluate.py), inference (`iwm.load`)."""
+"""Image World Models: training (train.py), evaluation (evaluate.py), inference (`iwm.load`)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def load(
     encoder: Literal["teacher", "student"] | None = None,
     resize: bool = True,
 ) -> PretrainedModel:
-    """Load a run's newest checkpoint, one checkpoint file, or a folder that tools/export.py wrote.
+    """Load a run's newest checkpoint, one checkpoint file, or a folder that `iwm export` wrote.
 
         model = iwm.load("runs/demo")
         model(["cat.jpg", "dog.png"])                                # [2, d], a vector for each image

@@ -4,7 +4,7 @@ Trains every variant with every seed, evaluates it on the bank of its own jitter
 in the shape of the paper's with our results and the paper's. Rerun the same command to resume: finished runs are
 skipped. Options after `--` are passed to iwm/train.py for every variant, for example
 
-    python iwm/ablate.py conditioning demo --seeds 0 1 --jobs 2 -- --data.shards data/photos --schedule.steps 2000
+    iwm ablate conditioning demo --seeds 0 1 --jobs 2 -- --data.shards data/photos --schedule.steps 2000
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ class DataConfig:
     """Data, batch size and input pipeline."""
 
     shards: Path = Path("data/imagenet")
-    """Folder of shards, made by tools/make_shards.py."""
+    """Folder of shards, made by `iwm shards`."""
     train: str = "train"
     """Split used for training."""
     val: str | None = "val"
@@ -62,7 +62,7 @@ class DataConfig:
     Wider images cost a reallocation."""
     decoder_height_hint: Annotated[int, Range(min=0)] = DECODER.height_hint
     """On a GPU: image height (pixels) for which decoder memory is allocated in advance.
-    `benchmarks/throughput.py tune` prints the fastest backend, decoder, threads and queue depth."""
+    `iwm bench tune` prints the fastest backend, decoder, threads and queue depth."""
 
     @property
     def decoder(self) -> Decoder:
@@ -199,7 +199,7 @@ class LogConfig:
     eval_images: int = 16
     """Number of held-out images for MRR."""
     eval_bank_size: int = 64
-    """Number of augmented views per image in the MRR bank. The reported MRR uses 256 (iwm/evaluate.py mrr)."""
+    """Number of augmented views per image in the MRR bank. The reported MRR uses 256 (iwm evaluate mrr)."""
     tensorboard: bool = True
     """Write metrics also to TensorBoard files in the run's folder."""
 

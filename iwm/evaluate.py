@@ -75,9 +75,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "iwm/evaluate.py") 
         else:
             evaluate(name, settings)
     except torch.OutOfMemoryError as error:
-        raise ConfigError(
-            f"the device is out of memory ({error}); lower --bank.batch-size or --micro-batch-size"
-        ) from error
+        raise ConfigError(f"the device is out of memory ({error}); lower --micro-batch-size") from error
 
 
 if __name__ == "__main__":

@@ -16,5 +16,5 @@ def few_images_advice(images: int) -> list[str]:
     return [
         f"{images:,} training images are few: the paper has {PAPER_IMAGES:,}. From 4,096 tiles of six photographs the "
         "recipe demo, a small model, learns what photometric actions do (MRR 0.39, chance 0.02), but hardly to tell "
-        "shapes apart. tools/make_tiles.py cuts many images from few photographs"
+        "shapes apart. tools/make_tiles.py, in a checkout, cuts many images from few photographs"
     ]

@@ -2,7 +2,7 @@
 
 shards/README.md specifies the format.
 
-manifest.json describes each split. tools/make_shards.py writes it once all shards of a split are complete; the
+manifest.json describes each split. `iwm shards` writes it once all shards of a split are complete; the
 pipelines read it before the first batch.
 
 Each tar has a DALI index (version 1.2, as DALI's wds2idx writes it) with the offset of every component of every sample.
@@ -119,12 +119,12 @@ def load_manifest(folder: Path, split: str) -> Manifest:
     """
     path = folder / MANIFEST
     if not path.exists():
-        raise ShardError(f"{path} does not exist: make the shards with tools/make_shards.py, or correct the folder")
+        raise ShardError(f"{path} does not exist: make the shards with iwm shards, or correct the folder")
     splits = _read_splits(path)
     if split not in splits:
         raise ShardError(
             f"{path} has no split '{split}'; it has {sorted(splits)}: name one of these, or make the split with "
-            "tools/make_shards.py"
+            "iwm shards"
         )
     try:
         raw = dict(splits[split])
@@ -141,7 +141,7 @@ def _write_splits(folder: Path, splits: dict[str, Any]) -> Path:
     return folder / MANIFEST
 
 
-_REMAKE = "remake it with tools/make_shards.py"
+_REMAKE = "remake it with iwm shards"
 
 
 def _read_splits(path: Path) -> dict[str, Any]:
@@ -204,7 +204,7 @@ def parse_sample(line: str, path: Path) -> list[Entry]:
     return [Entry(component, int(offset), int(size), name) for component, offset, size, name in quarters]
 
 
-_REMAKE_SHARDS = "remake the shards with tools/make_shards.py"
+_REMAKE_SHARDS = "remake the shards with iwm shards"
 
 
 REJECTED = "rejected.jsonl"
@@ -243,7 +243,7 @@ def _read(path: Path) -> list[dict[str, str]]:
     try:
         lines = path.read_text().splitlines()
     except FileNotFoundError:
-        raise ShardError(f"{path} is missing: remake the split with tools/make_shards.py") from None
+        raise ShardError(f"{path} is missing: remake the split with iwm shards") from None
     rows = []
     for number, line in enumerate(lines, start=1):
         try:

@@ -46,7 +46,7 @@ MAX_PIXELS = 178_956_970
 class ShardingOptions:
     """Make the shards of a split, or of two. After an interruption, rerun the same command to resume.
 
-    A second form checks a finished folder: make_shards.py verify OUT
+    A second command checks a finished folder: iwm verify OUT, or make_shards.py verify OUT.
     """
 
     src: Positional[Annotated[str, arg(metavar="SRC")]]

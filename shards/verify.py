@@ -1,6 +1,6 @@
 """Verification of shards against their manifest.
 
-check_quick runs at every training start. verify_shards is the full check of `tools/make_shards.py verify`.
+check_quick runs at every training start. verify_shards is the full check of `iwm verify`.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from shards.listing import list_members
 from shards.workers import ProgressCount, available_cores, run_tasks, show_progress
 from shards.writer import SplitWorkdir
 
-REMEDY = "copy it again, or remake the split with tools/make_shards.py"
+REMEDY = "copy it again, or remake the split with iwm shards"
 
 
 def check_quick(folder: Path, manifest: Manifest) -> None:
     """Raise ShardError at the first shard that is missing, has another size, or does not match its index.
 
     Read each index and two headers of each tar: about 0.2 ms per shard, for every training start. Only
-    `python tools/make_shards.py verify` finds damage inside a tar that does not change its size.
+    `iwm verify` finds damage inside a tar that does not change its size.
     """
     for shard in manifest.shards:
         tar, index = folder / shard.name, folder / shard.index
@@ -85,7 +85,7 @@ def verify_shards(folder: Path, *, decode: bool, workers: int | None, console: C
     """
     splits = [load_manifest(folder, split) for split in list_splits(folder)]
     if not splits:
-        raise ShardError(f"{folder} has no manifest.json: correct the folder, or finish a split (tools/make_shards.py)")
+        raise ShardError(f"{folder} has no manifest.json: correct the folder, or finish a split (iwm shards)")
     problems = [
         f"manifest.json: split '{manifest.split}' has other classes than '{splits[0].split}': remake one of them"
         for manifest in splits

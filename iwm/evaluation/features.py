@@ -20,7 +20,7 @@ from shards.errors import ShardError
 from shards.format import list_splits, load_manifest
 from shards.listing import LABEL
 
-LABELS_REMEDY = "make the shards from labelled images, see tools/make_shards.py --help"
+LABELS_REMEDY = "make the shards from labelled images, see iwm shards --help"
 """Remedy for shards without labels."""
 
 

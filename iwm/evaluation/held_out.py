@@ -19,7 +19,7 @@ from shards.format import MANIFEST, list_splits, load_manifest
 VAL = "val"
 """Name of the validation split where the run's configuration names none."""
 
-MAKE_HELD_OUT = "make shards with a validation split (tools/make_shards.py with --val-fraction 0.05) and train again"
+MAKE_HELD_OUT = "make shards with a validation split (iwm shards with --val-fraction 0.05) and train again"
 """Remedy for shards without a validation split."""
 
 HELD_OUT_REMEDY = f"--data.split NAME or --data.shards FOLDER, or {MAKE_HELD_OUT}"
@@ -33,8 +33,8 @@ class MissingDataError(ConfigError):
 
 
 def naming_command(error: ConfigError, command: str) -> str:
-    """Return the message with the command of iwm/evaluate.py whose options it names."""
-    return f"{error} (python iwm/evaluate.py {command})"
+    """Return the message with the evaluation whose options it names."""
+    return f"{error} (iwm evaluate {command})"
 
 
 @dataclass(frozen=True)

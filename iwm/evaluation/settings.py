@@ -34,7 +34,7 @@ class EvalData:
     """Images that the model is evaluated on."""
 
     shards: Path | None = None
-    """Shard folder made by tools/make_shards.py. Default: the run's own (data.shards)."""
+    """Shard folder made by `iwm shards`. Default: the run's own (data.shards)."""
     split: str | None = None
     """Split of that folder.
     Default: the run's validation split (data.val, or `val`); where there is none, its training split (data.train).

@@ -178,7 +178,7 @@ class PretrainedModel(nn.Module):
         """Return the trained trial. Raises ConfigError without a head, or for a head of the other kind."""
         if self.trial is None or self.head is None:
             raise ConfigError(
-                f"{method}: this model has no head; train one and export it with python tools/export.py RUN OUT "
+                f"{method}: this model has no head; train one and export it with iwm export RUN OUT "
                 "--head RUN/eval/linear"
             )
         if segments is not None and self.head.segments != segments:
@@ -213,7 +213,7 @@ def load_model(
     encoder: EncoderName | None = None,
     resize: bool = True,
 ) -> PretrainedModel:
-    """Load a run's newest checkpoint, one checkpoint file, or a folder that tools/export.py wrote.
+    """Load a run's newest checkpoint, one checkpoint file, or a folder that `iwm export` wrote.
 
     encoder: `teacher` (EMA target encoder) or `student` (context encoder). Default: the teacher; for an exported folder
     the encoder that it contains. resize: False refuses images of another size than the run's. Raises CheckpointError

@@ -113,7 +113,7 @@ def _data(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
     arrays = np.load(path)
     expected = (len(result["photographs"]), 1 + len(result["sources"]), result["bank"], result["components"])
     if arrays["points"].shape != expected:
-        raise ReportError(f"{path}: does not match its JSON; rerun iwm/evaluate.py explorer")
+        raise ReportError(f"{path}: does not match its JSON; rerun iwm evaluate explorer")
     photographs = [
         {
             "picture": f"data:image/webp;base64,{_base64(_file(folder, photograph['picture']).read_bytes())}",
@@ -129,7 +129,7 @@ def _data(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
 def _file(folder: Path, name: str) -> Path:
     path = folder / name
     if not path.exists():
-        raise ReportError(f"{path}: missing data of the explorer; rerun iwm/evaluate.py explorer")
+        raise ReportError(f"{path}: missing data of the explorer; rerun iwm evaluate explorer")
     return path
 
 

@@ -41,7 +41,7 @@ def paper_tables(folders: Sequence[Path]) -> list[ResultTable]:
     if not tables:
         raise ReportError(
             f"{', '.join(map(str, folders))}: no downstream results in eval/ for any table; run a protocol first, for "
-            "example python iwm/evaluate.py linear --checkpoint RUN"
+            "example iwm evaluate linear --checkpoint RUN"
         )
     return tables
 

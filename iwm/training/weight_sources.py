@@ -27,7 +27,7 @@ from iwm.training import export_files
 from iwm.training.checkpoint import list_checkpoints, load_checkpoint, resolve
 
 ACCEPTED = (
-    "a run's folder, one of its checkpoints, a folder of tools/export.py, a file or folder of a timm ViT, or a file of "
+    "a run's folder, one of its checkpoints, a folder of `iwm export`, a file or folder of a timm ViT, or a file of "
     "I-JEPA, MAE, DINO, iBOT or MoCo v3"
 )
 

@@ -248,7 +248,7 @@ def test_a_classifier_is_not_evaluated_on_the_images_that_it_is_fitted_on(tmp_pa
     result = evaluate("marginalisation", replace(FEW["marginalisation"], checkpoint=run))
     assert "on the same images" in result["left_out"]["linear accuracy"]
     assert "use --probe.train NAME" in result["left_out"]["linear accuracy"]
-    assert result["left_out"]["linear accuracy"].endswith("(python iwm/evaluate.py marginalisation)")
+    assert result["left_out"]["linear accuracy"].endswith("(iwm evaluate marginalisation)")
 
 
 def _trained_on(run: Path, shards: Path) -> None:

@@ -265,11 +265,11 @@ def test_a_page_without_an_exploration_has_no_script_and_a_missing_file_is_named
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     (copy / "eval" / "explorer-1.webp").unlink()
-    with pytest.raises(ReportError, match=r"explorer-1\.webp: missing.*rerun iwm/evaluate\.py explorer"):
+    with pytest.raises(ReportError, match=r"explorer-1\.webp: missing.*rerun iwm evaluate explorer"):
         write_report(copy)
     shutil.copy(run / "eval" / "explorer-1.webp", copy / "eval")
     np.savez(copy / "eval" / "explorer.npz", points=np.zeros((2, 5, 80, 3), np.int16), norms=np.ones((2, 80)))
-    with pytest.raises(ReportError, match=r"explorer\.npz: does not match.*rerun iwm/evaluate\.py explorer"):
+    with pytest.raises(ReportError, match=r"explorer\.npz: does not match.*rerun iwm evaluate explorer"):
         write_report(copy)
     (copy / "eval" / "explorer.json").unlink()
     assert "<script" not in write_report(copy).read_text()
