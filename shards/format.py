@@ -71,7 +71,9 @@ class Manifest:
         for column in self.columns:
             if column.name == name:
                 return column
-        raise ShardError(f"split '{self.split}' has no label column '{name}'; it has {[c.name for c in self.columns]}")
+        names = [column.name for column in self.columns]
+        has = f"has no label column '{name}'; it has {names}" if names else "has no labels"
+        raise ShardError(f"split '{self.split}' {has}")
 
 
 MANIFEST = "manifest.json"

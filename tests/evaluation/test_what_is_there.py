@@ -123,7 +123,7 @@ def test_world_model_succeeds_without_labels_and_without_held_out_images_and_say
     assert "note: 2 of at most 64 images: split 'train' has no more" in said.out.splitlines()
     left_out = [line for line in said.out.splitlines() if line.startswith("left out: ")]
     assert [line.split(": ")[1] for line in left_out] == ["marginalisation, linear accuracy", "knn"]
-    assert all("no label column 'label'" in line for line in left_out)
+    assert all("has no labels" in line for line in left_out)
     assert said.err == ""
     done = {path.stem for path in (bare_run / "eval").glob("*.json")}
     assert done == set(EVALUATORS) - {"knn"} | {"world-model"}
@@ -138,7 +138,7 @@ def test_world_model_succeeds_without_labels_and_without_held_out_images_and_say
     assert "held-out images" not in page.replace("for held-out images use", "")
     assert "training images" in page
     assert "2 of at most 128 images" in _section(page, "Similarity of augmented views")
-    for words in ("<b>knn</b>", "<b>marginalisation, linear accuracy</b>", "no label column"):
+    for words in ("<b>knn</b>", "<b>marginalisation, linear accuracy</b>", "has no labels"):
         assert words in _section(page, "Left out")
 
 
@@ -176,7 +176,7 @@ def test_a_label_that_the_user_names_and_the_shards_lack_is_an_error_after_the_o
     said = mistake(monkeypatch, "world-model", "--checkpoint", str(run), "--label", "mood")
     assert said.endswith("skipped, for the reasons above: knn")
     errors = capsys.readouterr().err
-    assert "knn: split 'train' has no label column 'mood'; it has ['colour']; use another --label (python" in errors
+    assert "knn: split 'train' has no label column 'mood'; it has ['colour']; use another --label (iwm" in errors
     assert _read(run, "feature-maps")["data"] == {"shards": str(shards), "split": "val", "held_out": True}
     assert "mood" in _section((run / "report.html").read_text(), "Left out")
     # Without --label, the default column is not there: that is no error.

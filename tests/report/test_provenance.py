@@ -34,7 +34,7 @@ def _run(folder: Path, mrr: float, *, held_out: bool) -> Path:
     accuracy = {"teacher": {"10": score}, "student": {"10": score}}
     old = {"checkpoint": "elsewhere/step-000000003.pt"}
     labels = {"label": "label", "classes": 2, "train_images": 9, "val_images": 3, "chance": 0.5, "accuracy": accuracy}
-    left_out = {"knn": "split 'train' has no label column 'label'; it has []"}
+    left_out = {"knn": "split 'train' has no labels"}
     for result in (
         with_tables({"protocol": "mrr", **origin, **figures, "recall": recall, "notes": notes}),
         with_tables({"protocol": "knn", **old, **labels}),
@@ -51,7 +51,7 @@ def test_a_copied_run_gives_the_same_page_from_its_files(tmp_path: Path, monkeyp
     monkeypatch.setattr(sys, "argv", ["iwm.report", str(tmp_path / "b" / "run")])
     main()
     assert (tmp_path / "b" / "run" / "report.html").read_text() == page
-    assert page.count("no label column") == 1
+    assert page.count("has no labels") == 1
     assert "12 of at most 64 images" in page
     assert page.count('class="warning"') == 1
     assert "± 0.010, training images" in page
