@@ -79,15 +79,17 @@ def test_a_model_is_loaded_and_used_without_dali_and_the_commands_packages(expor
 @pytest.mark.parametrize(
     "command",
     [
-        ["iwm/train.py", "demo"],
-        ["iwm/evaluate.py", "mrr", "--checkpoint", "runs/demo"],
+        ["iwm/train.py", "demo", "--data.shards", "SHARDS"],
+        ["iwm/evaluate.py", "mrr", "--checkpoint", "SHARDS"],
         ["iwm/ablate.py", "conditioning", "demo"],
         ["benchmarks/throughput.py", "data"],
     ],
     ids=lambda command: command[0],
 )
-def test_a_command_that_needs_dali_ends_with_one_line_that_names_the_extra(command: list[str], tmp_path: Path) -> None:
-    done = run(command, tmp_path, ("nvidia.dali",))
+def test_a_command_that_needs_dali_ends_with_one_line_that_names_the_extra(
+    command: list[str], tiny_shards: Path, tmp_path: Path
+) -> None:
+    done = run([str(tiny_shards) if word == "SHARDS" else word for word in command], tmp_path, ("nvidia.dali",))
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"{command[0]}: NVIDIA DALI is not installed")

@@ -38,9 +38,8 @@ class ExportOptions:
 
 def export(options: ExportOptions) -> None:
     """Write the folder. Raise CheckpointError, ConfigError or OSError; none of them leaves a partial folder."""
-    for path in filter(None, (options.source, options.head)):
-        if not path.exists():
-            raise UserError(f"{path} does not exist; correct the path")
+    if not options.source.exists():
+        raise UserError(f"{options.source} does not exist; correct the path")
     # Imported here: torch takes seconds, which a mistyped option must not cost.
     from iwm.export.from_run import export_run
 

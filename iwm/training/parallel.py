@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -56,6 +57,8 @@ def _apply_fsdp(model: WorldModel, dist: DistEnv) -> WorldModel:
     parameters are gathered in bf16 and gradients are reduced in float32; autocast chooses the precision of each
     operator, as without FSDP. (On a CPU autocast does not cast layer norm, whose weights must then stay float32.)
     """
+    # Torch 2.14 warns that the predictor's output is a view; nothing modifies it in place, which would be wrong.
+    warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor", UserWarning)
     mesh = init_device_mesh(dist.device.type, (dist.size,))
     bf16 = model.config.train.bf16_autocast and dist.device.type == "cuda"
     policy = MixedPrecisionPolicy(

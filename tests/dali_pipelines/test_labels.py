@@ -64,5 +64,5 @@ def test_a_sample_without_its_class_is_reported_with_the_command_that_finds_it(s
     manifest = load_manifest(shards, "train")
     hashed = hashlib.sha256(index.read_bytes()).hexdigest()
     save_manifest(shards, replace(manifest, shards=[replace(manifest.shards[0], index_sha256=hashed)]))
-    with pytest.raises(ShardError, match=r"train-000000\.idx\" line 1 .*make_shards\.py verify"):
+    with pytest.raises(ShardError, match=r"train-000000\.idx\" line 1 .*iwm verify"):
         next(LOADERS[name](shards))

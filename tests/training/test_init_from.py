@@ -147,7 +147,10 @@ def part_of_an_export(folder: Path) -> Path:
     ("made", "named"),
     [
         (nothing, "nowhere.pth does not exist"),
-        (text, "holds no known weights but notes.txt; give a run's folder, one of its checkpoints, a folder of tools/"),
+        (
+            text,
+            "holds no known weights but notes.txt; give a run's folder, one of its checkpoints",
+        ),
         (other, "gan.pt is of no known format; it holds generator; give a run's folder"),
         (two, "two.pt looks like mae and moco_v3; it holds model, epoch, arch, state_dict, optimizer"),
         (cut, "cut.pt is damaged"),
