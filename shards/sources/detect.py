@@ -120,6 +120,10 @@ def detect(source: str, extra: SourceOptions) -> SourceKind:
     if not path.is_file():
         webdataset.expand(source)
         return "webdataset"
+    if image_folder.has_image_extension(path.name):
+        raise ShardError(f"{source} is one image; use its folder, or a .txt file of paths")
+    if path.suffix.lower() == ".zip":
+        raise ShardError(f"{source} is a zip archive; unpack it and use the folder")
     names = [member.name for member in islice(list_members(path), 1)]
     if not names:
         raise ShardError(f"{source} is an empty tar; correct the source")

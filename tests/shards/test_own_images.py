@@ -205,3 +205,12 @@ def test_the_command_says_what_it_decided_and_how_many_images_are_wanted(tmp_pat
     assert run_tool("verify", tmp_path / "out", "--workers", 1).returncode == 0
     val = run_tool(src, tmp_path / "out", "--split", "val", "--workers", 1)
     assert "training images" not in val.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("cat.JPG", "is one image; use its folder"), ("photos.zip", "is a zip archive; unpack it")]
+)
+def test_one_image_and_an_archive_are_told_what_to_give_instead(tmp_path, name, message):
+    (tmp_path / name).write_bytes(b"anything")
+    with pytest.raises(ShardError, match=message):
+        make(tmp_path / name, tmp_path / "out")
