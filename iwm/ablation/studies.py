@@ -20,6 +20,7 @@ from iwm.evaluation.settings import JITTER_SCENARIOS, BankSize
 from iwm.model_config import ActionConfig
 from iwm.ranges import Range
 from iwm.recipes import RECIPES
+from iwm.train_options import RUNS
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ class AblateOptions:
 
     @property
     def folder(self) -> Path:
-        return self.out or Path("runs") / f"ablate-{self.study}-{self.recipe}"
+        return self.out or RUNS / f"ablate-{self.study}-{self.recipe}"
 
 
 def depths(recipe: Config) -> tuple[int, int]:

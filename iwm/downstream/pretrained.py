@@ -11,13 +11,13 @@ import torch
 from iwm.actions import ActionSpec, action_spec
 from iwm.config import AttentionImpl, Config, ConfigError, EncoderName
 from iwm.downstream.settings import TrainSettings
-from iwm.evaluation.held_out import VAL
 from iwm.models.attention import to_device
 from iwm.models.backbone import Backbone, frozen_backbone
 from iwm.models.external.loading import ExternalCheckpointError, MaeDecoder, NoDecoderError, load_external
 from iwm.models.predictor import Predictor
 from iwm.training.checkpoint import CheckpointError, load_world_model, resolve, run_dir_of
 from iwm.training.runtime import configure_cpu
+from shards.hold_out import VAL
 
 
 @dataclass(frozen=True)

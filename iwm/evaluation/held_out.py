@@ -15,9 +15,7 @@ from dali_pipelines.reader import DataSource
 from iwm.config import ConfigError, DataConfig
 from iwm.evaluation.settings import EvalData
 from shards.format import MANIFEST, list_splits, load_manifest
-
-VAL = "val"
-"""Name of the validation split where the run's configuration names none."""
+from shards.hold_out import VAL
 
 MAKE_HELD_OUT = "make shards with a validation split (iwm shards with --val-fraction 0.05) and train again"
 """Remedy for shards without a validation split."""

@@ -46,7 +46,6 @@ from iwm.training.export_files import (
     read_description,
     read_tensors,
 )
-from iwm.training.export_files import is_export_dir as is_export_dir
 from shards.atomic import sync_folder, write_atomically
 
 ENCODER_ARGUMENTS, HEAD_DESCRIPTION, CARD = "encoder.json", "head.json", "README.md"

@@ -16,7 +16,7 @@ from iwm.downstream.registry import lookup
 from iwm.downstream.restore import BACKBONE
 from iwm.downstream.study import PIXELS, SharedInputs, Trial
 from iwm.downstream.trials import pad_to_patches
-from iwm.export.folder import ExportedModel, Provenance, is_export_dir, read_export
+from iwm.export.folder import ExportedModel, Provenance, read_export
 from iwm.export.images import Images, to_pixels
 from iwm.models.attention import to_device
 from iwm.models.backbone import Backbone
@@ -25,6 +25,7 @@ from iwm.models.heads import upsample
 from iwm.models.predictor import Predictor
 from iwm.models.world_model import normalize_targets
 from iwm.training.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, resolve, run_dir_of
+from iwm.training.export_files import is_export_dir
 from iwm.training.runtime import select_device
 
 
