@@ -6,8 +6,8 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping
-from ctypes import CDLL, byref, c_int
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,19 +38,22 @@ def environment_info() -> dict[str, Any]:
     }
 
 
+_COUNT_GPUS = """
+from ctypes import CDLL, byref, c_int
+driver, count = CDLL("libcuda.so.1"), c_int()
+raise SystemExit(driver.cuInit(0) or driver.cuDeviceGetCount(byref(count)) or count.value == 0)
+"""
+
+
 def has_gpu() -> bool:
     """Return True where torch would find a GPU, without importing torch, which takes seconds.
 
-    It asks the driver for its number of devices, as torch does, unless torch is built for the CPU.
+    It asks the driver for its number of devices, as torch does, unless torch is built for the CPU. It asks in a process
+    of its own, so that this one still loads the driver through torch.
     """
     if "+cpu" in (_version("torch") or ""):
         return False
-    try:
-        driver = CDLL("libcuda.so.1")
-    except OSError:
-        return False
-    count = c_int()
-    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(byref(count)) == 0 and count.value > 0
+    return subprocess.run([sys.executable, "-S", "-c", _COUNT_GPUS], check=False, capture_output=True).returncode == 0
 
 
 def packages() -> dict[str, str | None]:
