@@ -1,6 +1,6 @@
 """HTML components of the report page: sections, tables, figures, and charts as inline SVG.
 
-The page is self-contained; colours come from the CSS in page.html.
+The page is self-contained; colours come from templates/page.css.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ WIDTH, HEIGHT = 360, 200
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 12, 26
 MOST_POINTS = 300
 COLOURS = 8
-"""Number of colours in page.html, s1 to s8. The dash changes every four lines, so that 24 lines are distinguishable and
+"""Number of colours in page.css, s1 to s8. The dash changes every four lines, so that 24 lines are distinguishable and
 no more than four by colour alone."""
 DASHES = 3
 LINE = 12

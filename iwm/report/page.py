@@ -2,34 +2,33 @@
 
 A section is a function that returns HTML, or "" where its results are missing. To add a section for each run (a figure,
 a table), write a function of `RunResults` and add it to SECTIONS. In a comparison it is folded under the run's name.
-The style of the page is in page.html next to this file.
+The frame and the style of the page are in templates/page.html and page.css.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from html import escape
-from importlib import resources
 from pathlib import Path
-from string import Template
+
+from markupsafe import Markup
 
 from iwm.report.components import details, with_contents
 from iwm.report.downstream import downstream_section, downstream_tables
-from iwm.report.explorer import explorer
-from iwm.report.provenance import left_out_section, training_images
-from iwm.report.runs import ReportError, RunResults, read_runs
-from iwm.report.training import configuration, curves
-from iwm.report.world_model import (
+from iwm.report.evaluator_sections import (
     corruption_section,
     marginalised,
     nearest_neighbours,
     patch_maps,
     retrieval_picture,
     similarity_matrix,
-    summary_tiles,
     sweep_section,
-    world_model,
 )
+from iwm.report.explorer import explorer
+from iwm.report.provenance import left_out_section, training_images
+from iwm.report.runs import ReportError, RunResults, read_runs
+from iwm.report.templates import render
+from iwm.report.training import configuration, curves
+from iwm.report.world_model import summary_tiles, world_model
 from shards.atomic import write_atomically
 
 OVERVIEW: tuple[Callable[[Sequence[RunResults]], str], ...] = (summary_tiles, world_model, explorer, downstream_tables)
@@ -63,7 +62,6 @@ def write_page(folders: Sequence[Path], path: Path, lead: str = "") -> Path:
     Raises the ReportError of `read_runs`, and ReportError for a result without a required field.
     """
     runs = read_runs(folders)
-    template = Template((resources.files("iwm.report") / "page.html").read_text())
     try:
         body = _body(runs, lead)
     except KeyError as error:
@@ -72,7 +70,7 @@ def write_page(folders: Sequence[Path], path: Path, lead: str = "") -> Path:
             f"{places}: a result lacks {error}, so another version of iwm wrote it; evaluate again or delete it"
         ) from error
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
-    write_atomically(path, template.substitute(title=escape(title), body=body).encode())
+    write_atomically(path, render("page.html", title=title, body=Markup(body)).encode())
     return path
 
 

@@ -7,8 +7,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 from iwm.report.components import ChartLine, line_chart
+from iwm.report.evaluator_sections import corruption_section, sweep_section
 from iwm.report.runs import RunResults
-from iwm.report.world_model import corruption_section, sweep_section
 from tests.report.conftest import with_tables
 
 

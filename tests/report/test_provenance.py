@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from iwm.report.__main__ import main
+from iwm.report.evaluator_sections import nearest_neighbours
 from iwm.report.page import write_page, write_report
 from iwm.report.runs import read_run
-from iwm.report.world_model import nearest_neighbours
 from tests.report.conftest import with_tables
 
 NOTE = "photos has no split 'val': evaluated on split 'train', on which the model was trained"
