@@ -1,5 +1,8 @@
-"""Files of the documentation site: this project's Markdown under the paths that they have in the repository, so that
-links between them hold on a Git host and on the site, and pages of the Python interface, made from docstrings."""
+"""Files of the documentation site (mkdocs.yml).
+
+Markdown, notebooks and images have the same paths as in the repository, so links between them hold on a Git host and on
+the site. Pages of the Python interface are made from docstrings.
+"""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def pretrain(
         write_atomically(s.run / "config.yaml", to_yaml(config).encode())
     flops_share = training_flops(config).total / measure_matmul_flops(dist.device, config.train.precision) / dist.size
     agreement = StopConsensus(dist)
-    # A finished run only says so.
+    # A finished run logs nothing.
     loggers = open_loggers(config, s.run, s.step) if dist.is_main and s.step < s.schedules.steps else []
     with (
         manual_gc(),

@@ -8,7 +8,7 @@ has two rows.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ NO_LOGIN = ("offline", "dryrun", "disabled")
 
 
 def check_wandb(log: LogConfig) -> None:
-    """Raise ConfigError where metrics shall go to W&B and the package or the login is missing. Uses no network."""
+    """Raise ConfigError where metrics go to W&B and the package or the login is missing. Uses no network."""
     if log.wandb_project is None:
         if log.wandb_entity is not None:
             raise ConfigError(f"log.wandb_entity {log.wandb_entity}: nothing is sent to W&B; add --log.wandb-project")
@@ -38,6 +38,8 @@ def check_wandb(log: LogConfig) -> None:
         logged_in = wandb.setup().settings.mode in NO_LOGIN or wandb.login(prompt=False, verify=False)
     except wandb.Error as error:
         raise ConfigError(f"log.wandb_project {log.wandb_project}: {error}") from error
+    except ValueError as error:
+        raise ConfigError(f"log.wandb_project: an environment variable WANDB_… is invalid: {error}") from error
     if not logged_in:
         raise ConfigError(
             f"log.wandb_project {log.wandb_project}: not logged in to W&B; run `wandb login`, set WANDB_API_KEY, or "
@@ -61,7 +63,7 @@ class WandbLogger:
         if self._run is not None:
             self._call(lambda: self._run.finish(exit_code=int(failed)))
 
-    def _call(self, function: Any) -> None:
+    def _call(self, function: Callable[[], object]) -> None:
         try:
             function()
         except (_import_wandb().Error, OSError) as error:
@@ -93,7 +95,7 @@ def open_wandb(config: Config, run: Path) -> WandbLogger:
         raise ConfigError(f"log.wandb_project {config.log.wandb_project}: {error}") from error
     except (wandb.Error, OSError, TimeoutError) as error:
         opened = wandb.init(**options, mode="offline")
-        reason = str(error).splitlines()[-1]
+        reason = " ".join(str(error).split())
         print(
             f"WARNING: W&B cannot be reached ({reason}); send the metrics later: wandb sync {Path(opened.dir).parent}"
         )

@@ -121,6 +121,17 @@ def test_a_missing_package_is_one_line_with_the_command_that_installs_it(monkeyp
         check_wandb(CONFIG.log)
 
 
+@needs_wandb
+def test_an_invalid_variable_of_wandb_is_one_line() -> None:
+    program = "from tests.training.test_wandb import CONFIG, check_wandb; check_wandb(CONFIG.log)"
+    line = [sys.executable, "-c", program]
+    done = subprocess.run(
+        line, cwd=ROOT, env={**ENVIRONMENT, "WANDB_MODE": "bogus"}, capture_output=True, text=True, timeout=600
+    )
+    assert "ConfigError: log.wandb_project: an environment variable WANDB_… is invalid" in done.stderr
+    assert "Input should be 'online', 'offline'" in done.stderr
+
+
 def test_an_entity_without_a_project_is_refused() -> None:
     check_wandb(LogConfig())
     with pytest.raises(ConfigError, match=r"log\.wandb_entity a-team: .*add --log\.wandb-project"):
