@@ -1,4 +1,4 @@
-# `make demo`, `make downstream` and `make test` do all of their own set-up in .venv; PYTHON picks the interpreter (3.11 or newer),
+# `make demo`, `make downstream`, `make test` and `make docs` do all of their own set-up in .venv; PYTHON picks the interpreter (3.11 or newer),
 # CUDA the extra that brings DALI: cuda12 where nvidia-smi tells of a driver before 580, else cuda13.
 PYTHON ?= python3
 DRIVER := $(shell nvidia-smi --query-gpu=driver_version --format=csv,noheader 2> /dev/null | head -n 1 | cut -d . -f 1)
@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := .venv-lowest
 
-.PHONY: demo downstream test test-lowest lint types clean
+.PHONY: demo downstream test test-lowest lint types docs clean
 
 # PyPI's torch is built for CUDA 13. uv finds the builds for other versions.
 $(VENV)/.installed: pyproject.toml
@@ -50,5 +50,13 @@ lint: $(VENV)/.installed
 types: $(VENV)/.installed
 	$(BIN)/mypy
 
+# The site is site/index.html. The variable silences a notice of the theme.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(LOWEST) runs/demo data/demo
+	rm -rf $(VENV) $(LOWEST) runs/demo data/demo site

@@ -202,6 +202,12 @@ class LogConfig:
     """Number of augmented views per image in the MRR bank. The reported MRR uses 256 (iwm evaluate mrr)."""
     tensorboard: bool = True
     """Write metrics also to TensorBoard files in the run's folder."""
+    wandb_project: str | None = None
+    """Project of Weights & Biases to send metrics and settings to; needs wandb (pip install 'iwm[wandb]').
+    A resumed run continues its W&B run. WANDB_MODE=offline keeps the data in the run's folder, for `wandb sync`.
+    None: nothing is sent."""
+    wandb_entity: str | None = None
+    """Entity (user or team) of the W&B project. None: WANDB_ENTITY, or the default of the W&B account."""
 
 
 @dataclass(frozen=True)

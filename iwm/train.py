@@ -26,12 +26,15 @@ def main(arguments: Sequence[str] | None = None, prog: str = "iwm/train.py") -> 
     from iwm.training.loop import pretrain
     from iwm.training.runtime import stop_on_signal
     from iwm.training.train_state import build_train_state, run_lock
+    from iwm.training.wandb_logger import check_wandb
 
     with (
         init_distributed(command.config.train) as dist,
         stop_on_signal() as stop,
         run_lock(command.run_dir) if dist.is_main else nullcontext(),
     ):
+        if dist.is_main:
+            check_wandb(command.config.log)
         state = build_train_state(command.config, command.run_dir, dist)
         pretrain(state, stop, health_check(command.config, dist))
 

@@ -20,8 +20,9 @@ from iwm.downstream.optim import set_lr
 from iwm.downstream.progress import BEST, LAST, Scores, TrainPlan, TrainProgress, save_state
 from iwm.downstream.study import Study
 from iwm.training.distributed import DistEnv, StopConsensus
+from iwm.training.loggers import open_files
 from iwm.training.metric_window import MetricQueue, MetricWindow, WindowMetrics
-from iwm.training.metrics import MetricLogger, memory_gib, truncate_metrics_after
+from iwm.training.metrics import MetricLogger, memory_gib
 from iwm.training.optim import step_if_finite
 from iwm.training.parallel import gradient_norm, replicate
 from iwm.training.runtime import StopFlag, manual_gc
@@ -45,12 +46,10 @@ def train(plan: TrainPlan, dist: DistEnv, stop: StopFlag, last: dict[str, Any] |
     consensus = StopConsensus(dist)
     if dist.is_main:
         plan.folder.mkdir(parents=True, exist_ok=True)
-        truncate_metrics_after(plan.folder, progress.step)
+    loggers = open_files(plan.folder, progress.step, tensorboard=plan.tensorboard) if dist.is_main else []
     with (
         manual_gc(),
-        MetricLogger(
-            plan.folder, plan.title, plan.steps, progress.step, main=dist.is_main, tensorboard=plan.tensorboard
-        ) as monitor,
+        MetricLogger(plan.title, plan.steps, progress.step, main=dist.is_main, loggers=loggers) as monitor,
         MetricQueue() as queue,
     ):
         for line in plan.startup_messages:

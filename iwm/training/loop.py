@@ -11,8 +11,9 @@ from iwm.models.flops import measure_matmul_flops, training_flops
 from iwm.models.world_model import WorldModel
 from iwm.training import checkpoint as checkpoints
 from iwm.training.distributed import StopConsensus
+from iwm.training.loggers import open_loggers
 from iwm.training.metric_window import MetricQueue, MetricWindow, WindowMetrics
-from iwm.training.metrics import MetricLogger, memory_gib, truncate_metrics_after
+from iwm.training.metrics import MetricLogger, memory_gib
 from iwm.training.optim import ScheduleValues
 from iwm.training.runtime import StopFlag, manual_gc
 from iwm.training.step import prepare_masks, train_step
@@ -37,14 +38,13 @@ def pretrain(
     s, config, dist = state, state.config, state.dist
     if dist.is_main:
         write_atomically(s.run / "config.yaml", to_yaml(config).encode())
-        truncate_metrics_after(s.run, s.step if s.step > 0 else -1)
     flops_share = training_flops(config).total / measure_matmul_flops(dist.device, config.train.precision) / dist.size
     agreement = StopConsensus(dist)
+    # A finished run logs nothing.
+    loggers = open_loggers(config, s.run, s.step) if dist.is_main and s.step < s.schedules.steps else []
     with (
         manual_gc(),
-        MetricLogger(
-            s.run, f"iwm · {s.run}", s.schedules.steps, s.step, main=dist.is_main, tensorboard=config.log.tensorboard
-        ) as monitor,
+        MetricLogger(f"iwm · {s.run}", s.schedules.steps, s.step, main=dist.is_main, loggers=loggers) as monitor,
         MetricQueue() as queue,
     ):
         for line in s.startup_messages:

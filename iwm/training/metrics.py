@@ -1,13 +1,10 @@
-"""Metric logging: console, metrics.jsonl, TensorBoard."""
+"""Display of a run's metrics, which also passes them to the loggers."""
 
 from __future__ import annotations
 
-import json
-import math
 import resource
 import time
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 
 import torch
@@ -15,11 +12,8 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from torch.utils.tensorboard import SummaryWriter
 
-from shards.atomic import write_atomically
-
-METRICS = "metrics.jsonl"
+from iwm.training.loggers import Logger
 
 DISPLAY_FORMATS = {
     "loss": "{:.4f}",
@@ -38,22 +32,6 @@ DISPLAY_FORMATS = {
 }
 
 
-def truncate_metrics_after(run: Path, step: int) -> None:
-    """Drop the lines of metrics.jsonl after `step`, from which the run resumes, and a line that a kill cut short."""
-    path = run / METRICS
-    if not path.exists():
-        return
-    lines = [line for line in path.read_text().splitlines() if _is_line_up_to(line, step)]
-    write_atomically(path, "".join(line + "\n" for line in lines).encode())
-
-
-def _is_line_up_to(line: str, step: int) -> bool:
-    try:
-        return bool(json.loads(line)["step"] <= step)
-    except json.JSONDecodeError:
-        return False
-
-
 def memory_gib(device: torch.device) -> float:
     """Return the peak memory (GiB): of the device's allocator on a GPU, of the process on a CPU."""
     if device.type == "cuda":
@@ -62,28 +40,26 @@ def memory_gib(device: torch.device) -> float:
 
 
 class MetricLogger:
-    """Display and file output of a run's metrics; inactive on processes other than rank 0.
+    """Display of a run's metrics; passes them to its loggers, and closes these. Inactive where `main` is False.
 
     On a terminal: a live table and a progress bar. Elsewhere: one plain line per measurement.
     """
 
     def __init__(
         self,
-        run: Path,
         title: str,
         steps: int,
         start: int,
         *,
         main: bool,
-        tensorboard: bool,
+        loggers: Sequence[Logger],
         console: Console | None = None,
     ) -> None:
         self._main = main
         if not main:
             return
         self._console = console or Console()
-        self._path = run / METRICS
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=start) if tensorboard else None
+        self._loggers = loggers
         self._title, self._latest = title, dict[str, float]()
         self._progress = Progress(
             TextColumn("step"),
@@ -114,8 +90,8 @@ class MetricLogger:
             return
         if self._live is not None:
             self._live.stop()
-        if self._board is not None:
-            self._board.close()
+        for logger in self._loggers:
+            logger.close(failed=value is not None)
 
     def print(self, text: str) -> None:
         """Print one line of text."""
@@ -128,16 +104,12 @@ class MetricLogger:
             self._progress.update(self._bar, completed=step)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append one line to metrics.jsonl (non-finite values as null), and update TensorBoard and the display."""
+        """Pass the metrics of a step to the loggers and update the display."""
         if not self._main:
             return
         self._latest.update(metrics)
-        line = {"step": step, **{key: value if math.isfinite(value) else None for key, value in metrics.items()}}
-        with open(self._path, "a") as file:
-            file.write(json.dumps(line) + "\n")
-        if self._board is not None:
-            for key, value in metrics.items():
-                self._board.add_scalar(key, value, step)
+        for logger in self._loggers:
+            logger.log(step, metrics)
         if self._live is not None:
             self._live.update(self._render())
         else:

@@ -8,14 +8,16 @@ from pathlib import Path
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from iwm.training.metrics import MetricLogger, truncate_metrics_after
+from iwm.training.loggers import open_files
+from iwm.training.metrics import MetricLogger
 
 METRICS = {"loss": 0.25, "images_per_second": 1234.5, "mfu": 0.4, "data_wait": 0.015, "memory_gib": 2.5}
 
 
 def monitored(run: Path, terminal: bool, main: bool = True) -> str:
     console = Console(file=io.StringIO(), force_terminal=terminal, width=100)
-    with MetricLogger(run, "a run", 100, 0, main=main, tensorboard=True, console=console) as monitor:
+    loggers = open_files(run, 0, tensorboard=True) if main else []
+    with MetricLogger("a run", 100, 0, main=main, loggers=loggers, console=console) as monitor:
         monitor.print("an opening line")
         monitor.set_step(50)
         monitor.log(50, METRICS)
@@ -58,8 +60,21 @@ def test_metrics_are_json_with_null_for_what_is_not_finite_and_reach_tensorboard
     assert [(event.step, event.value) for event in board.Scalars("loss")] == [(50, 0.25)]
 
 
-def test_rewinding_keeps_lines_up_to_the_step_and_no_broken_one(tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_lines_up_to_its_step_and_no_broken_one(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 5}\n{"step": 10}\n{"step": 15}\n{"st')
-    truncate_metrics_after(tmp_path, 10)
+    open_files(tmp_path, 10, tensorboard=False)
     assert path.read_text() == '{"step": 5}\n{"step": 10}\n'
+    open_files(tmp_path, 0, tensorboard=False)
+    assert path.read_text() == ""
+
+
+def test_a_resumed_run_hides_in_tensorboard_what_came_after_its_step(tmp_path: Path) -> None:
+    for start, steps in ((0, (5, 10, 15)), (10, (20,))):
+        for logger in open_files(tmp_path, start, tensorboard=True):
+            for step in steps:
+                logger.log(step, {"loss": 1.0})
+            logger.close(failed=False)
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("loss")] == [5, 10, 20]
