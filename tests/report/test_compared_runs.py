@@ -84,9 +84,9 @@ def test_only_fields_that_differ_are_compared(folders: list[Path]) -> None:
 
 def test_the_page_has_a_row_per_run_a_line_per_arm_and_what_differs(folders: list[Path], tmp_path: Path) -> None:
     page = write_page(folders, tmp_path / "page.html").read_text()
-    headline = page[: page.index("Mean reciprocal rank")]
+    headline = page[: page.index('<section id="mean-reciprocal-rank">')]
     for name, score in (("sequence-s0", "0.100"), ("sequence-s1", "0.110"), ("feature-s1", "0.210")):
-        assert re.search(rf"{name}</th>.*?<b>{score}</b>", headline)
+        assert re.search(rf"{name}</th><td[^>]*><b>{score}</b>", headline)
     loss = page[page.index("<h3>Loss") :]
     assert loss[: loss.index("</svg>")].count("<polyline") == 2
     table = page[page.index("Differing fields") :]
@@ -94,7 +94,7 @@ def test_the_page_has_a_row_per_run_a_line_per_arm_and_what_differs(folders: lis
     assert "action.conditioning" in table
     assert "optim.lr" not in table
     assert "http" not in page
-    assert "<script" not in page
+    assert page.count("<script") == 1
 
 
 def test_versions_that_differ_are_named(tmp_path: Path) -> None:
@@ -147,11 +147,11 @@ def test_the_mean_of_curves_is_over_the_steps_that_all_have() -> None:
 
 
 def test_many_lines_can_be_told_apart() -> None:
-    lines = [ChartLine(f"arm {i}", [(0, float(i)), (1, i + 1.0)]) for i in range(18)]
+    lines = [ChartLine(f"arm {i}", [(0, float(i)), (1, i + 1.0), (2, i + 2.0)]) for i in range(18)]
     root = ElementTree.fromstring(line_chart(lines))
     assert len({line.attrib["class"] for line in root.findall("polyline")}) == 18
 
 
 def test_a_line_without_points_keeps_its_place_in_the_order_of_colours() -> None:
-    root = ElementTree.fromstring(line_chart([ChartLine("a", []), ChartLine("b", [(0, 1.0), (1, 2.0)])]))
-    assert [line.attrib["class"] for line in root.findall("polyline")] == ["line s2 d0"]
+    root = ElementTree.fromstring(line_chart([ChartLine("a", []), ChartLine("b", [(0, 1.0), (1, 2.0), (2, 1.5)])]))
+    assert [line.attrib["class"] for line in root.findall("polyline")] == ["line s2 d1"]
