@@ -48,20 +48,23 @@ def fit_axes(
     *,
     from_zero: bool = False,
     top: float | None = None,
+    x_range: tuple[float, float] | None = None,
     x_title: str = "",
     y_title: str = "",
 ) -> Axes:
     """Return axes that hold all values.
 
     The value axis starts at 0 unless all values are far from 0; with `from_zero` always, where no value is negative.
-    top: end of the value axis, for a share 1; larger values extend it.
+    top: end of the value axis, for a share 1; larger values extend it. x_range: ends of the horizontal axis, which hold
+    all values; None: the smallest and the largest of them.
     """
     low = 0.0 if from_zero and min(ys) >= 0 else _lowest(ys)
+    across = x_range or (min(xs), max(xs))
     y_ticks = ticks(low, max(ys) if top is None else max(*ys, top))
     return Axes(
-        x_ticks=ticks(min(xs), max(xs), inside=True),
+        x_ticks=ticks(*across, inside=True),
         y_ticks=y_ticks,
-        x_range=(min(xs), max(xs)),
+        x_range=across,
         y_range=(min(y_ticks[0], *ys), max(y_ticks[-1], *ys)),
         x_title=x_title,
         y_title=y_title,

@@ -64,6 +64,7 @@ def line_chart(
     from_zero: bool = False,
     *,
     top: float | None = None,
+    x_range: tuple[float, float] | None = None,
     x_title: str = "",
     y_title: str = "",
     diagonal: str = "",
@@ -72,12 +73,12 @@ def line_chart(
 
     A line of at most FEW_POINTS points is drawn as points with their values. Curves of more than MOST_POINTS points are
     averaged over equal intervals. reference: named level such as chance. diagonal: name of the line y = x, '' for none.
-    from_zero, top: see `fit_axes`.
+    from_zero, top, x_range: see `fit_axes`.
     """
     curves = [line if line.spread else replace(line, points=_thin(line.points)) for line in lines]
     xs = [x for line in curves for x, _ in line.points]
     ys = [y for line in curves for _, y in (*line.points, *_edge(line))] + ([reference[1]] if reference else [])
-    axes = fit_axes(xs, ys, from_zero=from_zero, top=top, x_title=x_title, y_title=y_title)
+    axes = fit_axes(xs, ys, from_zero=from_zero, top=top, x_range=x_range, x_title=x_title, y_title=y_title)
     drawn = [_curve(axes, i, line, len(curves) > 1) for i, line in enumerate(curves) if line.points]
     return call(
         TEMPLATE,
@@ -86,7 +87,7 @@ def line_chart(
         axes=axes,
         sides=(LEFT, WIDTH - RIGHT),
         label=_label(axes, [line.name for line in curves if line.points]),
-        reference=_level(axes, reference) if reference else None,
+        reference=_level(axes, reference, drawn) if reference else None,
         diagonal=_diagonal(axes, diagonal) if diagonal else None,
         curves=drawn,
         readings=[_readings(axes, line) for line in curves if line.points],
@@ -94,7 +95,7 @@ def line_chart(
 
 
 def _curve(axes: Axes, i: int, line: ChartLine, several: bool) -> dict[str, object]:
-    """Return what the template draws of a line: points, band, markers and, for few points, their values."""
+    """Return what the template draws of a line: course, band and markers; of few points error bars and values."""
     places = [axes.place(*point) for point in line.points]
     few = len(places) <= FEW_POINTS
     stretch = max(1, math.ceil((len(places) - 1) / MARKED))
@@ -103,10 +104,17 @@ def _curve(axes: Axes, i: int, line: ChartLine, several: bool) -> dict[str, obje
     return {
         "style": style(i),
         "path": "" if few else _path(places),
-        "band": _path([axes.place(*point) for point in _edge(line)]),
+        "band": "" if few else _path([axes.place(*point) for point in _edge(line)]),
+        "bars": _bars(axes, line) if few else [],
         "markers": [marker(i, *place) for place in marked],
         "values": values if few else [],
     }
+
+
+def _bars(axes: Axes, line: ChartLine) -> list[tuple[float, float, float]]:
+    """Return position, lower and upper end of each point's error bar; empty for a line without spread."""
+    both = zip(line.points, line.spread, strict=True) if line.spread else ()
+    return [(*axes.place(x, y - half), axes.place(x, y + half)[1]) for (x, y), half in both]
 
 
 def _readings(axes: Axes, line: ChartLine) -> dict[str, object]:
@@ -121,11 +129,18 @@ def _readings(axes: Axes, line: ChartLine) -> dict[str, object]:
     }
 
 
-def _level(axes: Axes, reference: tuple[str, float]) -> tuple[float, float, str]:
-    """Return the height of a reference line, and the height and text of its name."""
+def _level(
+    axes: Axes, reference: tuple[str, float], curves: Sequence[dict[str, object]]
+) -> tuple[float, float, str, int, str]:
+    """Return the height of a reference line, and the height, text, position and anchor of its name.
+
+    The name is at the right end, or at the left one where values are written next to points.
+    """
     name, value = reference
     y = axes.place(axes.x_range[0], value)[1]
-    return y, y + 11 if y < TOP + LINE else y - 4, f"{name} {number(value)}"
+    labelled = any(curve["values"] for curve in curves)
+    place = (LEFT + 2, "start") if labelled else (WIDTH - RIGHT, "end")
+    return y, y + 11 if y < TOP + LINE else y - 4, f"{name} {number(value)}", *place
 
 
 def _diagonal(axes: Axes, name: str) -> tuple[tuple[float, float], tuple[float, float], str]:

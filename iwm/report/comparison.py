@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,40 @@ def comparison(runs: Sequence[RunResults], folder: Path) -> Markup:
     """
     if len(runs) == 1:
         return Markup()
-    figure = _figure(group_by_seed(runs), main_mrr(runs))
-    about = paragraphs([MEANING], linked=True) if figure else Markup()
+    groups, name = group_by_seed(runs), main_mrr(runs)
+    figure = _figure(groups, name)
+    about = paragraphs([*_best(groups, name), MEANING], linked=True) if figure else Markup()
     hint = paragraphs(["Press a column's head to sort by it; a run's name leads to its own page, where it has one."])
     return section("Comparison", about + figure + hint + _table(runs, folder))
+
+
+def _best(groups: Sequence[SeedGroup], name: str | None) -> list[str]:
+    """Return a sentence on the group with the highest mean MRR, pooled, and whether it overlaps the next one.
+
+    Empty where fewer than two groups were evaluated, or on different banks.
+    """
+    results = {group.name: [run.evaluations[name] for run in group.runs if name in run.evaluations] for group in groups}
+    chances = {result["chance"] for of_group in results.values() for result in of_group}
+    scores = {group: list(map(_pooled, of_group)) for group, of_group in results.items() if of_group}
+    if len(scores) < 2 or len(chances) > 1:
+        return []
+    (first, best), (second, following) = sorted(scores.items(), key=lambda pair: -statistics.mean(pair[1]))[:2]
+    apart = min(best) > max(following)
+    relation = "all of its runs lie above" if apart else "its runs do not all lie above"
+    return [
+        f"Highest MRR: {first}, {_range(best)}, chance {chances.pop():.3f}; {relation} those of the next, {second}, "
+        f"{_range(following)}."
+    ]
+
+
+def _range(values: Sequence[float]) -> str:
+    mean = f"{statistics.mean(values):.3f}"
+    return mean if len(values) == 1 else f"mean {mean} ({min(values):.3f} to {max(values):.3f})"
+
+
+def _pooled(result: dict[str, Any]) -> float:
+    mean: float = result["mrr"]["pooled"]["teacher"]["mean"]
+    return mean
 
 
 def _figure(groups: Sequence[SeedGroup], name: str | None) -> Markup:
@@ -47,7 +78,7 @@ def _figure(groups: Sequence[SeedGroup], name: str | None) -> Markup:
     # Banks of different sizes have different chance levels: then no level is drawn.
     chance = ("chance", chances.pop()) if len(chances) == 1 else None
     readers: dict[str, Callable[[dict[str, Any]], float]] = {
-        "MRR, pooled": lambda result: result["mrr"]["pooled"]["teacher"]["mean"],
+        "MRR, pooled": _pooled,
         "MRR, per token": lambda result: result["mrr"]["per_token"]["teacher"]["mean"],
         "MRR with shuffled actions": lambda result: result["shuffled_actions"]["pooled"]["teacher"]["mean"],
     }
@@ -68,7 +99,7 @@ def _table(runs: Sequence[RunResults], folder: Path) -> Markup:
     """Return one row per run: scores, length, speed; the bar behind a score is scaled to the best run."""
     name = main_mrr(runs)
     results = {run.name: run.evaluations[name] for run in runs if name in run.evaluations}
-    best = max((result["mrr"]["pooled"]["teacher"]["mean"] for result in results.values()), default=1.0)
+    best = max(map(_pooled, results.values()), default=1.0)
     rows = []
     for run in runs:
         result, loss, images_per_second = results.get(run.name), run.metrics.get("loss"), speed(run)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dali_pipelines.augmentations import SCENARIOS
+from dali_pipelines.augmentations import SCENARIOS, Views
 from iwm.config import Config
 from iwm.config_io import config_diff
 from iwm.recipes import RECIPES
@@ -70,13 +70,10 @@ def _recipe(config: Config) -> str:
 
 
 def _views(config: Config) -> str:
-    same = [name for name, views in SCENARIOS.items() if not _differs(views, config)]
-    scenario = f"scenario {same[0]}" if same else "own augmentations"
-    return f"{config.views.size} px, {scenario}, conditioning {config.action.conditioning}"
-
-
-def _differs(views: Any, config: Config) -> bool:
-    return (views.target, views.source) != (config.views.target, config.views.source)
+    named = {"the paper's augmentations (A.1)": Views()} | {f"scenario {name}": SCENARIOS[name] for name in SCENARIOS}
+    ours = (config.views.target, config.views.source)
+    same = next((name for name, views in named.items() if (views.target, views.source) == ours), "own augmentations")
+    return f"{config.views.size} px, {same}, conditioning {config.action.conditioning}"
 
 
 def _model(run: RunResults, config: Config) -> str:

@@ -86,17 +86,18 @@ def _charts(compared: Sequence[SeedGroup], charts: Sequence[MetricChart]) -> Mar
 
 
 def _failures(runs: Sequence[RunResults]) -> list[str]:
-    """Return a sentence for each run with skipped steps or values that were not finite."""
-    sentences = []
+    """Return a sentence on skipped steps and one on values that were not finite, where a run has such."""
+    skipped, not_finite = [], []
     for run in runs:
         of_run = f" in {run.name}" if len(runs) > 1 else ""
-        skipped = run.metrics.get("skipped", [(0.0, 0.0)])[-1]
-        if skipped[1]:
-            sentences.append(f"Skipped steps{of_run}: {skipped[1]:,.0f} of {skipped[0]:,.0f}.")
+        step, count = run.metrics.get("skipped", [(0.0, 0.0)])[-1]
+        if count:
+            skipped.append(f"{count:,.0f} of {step:,.0f}{of_run}")
         if run.not_finite:
             fields = ", ".join(f"{name} ({count} times)" for name, count in run.not_finite.items())
-            sentences.append(f"Not finite, and not drawn{of_run}: {fields}.")
-    return sentences
+            not_finite.append(f"{fields}{of_run}")
+    found = {"Skipped steps": skipped, "Values that were not finite, and are not drawn": not_finite}
+    return [f"{name}: {'; '.join(parts)}." for name, parts in found.items() if parts]
 
 
 def _chart(compared: Sequence[SeedGroup], chart: MetricChart) -> Markup:
@@ -120,6 +121,7 @@ def _chart(compared: Sequence[SeedGroup], chart: MetricChart) -> Markup:
         level,
         from_zero=chart.from_zero,
         top=chart.top,
+        x_range=(0, max(points[-1][0] for group in compared for run in group.runs for points in run.metrics.values())),
         x_title="step",
         y_title=chart.unit,
     )

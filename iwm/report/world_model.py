@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from markupsafe import Markup
 
@@ -12,6 +14,7 @@ from iwm.evaluation.result_table import ResultTable, format_mean_stderr
 from iwm.report.components import details, html_table, paragraphs, section, stored_tables
 from iwm.report.provenance import TITLES, kind_of_images, origin
 from iwm.report.runs import ReportError, RunResults
+from iwm.training.checkpoint import run_dir_of
 
 MEANING = (
     "Mean reciprocal rank of the true view among the jittered views of an image, by distance to the prediction, ± "
@@ -21,7 +24,8 @@ MEANING = (
 
 SEVERAL = (
     "These scores differ because their banks differ: the more views a bank has, the lower are MRR and chance. Images, "
-    "distance and source differ too. Compare only scores of equal banks, or how many times chance each is."
+    "distance and source differ too. Compare only scores of equal banks, or how many times chance each is. The explorer's "
+    "score is the mean over its photographs; it shows that of one."
 )
 
 
@@ -71,28 +75,29 @@ def _reconciled(run: RunResults) -> Markup:
     rows = list(_scores_of(run))
     if len(rows) < 2:
         return Markup()
-    columns = ["where", "MRR", "times chance", "chance", "bank", "images", "distance, source"]
+    columns = ["where", "MRR", "times chance", "chance", "bank", "images", "distance, source", "model"]
     return html_table(ResultTable("Why the MRRs on this page differ", columns, rows, SEVERAL))
 
 
 def _scores_of(run: RunResults) -> Iterator[list[str]]:
     if "mrr_pooled" in run.metrics and "mrr_chance" in run.metrics:
         bank, images = _small_bank(run)
-        mrr, chance = (run.metrics[name][-1][1] for name in ("mrr_pooled", "mrr_chance"))
-        yield _row("training, small bank", mrr, chance, bank, images, "pooled, clean image")
+        (step, mrr), (_, chance) = (run.metrics[name][-1] for name in ("mrr_pooled", "mrr_chance"))
+        model = f"{run.name}, step {step:,.0f}"
+        yield _row("training, small bank", [mrr], chance, bank, images, "pooled, clean image", model)
     for name, result in run.evaluations_of("mrr").items():
         mrr = result["mrr"]["pooled"]["teacher"]["mean"]
-        yield _row(name, mrr, result["chance"], result["bank"], result["images"], "pooled, clean image")
+        how = "pooled, clean image"
+        yield _row(name, [mrr], result["chance"], result["bank"], result["images"], how, _model(result))
     for name, result in run.evaluations_of("corruptions").items():
         distance = result["distance"].replace("_", " ")
-        for source, score in {"clean image": result["clean"], **{op["op"]: op for op in result["ops"]}}.items():
-            mrr = score["with_action"]["mean"]
-            where = f"{distance}, {source if score is result['clean'] else f'image after {source}'}"
-            yield _row(name, mrr, result["chance"], result["bank"], result["images"], where)
+        corrupted = [op["with_action"]["mean"] for op in result["ops"]]
+        for scores, source in (([result["clean"]["with_action"]["mean"]], "clean"), (corrupted, "corrupted")):
+            how = f"{distance}, {source} image"
+            yield _row(name, scores, result["chance"], result["bank"], result["images"], how, _model(result))
     for name, result in run.evaluations_of("explorer").items():
-        images = len(result["photographs"])
-        clean = result["sources"][0]
-        yield _row(name, clean["mrr"], result["chance"], result["bank"], images, f"pooled, {clean['name']}")
+        mrr, images = result["sources"][0]["mrr"], len(result["photographs"])
+        yield _row(name, [mrr], result["chance"], result["bank"], images, "pooled, clean image", _model(result))
 
 
 def _small_bank(run: RunResults) -> tuple[int | str, int | str]:
@@ -104,5 +109,20 @@ def _small_bank(run: RunResults) -> tuple[int | str, int | str]:
     return ("", "") if config is None else (config.log.eval_bank_size, config.log.eval_images)
 
 
-def _row(where: str, mrr: float, chance: float, bank: int | str, images: int | str, how: str) -> list[str]:
-    return [where, f"{mrr:.3f}", f"{mrr / chance:.1f}", f"{chance:.3f}", str(bank), str(images), how]
+def _model(result: dict[str, Any]) -> str:
+    """Return run folder and file of the evaluated checkpoint; '' for a result that does not name it."""
+    if "checkpoint" not in result:
+        return ""
+    checkpoint = Path(result["checkpoint"])
+    return f"{run_dir_of(checkpoint).name}, {checkpoint.name}".removeprefix(", ")
+
+
+def _row(
+    where: str, scores: Sequence[float], chance: float, bank: int | str, images: int | str, how: str, model: str
+) -> list[str]:
+    """Return a row; several scores are shown as their range."""
+    ends = sorted({min(scores), max(scores)})
+    mrr, times = (
+        " to ".join(form.format(end / unit) for end in ends) for form, unit in (("{:.3f}", 1), ("{:.1f}", chance))
+    )
+    return [where, mrr, times, f"{chance:.3f}", str(bank), str(images), how, model]
