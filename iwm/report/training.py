@@ -94,7 +94,9 @@ def _failures(runs: Sequence[RunResults]) -> list[str]:
         if count:
             skipped.append(f"{count:,.0f} of {step:,.0f}{of_run}")
         if run.not_finite:
-            fields = ", ".join(f"{name} ({count} times)" for name, count in run.not_finite.items())
+            fields = ", ".join(
+                f"{name} ({count} value{'s' if count > 1 else ''})" for name, count in run.not_finite.items()
+            )
             not_finite.append(f"{fields}{of_run}")
     found = {"Skipped steps": skipped, "Values that were not finite, and are not drawn": not_finite}
     return [f"{name}: {'; '.join(parts)}." for name, parts in found.items() if parts]

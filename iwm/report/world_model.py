@@ -23,9 +23,9 @@ MEANING = (
 )
 
 SEVERAL = (
-    "These scores differ because their banks differ: the more views a bank has, the lower are MRR and chance. Images, "
-    "distance and source differ too. Compare only scores of equal banks, or how many times chance each is. The explorer's "
-    "score is the mean over its photographs; it shows that of one."
+    "These scores differ because their banks differ: the more views a bank has, the lower are MRR and chance, and the "
+    "more times chance a good model reaches. Images, distance and source differ too. Compare only scores of equal "
+    "banks. The explorer's score is the mean over its photographs; it shows that of one."
 )
 
 
@@ -122,7 +122,6 @@ def _row(
 ) -> list[str]:
     """Return a row; several scores are shown as their range."""
     ends = sorted({min(scores), max(scores)})
-    mrr, times = (
-        " to ".join(form.format(end / unit) for end in ends) for form, unit in (("{:.3f}", 1), ("{:.1f}", chance))
-    )
+    mrr = " to ".join(f"{end:.3f}" for end in ends)
+    times = " to ".join(f"{end / chance:.1f}" for end in ends)
     return [where, mrr, times, f"{chance:.3f}", str(bank), str(images), how, model]

@@ -74,6 +74,15 @@ def test_a_result_that_was_there_before_it_was_left_out_has_its_own_checkpoint(t
     assert "Left out" not in write_report(run).read_text()
 
 
+def test_the_reason_of_what_was_left_out_stands_where_its_section_would(tmp_path: Path) -> None:
+    run = _run(tmp_path / "run", 0.3, held_out=True)
+    (run / "eval" / "knn.json").unlink()
+    page = write_report(run).read_text()
+    [section] = re.findall(r'<section id="nearest-neighbours">.*?</section>', page, re.S)
+    assert "Left out: split &#39;train&#39; has no labels." in section
+    assert "Not evaluated: retrieval, parameter-sweep," in page
+
+
 def test_a_comparison_names_the_runs_that_were_measured_on_training_images(tmp_path: Path) -> None:
     runs = [_run(tmp_path / name, 0.3, held_out=held_out) for name, held_out in (("one", True), ("two", False))]
     page = write_page(runs, tmp_path / "page.html").read_text()
