@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
 from rich.console import Console
 
 from iwm.ablation.runs import AblationError, PlannedRun, is_finished, plan, run_all, threads_per_job
@@ -64,7 +65,7 @@ def ablate(options: AblateOptions, training: Sequence[str], console: Console, st
         console.print(table.rich())
     evaluated = list(dict.fromkeys(Path(item["folder"]) for item in records))
     if evaluated:
-        lead = section(study.title, "".join(map(html_table, study_tables)))
+        lead = section(study.title, Markup().join(map(html_table, study_tables)))
         page = write_page(evaluated, options.folder / "report.html", lead)
         console.print(f"written: {options.folder / 'tables.md'} and {page}", soft_wrap=True)
     if stop:

@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from html import escape
+
+from markupsafe import Markup
 
 from iwm.downstream.registry import PROTOCOLS
 from iwm.evaluation.result_table import ResultTable
 from iwm.report.components import (
+    Cell,
     ChartLine,
     ChartMark,
+    chart_card,
     chart_grid,
     details,
     html_table,
     legend,
     line_chart,
     mark_chart,
+    paragraphs,
     section,
     table,
 )
@@ -35,6 +39,7 @@ from iwm.report.results import (
 )
 from iwm.report.runs import Point, RunResults, read_metrics
 from iwm.report.table_text import cell, gain
+from iwm.report.templates import render
 
 TUNED = {
     "encoder": "encoder",
@@ -47,36 +52,38 @@ TUNED = {
 TUNED_COLUMNS = ["trained", "top-1 %", "chance", "trained parameters", "images/s in training"]
 
 MEANING = (
-    "<p>Each trial is trained on labelled images and evaluated on held-out images. The score is the top-1 accuracy "
+    "Each trial is trained on labelled images and evaluated on held-out images. The score is the top-1 accuracy "
     "(mIoU for segmentation) of the last epoch in % ± standard error over images. The best epoch is selected on the "
-    "same held-out images.</p>"
+    "same held-out images."
 )
 
 
-def downstream_tables(runs: Sequence[RunResults]) -> str:
+def downstream_tables(runs: Sequence[RunResults]) -> Markup:
     """Return the paper's tables with these runs' results; folded for a single run."""
-    tables = "".join(map(html_table, paper_tables_of(runs)))
+    tables = Markup().join(map(html_table, paper_tables_of(runs)))
     if not tables:
-        return ""
+        return Markup()
     return section(
         "The paper's downstream tables", tables if len(runs) > 1 else details("With this run's results", tables)
     )
 
 
-def downstream_section(run: RunResults) -> str:
+def downstream_section(run: RunResults) -> Markup:
     """Return accuracy over trained parameters, and each protocol's trials with their learning curves."""
     datasets = read_dataset_results(run)
     if not datasets:
-        return ""
+        return Markup()
     records = sorted((record for dataset in datasets for record in dataset.records), key=lambda record: record.name)
     protocols = (_protocol(run, name, [record for record in records if record.protocol == name]) for name in PROTOCOLS)
-    return section("Downstream tasks", MEANING + _efficiency(datasets) + "".join(protocols))
+    return section(
+        "Downstream tasks", paragraphs([MEANING], linked=True) + _efficiency(datasets) + Markup().join(protocols)
+    )
 
 
 # Accuracy over trained parameters (figure 3)
 
 
-def _efficiency(datasets: Sequence[DatasetResults]) -> str:
+def _efficiency(datasets: Sequence[DatasetResults]) -> Markup:
     """Return accuracy over the number of trained parameters; '' with fewer than two scores."""
     charts, compared = [], []
     for dataset in datasets:
@@ -86,13 +93,11 @@ def _efficiency(datasets: Sequence[DatasetResults]) -> str:
             continue
         marks = [_mark(TUNED[column], score) for column, score in by_column.items()]
         if any(marks):
-            charts.append(f'<div class="chart"><h3>{escape(dataset.data)}</h3>{mark_chart(marks)}</div>')
+            chart = mark_chart(marks, x_title="trained parameters, millions", y_title="accuracy, %")
+            charts.append(chart_card(f"Accuracy over trained parameters: {dataset.data}", chart))
         rows = [_tuned(name, score) for name, score in scores.items()]
         compared.append(html_table(ResultTable(dataset.data, TUNED_COLUMNS, rows, _gained(scores))))
-    if not compared:
-        return ""
-    title = "<h3>Accuracy (%) over trained parameters (millions)</h3>"
-    return f"{title}{chart_grid(''.join(charts))}{''.join(compared)}"
+    return (chart_grid(Markup().join(charts)) if charts else Markup()) + Markup().join(compared)
 
 
 def _mark(name: str, score: SeedScores | None) -> ChartMark | None:
@@ -123,32 +128,30 @@ def _gained(scores: dict[str, SeedScores]) -> str:
 # Trials of a protocol
 
 
-def _protocol(run: RunResults, name: str, records: Sequence[ProtocolResult]) -> str:
-    """Return a table of all results of a protocol and, folded, their learning curves."""
+def _protocol(run: RunResults, name: str, records: Sequence[ProtocolResult]) -> Markup:
+    """Return a table of each result of a protocol and, folded, their learning curves."""
     if not records:
-        return ""
-    courses = "".join(_learning_curve(run, record) for record in records)
-    folded = details("Over the epochs", chart_grid(courses)) if courses else ""
-    return f"<h3>{PROTOCOLS[name].title}</h3>{_trials(records)}{folded}"
+        return Markup()
+    courses = Markup().join(_learning_curve(run, record) for record in records)
+    folded = details("Over the epochs", chart_grid(courses)) if courses else Markup()
+    trials = Markup().join(map(_trials, records))
+    return render("protocol.html", title=PROTOCOLS[name].title, content=trials + folded)
 
 
-def _trials(records: Sequence[ProtocolResult]) -> str:
-    """Return a table with one row per trial, below a heading for each result."""
-    rows = []
-    several = max(len(record.tasks) for record in records)
-    metric = "mIoU %" if records[0].protocol == SEGMENTATION else "top-1 %"
-    timed = any(trial.images_per_second is not None for record in records for trial in record.trials)
-    columns = ["trial", *([metric] * several), "best at epoch", "trained parameters"]
+def _trials(record: ProtocolResult) -> Markup:
+    """Return a table with one row per trial."""
+    metric = "mIoU %" if record.protocol == SEGMENTATION else "top-1 %"
+    timed = any(trial.images_per_second is not None for trial in record.trials)
+    scores = [f"{task}, {metric}" if task else metric for task in record.tasks]
+    columns = ["trial", *scores, "best at epoch", "trained parameters"]
     columns += ["images/s in training"] if timed else []
-    for record in records:
-        rows.append(
-            f'<th colspan="{len(columns)}">{escape(_named(record))}<small>{escape(_describe(record))}</small></th>'
-        )
-        if several > 1:
-            names = "".join(f"<th>{escape(task)}</th>" for task in record.tasks)
-            rows.append(f"<th></th>{names}")
-        rows += [_trial(record, trial, timed) for trial in record.trials]
-    return table(columns, rows)
+    rows = [_trial(record, trial, timed) for trial in record.trials]
+    return render(
+        "trials.html",
+        name=_named(record),
+        about=_describe(record),
+        table=table(columns, rows, f"{PROTOCOLS[record.protocol].title}: {_named(record)}"),
+    )
 
 
 def _named(record: ProtocolResult) -> str:
@@ -167,28 +170,25 @@ def _describe(record: ProtocolResult) -> str:
     return f"{tasks}. {length}. {record.encoder}, {record.checkpoint}."
 
 
-def _trial(record: ProtocolResult, trial: TrialResult, timed: bool) -> str:
-    skipped = f"<small>{trial.skipped_steps:,} non-finite steps skipped</small>" if trial.skipped_steps else ""
-    scores = ""
+def _trial(record: ProtocolResult, trial: TrialResult, timed: bool) -> list[Cell | str]:
+    skipped = f"{trial.skipped_steps:,} non-finite steps skipped" if trial.skipped_steps else ""
+    scores = []
     for task in record.tasks:
         highest = max((other.scores[task].mean for other in record.trials if task in other.scores), default=0.0)
-        scores += _score(trial.scores.get(task), highest)
-    cells = [
-        f"{_percent(trial.best[0])} at {trial.best[1]:.4g}" if trial.best else "",
-        "" if trial.parameters is None else f"{trial.parameters:,}",
-    ]
-    if timed:
-        cells.append("" if trial.images_per_second is None else f"{trial.images_per_second:,.0f}")
-    return f'<th scope="row">{escape(trial.name)}{skipped}</th>{scores}' + "".join(f"<td>{cell}</td>" for cell in cells)
+        scores.append(_score(trial.scores.get(task), highest))
+    best = f"{_percent(trial.best[0])} at {trial.best[1]:.4g}" if trial.best else ""
+    count = "" if trial.parameters is None else f"{trial.parameters:,}"
+    rate = "" if trial.images_per_second is None else f"{trial.images_per_second:,.0f}"
+    return [Cell(trial.name, note=skipped), *scores, best, count, *([rate] if timed else [])]
 
 
-def _score(score: Metric | None, highest: float) -> str:
-    """Return a cell with a bar behind its score, scaled to the best trial."""
+def _score(score: Metric | None, highest: float) -> Cell | str:
+    """Return a cell with a bar behind its score, scaled to the best trial; `no score` where the trial diverged."""
     if score is None:
-        return "<td></td>"
+        return "no score"
     error = "" if score.error is None else f" ± {100 * score.error:.1f}"
     share = score.mean / highest if highest > 0 else 0.0
-    return f'<td class="bar" style="--share:{share:.3f}"><b>{100 * score.mean:.1f}</b>{error}</td>'
+    return Cell(f"{100 * score.mean:.1f}", error, share=share)
 
 
 def _percent(share: float | None) -> str:
@@ -198,21 +198,21 @@ def _percent(share: float | None) -> str:
 # Learning curves
 
 
-def _learning_curve(run: RunResults, record: ProtocolResult) -> str:
+def _learning_curve(run: RunResults, record: ProtocolResult) -> Markup:
     """Return the held-out score over epochs; '' if it was measured only once."""
     metrics = read_metrics(run.folder / "eval" / record.training / "metrics.jsonl")
     lines = [line for name, trials in _by_seed(record).items() if (line := _line(trials, name, record, metrics)).points]
     if not any(len(line.points) > 1 for line in lines):
-        return ""
+        return Markup()
     chances = {task.chance for task in record.tasks.values()}
     chance = chances.pop() if len(chances) == 1 else None
     level = None if chance is None else ("chance", 100 * chance)
     metric = "mIoU" if record.protocol == SEGMENTATION else "accuracy"
-    remarks = [f"{metric} in %"] + (["mean over tasks"] if len(record.tasks) > 1 else [])
+    remarks = ["mean over tasks"] if len(record.tasks) > 1 else []
     remarks += ["mean and standard deviation over seeds"] if any(line.spread for line in lines) else []
-    title = escape(f"{_named(record)}: {', '.join(remarks)}")
-    marks = legend([line.name for line in lines]) if len(lines) > 1 else ""
-    return f'<div class="chart"><h3>{title}</h3>{marks}{line_chart(lines, level)}</div>'
+    title = f"{_named(record)}: {', '.join([metric, *remarks])}"
+    marks = legend([line.name for line in lines]) if len(lines) > 1 else Markup()
+    return chart_card(title, line_chart(lines, level, x_title="epoch", y_title=f"{metric}, %"), keys=marks)
 
 
 def _by_seed(record: ProtocolResult) -> dict[str, list[TrialResult]]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from html import escape
 from typing import Any
+
+from markupsafe import Markup
 
 from dali_pipelines.augmentations import OPS
 from iwm.evaluation.bank import UNCONDITIONED_NOTE
 from iwm.report.components import (
     ChartLine,
+    chart_card,
     chart_grid,
     details,
     figure,
@@ -23,23 +25,25 @@ from iwm.report.provenance import origin_paragraph
 from iwm.report.runs import RunResults
 
 
-def _picture(run: RunResults, name: str, alt: str, caption: str) -> str:
+def _picture(run: RunResults, name: str, alt: str, caption: str) -> Markup:
     """Return the figure of a file in the run's eval folder."""
     return figure(run.folder / "eval" / name, alt, caption)
 
 
-def _section(run: RunResults, title: str, evaluator: str, content: Callable[[RunResults, dict[str, Any]], str]) -> str:
+def _section(
+    run: RunResults, title: str, evaluator: str, content: Callable[[RunResults, dict[str, Any]], Markup]
+) -> Markup:
     """Return the section of an evaluator's results, each by `content`; '' where there are none."""
     parts = [origin_paragraph(run, result) + content(run, result) for result in run.evaluations_of(evaluator).values()]
-    return section(title, "".join(parts)) if parts else ""
+    return section(title, Markup().join(parts)) if parts else Markup()
 
 
-def retrieval_picture(run: RunResults) -> str:
+def retrieval_picture(run: RunResults) -> Markup:
     """Return the retrieval figures: random images and, folded, the best and worst prediction of each image."""
     return _section(run, "Retrieval", "retrieval", _pictures)
 
 
-def _pictures(run: RunResults, result: dict[str, Any]) -> str:
+def _pictures(run: RunResults, result: dict[str, Any]) -> Markup:
     bank = result["bank"]
     caption = (
         f"The view nearest to the prediction, among {bank} jittered views, next to the true view. Images and actions "
@@ -56,19 +60,19 @@ def _pictures(run: RunResults, result: dict[str, Any]) -> str:
     return chosen + details("Best and worst prediction of each image", extremes)
 
 
-def nearest_neighbours(run: RunResults) -> str:
+def nearest_neighbours(run: RunResults) -> Markup:
     """Return the accuracy of k-nearest-neighbour classification."""
     return _section(run, "Nearest neighbours", "knn", lambda _, result: _tables(result))
 
 
-def _tables(result: dict[str, Any]) -> str:
-    return "".join(map(html_table, stored_tables(result)))
+def _tables(result: dict[str, Any]) -> Markup:
+    return Markup().join(map(html_table, stored_tables(result)))
 
 
-def similarity_matrix(run: RunResults) -> str:
+def similarity_matrix(run: RunResults) -> Markup:
     """Return the similarity matrix (figure S3) and its scores."""
 
-    def content(run: RunResults, result: dict[str, Any]) -> str:
+    def content(run: RunResults, result: dict[str, Any]) -> Markup:
         caption = (
             f"Cosine similarity of the {result['encoder']}'s pooled features, {len(result['shown'])} images, "
             f"{result['augmentations']} augmented views of each (no crop). Uniform yellow squares on the diagonal: "
@@ -80,20 +84,20 @@ def similarity_matrix(run: RunResults) -> str:
     return _section(run, "Similarity of augmented views", "similarity", content)
 
 
-def marginalised(run: RunResults) -> str:
+def marginalised(run: RunResults) -> Markup:
     """Return the results of marginalised representations (table S6, figure S4)."""
 
-    def content(run: RunResults, result: dict[str, Any]) -> str:
+    def content(run: RunResults, result: dict[str, Any]) -> Markup:
         caption = "Some jittered views of an image; below them, the views nearest to the mean of its predictions."
         return _tables(result) + _picture(run, result["picture"], "views and nearest neighbours", caption)
 
     return _section(run, "Marginalised representations", "marginalisation", content)
 
 
-def patch_maps(run: RunResults) -> str:
+def patch_maps(run: RunResults) -> Markup:
     """Return the PCA and attention maps of patch features."""
 
-    def content(run: RunResults, result: dict[str, Any]) -> str:
+    def content(run: RunResults, result: dict[str, Any]) -> Markup:
         colours = (
             "The first three principal components of the teacher's patch features as red, green and blue; equal "
             f"colours are equal features. They explain {result['explained']:.0%} of the variance. Action: "
@@ -114,12 +118,12 @@ UNITS = {op.name: (op.unit, op.unit_scale) for op in OPS if op.unit}
 """Unit and factor of a parameter's axis, where it does not show the plain value."""
 
 
-def sweep_section(run: RunResults) -> str:
+def sweep_section(run: RunResults) -> Markup:
     """Return the parameter sweeps: retrieved over true value, rank correlation and figures."""
     return _section(run, "Parameter sweeps", "parameter-sweep", _sweeps)
 
 
-def _sweeps(run: RunResults, result: dict[str, Any]) -> str:
+def _sweeps(run: RunResults, result: dict[str, Any]) -> Markup:
     meaning = (
         "Horizontal axis: true value. Vertical axis: value of the view nearest to the prediction, mean over "
         "images; the band is one standard deviation. In undo sweeps, the source has the value and the target is the "
@@ -127,17 +131,19 @@ def _sweeps(run: RunResults, result: dict[str, Any]) -> str:
         "augmentation. Exact: share of predictions whose nearest view is the target. The number above each chart is "
         "the rank correlation."
     )
-    charts = chart_grid("".join(_chart(series) for series in result["series"]))
+    charts = chart_grid(Markup().join(_chart(series) for series in result["series"]))
     pictures = [
         _picture(run, item["picture"], "rows of true and retrieved views", f"Image {item['key']}.")
         for item in result["pictures"]
     ]
-    more = details("More images", "".join(pictures[1:])) if pictures[1:] else ""
+    more = details("More images", Markup().join(pictures[1:])) if pictures[1:] else Markup()
     names = legend(("with action", "control", "target"))
-    return f"<p>{meaning}</p>{names}{charts}{_tables(result)}{''.join(pictures[:1])}{more}"
+    return Markup("<p>{}</p>{}{}{}{}{}").format(
+        meaning, names, charts, _tables(result), Markup().join(pictures[:1]), more
+    )
 
 
-def _chart(series: dict[str, Any]) -> str:
+def _chart(series: dict[str, Any]) -> Markup:
     unit, factor = UNITS.get(series["op"], ("", 1.0))
     true = [value * factor for value in series["values"]]
 
@@ -152,15 +158,15 @@ def _chart(series: dict[str, Any]) -> str:
     ]
     name = series["name"] + (f", {unit}" if unit else "") + ("" if series["trained"] else " (never trained)")
     correlation = f"{series['with_action']['correlation']['mean']:.2f}"
-    return f'<div class="chart"><h3>{escape(name)}<b>{correlation}</b></h3>{line_chart(lines)}</div>'
+    return chart_card(name, line_chart(lines, x_title="true value", y_title="retrieved value"), value=correlation)
 
 
-def corruption_section(run: RunResults) -> str:
+def corruption_section(run: RunResults) -> Markup:
     """Return MRR from corrupted sources, with controls and the upper bound."""
     return _section(run, "Undoing corruptions", "corruptions", _corruptions)
 
 
-def _corruptions(run: RunResults, result: dict[str, Any]) -> str:
+def _corruptions(run: RunResults, result: dict[str, Any]) -> Markup:
     meaning = (
         "Mean reciprocal rank of the true view from a corrupted source, ± standard error over images. With action: the "
         "action leads from the corrupted source to the view. Without action: the action does not describe the "
@@ -168,12 +174,12 @@ def _corruptions(run: RunResults, result: dict[str, Any]) -> str:
         "the action only undoes the corruption."
     )
     ops, *strengths = map(html_table, stored_tables(result))
-    picture = ""
+    picture = Markup()
     if result["picture"]:
         caption = (
             "Each corruption at its greatest strength: the source; the view nearest to the prediction that only undoes "
             f"it, among {result['bank']} jittered views and the clean image; the clean image."
         )
         picture = _picture(run, result["picture"], "sources, retrieved views and clean images", caption)
-    by_strength = details("By strength", "".join(strengths)) if strengths else ""
-    return f"<p>{escape(meaning)}</p>{ops}{by_strength}{picture}"
+    by_strength = details("By strength", Markup().join(strengths)) if strengths else Markup()
+    return Markup("<p>{}</p>{}{}{}").format(meaning, ops, by_strength, picture)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from iwm.evaluation.bank import TIE_TOLERANCE, UNCONDITIONED_NOTE
 from iwm.report.components import section
@@ -33,17 +34,17 @@ BUTTONS = {"nothing": "No change", "random": "Random action", "best": "Best acti
 VIEWS = {"source": "source", "true": "true view", "retrieved": "view nearest to the prediction"}
 
 
-def explorer(runs: Sequence[RunResults]) -> str:
+def explorer(runs: Sequence[RunResults]) -> Markup:
     """Return the explorer of a single run; '' in a comparison, where each run would add a few megabytes."""
     results = runs[0].evaluations_of("explorer") if len(runs) == 1 else {}
     if not results:
-        return ""
+        return Markup()
     script = (resources.files("iwm.report") / "explorer.js").read_text()
     parts = "".join(_one(runs[0], name, result) for name, result in results.items())
-    return f"{parts}<script>{script}</script>"
+    return Markup(f"{parts}<script>{script}</script>")
 
 
-def _one(run: RunResults, name: str, result: dict[str, Any]) -> str:
+def _one(run: RunResults, name: str, result: dict[str, Any]) -> Markup:
     controls = (
         _choice(name, "photograph", [("", f"photograph {i + 1}") for i in range(len(result["photographs"]))]),
         _choice(name, "source", [(source["name"], source["name"]) for source in result["sources"]]),
@@ -76,7 +77,7 @@ def _one(run: RunResults, name: str, result: dict[str, Any]) -> str:
 <svg class="profile" viewBox="0 0 360 200" role="img" aria-label=""></svg>
 </div>
 </div>"""
-    return section("Explorer", content)
+    return section("Explorer", Markup(content))
 
 
 def _choice(name: str, kind: str, options: Sequence[tuple[str, str]]) -> str:

@@ -1,14 +1,15 @@
-"""Origin of the results on the page: checkpoint and images of each, notes, and what was left out."""
+"""Origin of the results on the page: checkpoint and images of each, notes, and why something was left out."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from iwm.evaluation.registry import EVALUATORS, WORLD_MODEL
-from iwm.report.components import section
+from iwm.report.components import paragraphs, section
 from iwm.report.runs import RunResults
 
 
@@ -38,33 +39,54 @@ def origin(run: RunResults, result: dict[str, Any]) -> str:
     parts += result.get("notes", [])
     if not parts:
         return ""
-    is_earlier = result["protocol"] in left_out(run)
-    earlier = "Earlier result: the last world-model left this evaluator out. " if is_earlier else ""
+    reason = left_out(run).get(result["protocol"])
+    earlier = f"Earlier result: the last world-model left this evaluator out: {reason}. " if reason else ""
     return f"{earlier}{'. '.join(parts)}."
 
 
-def origin_paragraph(run: RunResults, result: dict[str, Any]) -> str:
-    """Return `origin` as HTML."""
+def origin_paragraph(run: RunResults, result: dict[str, Any]) -> Markup:
+    """Return `origin`, and what the evaluator left out with the reasons, as paragraphs."""
     text = origin(run, result)
-    return f"<p>{escape(text)}</p>" if text else ""
+    parts = result.get("left_out", {}) if result["protocol"] in EVALUATORS else {}
+    return paragraphs([text] if text else []) + paragraphs([f"Left out, {name}: {parts[name]}." for name in parts])
 
 
-def training_images(runs: Sequence[RunResults]) -> str:
+def training_images(runs: Sequence[RunResults]) -> Markup:
     """Return a warning for each run with results on images that its model was trained on; '' where there is none."""
     warnings = []
     for run in runs:
         results = (result for result in run.evaluations.values() if result["protocol"] in EVALUATORS)
         notes = dict.fromkeys(result["data"].get("note", "") for result in results if not is_held_out(result))
         name = "" if len(runs) == 1 else f"{run.name}: "
-        warnings += [f'<p class="warning">{escape(name + note)}.</p>' for note in notes]
-    return "".join(warnings)
+        warnings += [f"{name}{note}." for note in notes]
+    return paragraphs(warnings, "warning")
 
 
-def left_out_section(run: RunResults) -> str:
-    """Return what the last `world-model`, and each evaluator, left out, with the reasons; '' where nothing was."""
-    reasons = dict(left_out(run))
-    for name, result in run.evaluations.items():
-        if result["protocol"] in EVALUATORS:
-            reasons |= {f"{name}, {part}": reason for part, reason in result.get("left_out", {}).items()}
-    lines = "".join(f"<p><b>{escape(name)}</b>: {escape(reason)}.</p>" for name, reason in reasons.items())
-    return section("Left out", lines) if lines else ""
+TITLES = {
+    "mrr": "Mean reciprocal rank",
+    "retrieval": "Retrieval",
+    "parameter-sweep": "Parameter sweeps",
+    "corruptions": "Undoing corruptions",
+    "explorer": "Explorer",
+    "similarity": "Similarity of augmented views",
+    "marginalisation": "Marginalised representations",
+    "feature-maps": "Patch features",
+    "knn": "Nearest neighbours",
+}
+"""Title of an evaluator's section, where it was left out."""
+
+
+def left_out_section(run: RunResults, evaluator: str) -> Markup:
+    """Return a section with the reason why the last `world-model` left an evaluator out; '' where it did not."""
+    reason = left_out(run).get(evaluator)
+    return Markup() if reason is None else section(TITLES[evaluator], paragraphs([f"Left out: {reason}."]))
+
+
+def not_evaluated(run: RunResults) -> Markup:
+    """Return the evaluators that have neither a result nor a reason, and the command for them; '' where all have."""
+    known = {result["protocol"] for result in run.evaluations.values()} | left_out(run).keys()
+    missing = [name for name in EVALUATORS if name not in known]
+    if not missing:
+        return Markup()
+    command = "iwm evaluate world-model --checkpoint RUN runs all of them."
+    return paragraphs([f"Not evaluated: {', '.join(missing)}. {command}"], "note")

@@ -9,10 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from iwm.config import ConfigError
-from iwm.config_io import from_yaml
 from iwm.downstream.registry import PROTOCOLS
 from iwm.evaluation.paper_results import IJEPA
 from iwm.report.runs import ReportError, RunResults
@@ -189,13 +185,9 @@ def best_trials(
 
 
 def _named(run: RunResults, record: ProtocolResult) -> str:
-    if run.config is None:
+    config = run.parse_config()
+    if config is None:
         return f"{run.name}, {EXTERNAL_NAMES.get(record.kind, record.kind)}"
-    try:
-        config = from_yaml(run.config)
-    except (ConfigError, yaml.YAMLError) as error:
-        message = " ".join(str(error).split())
-        raise ReportError(f"{run.folder / 'config.yaml'}: {message}; omit this run or fix the file") from error
     schedule = config.schedule
     length = f"{schedule.epochs:g} epochs" if schedule.steps is None else f"{schedule.steps:,} steps"
     method = f"IWM {config.predictor.depth}×{config.predictor.embed_dim}" if config.masking.type == "iwm" else IJEPA

@@ -1,4 +1,4 @@
-"""Results of runs, read from config.yaml, metrics.jsonl and eval/*.json in the run folder.
+"""Results of runs, read from config.yaml, run.json, metrics.jsonl and eval/*.json in the run folder.
 
 Also the differences of runs, and groups of runs that differ only in their seed.
 """
@@ -9,16 +9,19 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from iwm.config import ConfigError
+from iwm.config import Config, ConfigError
 from iwm.config_io import config_diff, from_yaml
+from iwm.report.short_paths import short_path, short_paths
 from iwm.training.checkpoint import list_checkpoints
+from iwm.training.run_record import read_record
 from shards.errors import UserError
 
 Point = tuple[float, float]
@@ -37,7 +40,21 @@ class RunResults:
     metrics: dict[str, list[Point]]
     """Numeric fields of metrics.jsonl as (step, value), with rising steps and finite values."""
     evaluations: dict[str, dict[str, Any]]
-    """Content of eval/*.json by file name without suffix."""
+    """Content of eval/*.json by file name without suffix. Absolute paths in it are shortened (short_paths.py)."""
+    record: dict[str, Any] | None = None
+    """Content of run.json: where and how the run was trained; None for a run of an older version."""
+    not_finite: dict[str, int] = field(default_factory=dict)
+    """Number of values that were not finite, by field of metrics.jsonl; only fields with such values."""
+
+    def parse_config(self) -> Config | None:
+        """Return the configuration, None without config.yaml. Raises ReportError for an invalid one."""
+        if self.config is None:
+            return None
+        try:
+            return from_yaml(self.config)
+        except (ConfigError, yaml.YAMLError) as error:
+            message = " ".join(str(error).split())
+            raise ReportError(f"{self.folder / 'config.yaml'}: {message}; omit this run or fix the file") from error
 
     def evaluations_of(self, protocol: str) -> dict[str, dict[str, Any]]:
         return {name: result for name, result in self.evaluations.items() if result["protocol"] == protocol}
@@ -67,13 +84,15 @@ def read_run(folder: Path, name: str | None = None) -> RunResults:
     config = folder / "config.yaml"
     evaluations = {}
     for path in sorted((folder / "eval").glob("*.json"), key=lambda path: path.stem):
-        evaluations[path.stem] = read_result(path)
+        evaluations[path.stem] = short_paths(read_result(path))
     return RunResults(
         folder=folder,
         name=name or folder.resolve().name,
         config=config.read_text() if config.exists() else None,
         metrics=read_metrics(folder / "metrics.jsonl"),
         evaluations=evaluations,
+        record=read_record(folder),
+        not_finite=count_not_finite(folder / "metrics.jsonl"),
     )
 
 
@@ -94,20 +113,31 @@ def is_up_to_date(evaluation: Path, run: Path) -> bool:
 
 def read_metrics(path: Path) -> dict[str, list[Point]]:
     """Return numeric fields as (step, value), empty without a file. Raises ReportError for a malformed line."""
-    lines = path.read_text().splitlines() if path.exists() else []
     by_name: dict[str, dict[float, float]] = {}
+    for fields in _metric_lines(path):
+        for name, value in fields.items():
+            if name != "step" and isinstance(value, int | float) and math.isfinite(value):
+                by_name.setdefault(name, {})[fields["step"]] = value  # a resumed run repeats steps; the later counts
+    return {name: sorted(points.items()) for name, points in by_name.items()}
+
+
+def count_not_finite(path: Path) -> dict[str, int]:
+    """Return the number of null values, which stand for values that were not finite, by field of metrics.jsonl."""
+    return dict(Counter(name for fields in _metric_lines(path) for name, value in fields.items() if value is None))
+
+
+def _metric_lines(path: Path) -> list[dict[str, Any]]:
+    lines = path.read_text().splitlines() if path.exists() else []
+    found = []
     for i, text in enumerate(lines, start=1):
         try:
             fields = json.loads(text)
-            step = fields["step"]
+            found.append({**fields, "step": fields["step"]})
         except (ValueError, KeyError, TypeError) as error:
             if i == len(lines):
                 break  # incomplete last line of a running or killed process
             raise ReportError(f"{path} line {i} is not valid ({error}); delete that line") from error
-        for name, value in fields.items():
-            if name != "step" and isinstance(value, int | float) and math.isfinite(value):
-                by_name.setdefault(name, {})[step] = value  # a resumed run repeats steps; the later line counts
-    return {name: sorted(points.items()) for name, points in by_name.items()}
+    return found
 
 
 SEED = "train.seed"
@@ -126,14 +156,7 @@ def differing_fields(runs: Sequence[RunResults]) -> dict[str, list[Any]]:
 
     Runs without a configuration have None. Raises ReportError for an invalid config.yaml.
     """
-    configs = {}
-    for run in runs:
-        if run.config is not None:
-            try:
-                configs[run.name] = from_yaml(run.config)
-            except (ConfigError, yaml.YAMLError) as error:
-                message = " ".join(str(error).split())
-                raise ReportError(f"{run.folder / 'config.yaml'}: {message}; omit this run or fix the file") from error
+    configs = {run.name: config for run in runs if (config := run.parse_config()) is not None}
     if not configs:
         return {}
     first = next(iter(configs.values()))
@@ -144,6 +167,13 @@ def differing_fields(runs: Sequence[RunResults]) -> dict[str, list[Any]]:
         field: [changed[run.name].get(field, (None, value))[1] if run.name in changed else None for run in runs]
         for field, value in ours.items()
     }
+
+
+def setting_text(value: Any) -> str:
+    """Return the value of a configuration field as text, without absolute paths; – for None."""
+    if value is None:
+        return "–"
+    return " to ".join(map(str, value)) if isinstance(value, list) else short_path(str(value))
 
 
 def group_by_seed(runs: Sequence[RunResults]) -> list[SeedGroup]:

@@ -6,6 +6,8 @@ import gc
 import time
 from collections.abc import Callable
 
+from torch import nn
+
 from iwm.config_io import to_yaml
 from iwm.models.flops import measure_matmul_flops, training_flops
 from iwm.models.world_model import WorldModel
@@ -15,6 +17,7 @@ from iwm.training.loggers import open_loggers
 from iwm.training.metric_window import MetricQueue, MetricWindow, WindowMetrics
 from iwm.training.metrics import MetricLogger, memory_gib
 from iwm.training.optim import ScheduleValues
+from iwm.training.run_record import RunRecord
 from iwm.training.runtime import StopFlag, manual_gc
 from iwm.training.step import prepare_masks, train_step
 from iwm.training.train_state import TrainState, to_checkpoint
@@ -40,8 +43,10 @@ def pretrain(
         write_atomically(s.run / "config.yaml", to_yaml(config).encode())
     flops_share = training_flops(config).total / measure_matmul_flops(dist.device, config.train.precision) / dist.size
     agreement = StopConsensus(dist)
-    # A finished run logs nothing.
-    loggers = open_loggers(config, s.run, s.step) if dist.is_main and s.step < s.schedules.steps else []
+    # A finished run records and logs nothing.
+    is_active = dist.is_main and s.step < s.schedules.steps
+    record = _start_record(s) if is_active else None
+    loggers = open_loggers(config, s.run, s.step) if is_active else []
     with (
         manual_gc(),
         MetricLogger(f"iwm · {s.run}", s.schedules.steps, s.step, main=dist.is_main, loggers=loggers) as monitor,
@@ -84,7 +89,7 @@ def pretrain(
                 monitor.log(s.step, measure(s.model))
                 window = MetricWindow(dist.device)
             if saving:
-                saved = _save(s, monitor)
+                saved = _save(s, monitor, record)
         if s.step < s.schedules.steps:
             monitor.print(f"stopped by a signal after step {s.step:,}; rerun the same command to resume")
     if not saved:
@@ -158,13 +163,29 @@ class _MetricLines:
             raise self.error
 
 
-def _save(state: TrainState, monitor: MetricLogger) -> bool:
-    """Write a checkpoint and delete old ones. Return False, after a warning, where it could not be written."""
+def _start_record(state: TrainState) -> RunRecord:
+    parts: dict[str, nn.Module] = {"encoder": state.model.encoder, "predictor": state.model.predictor}
+    return RunRecord(
+        state.run,
+        step=state.step,
+        device=state.dist.device,
+        processes=state.dist.size,
+        images=state.loader.samples_per_epoch,
+        parameters={name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()},
+    )
+
+
+def _save(state: TrainState, monitor: MetricLogger, record: RunRecord | None) -> bool:
+    """Write a checkpoint and the run's record, and delete old checkpoints. Return False, with a warning, on a failure.
+
+    record: None on processes other than the main one, which write nothing.
+    """
     content = to_checkpoint(state)
-    if not state.dist.is_main:
+    if record is None:
         return True
     try:
         checkpoints.save_checkpoint(state.run, content)
+        record.update(state.step)
     except OSError as error:
         monitor.print(f"WARNING: {error}. Free disk space; training continues to the next checkpoint")
         return False

@@ -17,7 +17,7 @@ from iwm.config_io import to_yaml
 from iwm.recipes import demo
 from iwm.report.__main__ import main
 from iwm.report.components import ChartLine, line_chart
-from iwm.report.page import write_page
+from iwm.report.page import write_page, write_report
 from iwm.report.runs import ReportError, differing_fields, group_by_seed, read_runs
 from iwm.report.training import mean
 from shards.errors import UserError
@@ -84,17 +84,43 @@ def test_only_fields_that_differ_are_compared(folders: list[Path]) -> None:
 
 def test_the_page_has_a_row_per_run_a_line_per_arm_and_what_differs(folders: list[Path], tmp_path: Path) -> None:
     page = write_page(folders, tmp_path / "page.html").read_text()
-    headline = page[: page.index("Mean reciprocal rank")]
+    headline = page[: page.index('<section id="mean-reciprocal-rank">')]
     for name, score in (("sequence-s0", "0.100"), ("sequence-s1", "0.110"), ("feature-s1", "0.210")):
-        assert re.search(rf"{name}</th>.*?<b>{score}</b>", headline)
-    loss = page[page.index("<h3>Loss") :]
+        assert re.search(rf"{name}</th><td[^>]*><b>{score}</b>", headline)
+    loss = page[page.index("<h3><span>Loss") :]
     assert loss[: loss.index("</svg>")].count("<polyline") == 2
     table = page[page.index("Differing fields") :]
     table = table[: table.index("</table>")]
     assert "action.conditioning" in table
     assert "optim.lr" not in table
     assert "http" not in page
-    assert "<script" not in page
+    assert page.count("<script") == 1
+
+
+def test_a_study_has_a_point_per_seed_and_names_the_best_arm(folders: list[Path], tmp_path: Path) -> None:
+    page = write_page(folders, tmp_path / "page.html").read_text()
+    section = page[page.index('<section id="comparison">') : page.index('<section id="mean-reciprocal-rank">')]
+    text = re.sub("<[^>]*>", "", section)
+    assert "Highest MRR: feature (2 seeds), mean 0.205 (0.200 to 0.210), chance 0.024" in text
+    assert "all of its runs lie above those of the next, sequence (2 seeds), mean 0.105 (0.100 to 0.110)" in text
+    titles = re.findall(r"<h3><span>(.*?)</span>", section)
+    assert [re.sub("<[^>]*>", "", title) for title in titles] == [
+        "MRR, pooled",
+        "MRR, per token",
+        "MRR with shuffled actions",
+        "Last loss",
+    ]
+    for svg in re.findall(r"<svg viewBox.*?</svg>", section, re.S):
+        assert len(ElementTree.fromstring(svg).findall("path")) == 4
+
+
+def test_runs_are_linked_relative_to_the_page_where_they_have_one(folders: list[Path], tmp_path: Path) -> None:
+    write_report(folders[0])
+    page = write_page(folders, tmp_path / "elsewhere.html").read_text()
+    assert re.findall(r'<th scope="row"><a href="([^"]*)"', page) == ["sequence-s0/report.html"]
+    (tmp_path / "below").mkdir()
+    page = write_page(folders, tmp_path / "below" / "page.html").read_text()
+    assert re.findall(r'<th scope="row"><a href="([^"]*)"', page) == ["../sequence-s0/report.html"]
 
 
 def test_versions_that_differ_are_named(tmp_path: Path) -> None:
@@ -147,11 +173,11 @@ def test_the_mean_of_curves_is_over_the_steps_that_all_have() -> None:
 
 
 def test_many_lines_can_be_told_apart() -> None:
-    lines = [ChartLine(f"arm {i}", [(0, float(i)), (1, i + 1.0)]) for i in range(18)]
+    lines = [ChartLine(f"arm {i}", [(0, float(i)), (1, i + 1.0), (2, i + 2.0)]) for i in range(18)]
     root = ElementTree.fromstring(line_chart(lines))
     assert len({line.attrib["class"] for line in root.findall("polyline")}) == 18
 
 
 def test_a_line_without_points_keeps_its_place_in_the_order_of_colours() -> None:
-    root = ElementTree.fromstring(line_chart([ChartLine("a", []), ChartLine("b", [(0, 1.0), (1, 2.0)])]))
-    assert [line.attrib["class"] for line in root.findall("polyline")] == ["line s2 d0"]
+    root = ElementTree.fromstring(line_chart([ChartLine("a", []), ChartLine("b", [(0, 1.0), (1, 2.0), (2, 1.5)])]))
+    assert [line.attrib["class"] for line in root.findall("polyline")] == ["line s2 d1"]

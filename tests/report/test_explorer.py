@@ -261,7 +261,7 @@ def test_words_and_numbers_hold_for_every_action(opened: Opened, truth: Truth) -
     assert truth.rank(0, 0, 40) % 1 == 0.5, "no ties were tested"
 
 
-def test_a_page_without_an_exploration_has_no_script_and_a_missing_file_is_named(run: Path, tmp_path: Path) -> None:
+def test_a_page_without_an_exploration_has_no_explorer_and_a_missing_file_is_named(run: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     (copy / "eval" / "explorer-1.webp").unlink()
@@ -272,7 +272,7 @@ def test_a_page_without_an_exploration_has_no_script_and_a_missing_file_is_named
     with pytest.raises(ReportError, match=r"explorer\.npz: does not match.*rerun iwm evaluate explorer"):
         write_report(copy)
     (copy / "eval" / "explorer.json").unlink()
-    assert "<script" not in write_report(copy).read_text()
+    assert write_report(copy).read_text().count("<script") == 1
 
 
 def test_a_part_of_the_page_can_be_pictured(browser: Browser, run: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -17,6 +18,10 @@ from iwm.report.runs import read_run
 from tests.report.conftest import with_tables
 
 NOTE = "photos has no split 'val': evaluated on split 'train', on which the model was trained"
+
+
+def _text(page: str) -> str:
+    return re.sub("<[^>]*>", "", page)
 
 
 def _run(folder: Path, mrr: float, *, held_out: bool) -> Path:
@@ -60,10 +65,22 @@ def test_a_copied_run_gives_the_same_page_from_its_files(tmp_path: Path, monkeyp
 def test_a_result_that_was_there_before_it_was_left_out_has_its_own_checkpoint(tmp_path: Path) -> None:
     run = _run(tmp_path / "run", 0.3, held_out=True)
     section = nearest_neighbours(read_run(run))
-    assert "Earlier result: the last world-model left this evaluator out. step-000000003.pt." in section
+    assert (
+        "Earlier result: the last world-model left this evaluator out: split &#39;train&#39; has no labels. step-"
+        in section
+    )
     (run / "eval" / "world-model.json").unlink()
     assert "Earlier result" not in nearest_neighbours(read_run(run))
     assert "Left out" not in write_report(run).read_text()
+
+
+def test_the_reason_of_what_was_left_out_stands_where_its_section_would(tmp_path: Path) -> None:
+    run = _run(tmp_path / "run", 0.3, held_out=True)
+    (run / "eval" / "knn.json").unlink()
+    page = write_report(run).read_text()
+    [section] = re.findall(r'<section id="nearest-neighbours">.*?</section>', page, re.S)
+    assert "Left out: split &#39;train&#39; has no labels." in section
+    assert "Not evaluated: retrieval, parameter-sweep," in page
 
 
 def test_a_comparison_names_the_runs_that_were_measured_on_training_images(tmp_path: Path) -> None:
@@ -82,4 +99,4 @@ def test_results_of_older_versions_count_as_held_out(tmp_path: Path) -> None:
     (run / "eval" / "mrr.json").write_text(json.dumps(result))
     page = write_report(run).read_text()
     assert 'class="warning"' not in page
-    assert "± 0.010, held-out images" in page
+    assert "± 0.010, held-out images" in _text(page)
