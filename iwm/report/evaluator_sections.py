@@ -2,58 +2,73 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
-from html import escape
+from statistics import mean
 from typing import Any
 
+from markupsafe import Markup
+
 from dali_pipelines.augmentations import OPS
-from iwm.evaluation.bank import UNCONDITIONED_NOTE
 from iwm.report.components import (
     ChartLine,
     chart_grid,
     details,
-    figure,
     html_table,
     legend,
     line_chart,
     section,
     stored_tables,
 )
+from iwm.report.picture_grid import figures
 from iwm.report.provenance import origin_paragraph
 from iwm.report.runs import RunResults
 
-
-def _picture(run: RunResults, name: str, alt: str, caption: str) -> str:
-    """Return the figure of a file in the run's eval folder."""
-    return figure(run.folder / "eval" / name, alt, caption)
+CLEARLY = 2.0
+"""Standard errors by which a score exceeds its control where it is called higher."""
 
 
 def _section(run: RunResults, title: str, evaluator: str, content: Callable[[RunResults, dict[str, Any]], str]) -> str:
     """Return the section of an evaluator's results, each by `content`; '' where there are none."""
-    parts = [origin_paragraph(run, result) + content(run, result) for result in run.evaluations_of(evaluator).values()]
-    return section(title, "".join(parts)) if parts else ""
+    results = run.evaluations_of(evaluator).values()
+    parts = [_join(origin_paragraph(run, result), content(run, result)) for result in results]
+    return section(title, _join(*parts)) if parts else ""
+
+
+def _join(*parts: str) -> Markup:
+    """Return pieces of HTML one after another."""
+    return Markup("".join(parts))
+
+
+def _paragraph(text: str) -> Markup:
+    return Markup("<p>{}</p>").format(text)
+
+
+def _term(name: str, words: str) -> Markup:
+    """Return a link to an entry of the page's glossary."""
+    return Markup('<a href="#glossary-{}">{}</a>').format(name, words)
 
 
 def retrieval_picture(run: RunResults) -> str:
     """Return the retrieval figures: random images and, folded, the best and worst prediction of each image."""
-    return _section(run, "Retrieval", "retrieval", _pictures)
-
-
-def _pictures(run: RunResults, result: dict[str, Any]) -> str:
-    bank = result["bank"]
-    caption = (
-        f"The view nearest to the prediction, among {bank} jittered views, next to the true view. Images and actions "
-        f"are random (seed {result['seed']})."
+    return _section(
+        run, "Retrieval", "retrieval", lambda run, result: _join(_failed_photographs(result), figures(run, result))
     )
-    if result.get("conditioning") == "none":
-        caption += f" {UNCONDITIONED_NOTE}"
-    alt = "images, retrieved views and true views"
-    chosen = _picture(run, result["picture"], alt, caption)
-    if "extremes" not in result:  # results of older versions
-        return chosen
-    caption = f"Not random: the best and the worst of all {bank} predictions for each of these images."
-    extremes = _picture(run, result["extremes"]["picture"], alt, caption)
-    return chosen + details("Best and worst prediction of each image", extremes)
+
+
+def _failed_photographs(result: dict[str, Any]) -> str:
+    """Name the photographs whose random actions have reciprocal ranks of chance or less; '' where there are none."""
+    failed = []
+    for photograph in result["photographs"]:
+        ranks = [shown["rank"] for shown in photograph["actions"]]
+        if mean(1 / rank for rank in ranks) <= result["chance"]:
+            failed.append(f"{photograph['key']} (ranks {', '.join(f'{rank:g}' for rank in ranks)})")
+    if not failed:
+        return ""
+    text = Markup(
+        "Retrieval fails for {}: on average over the actions shown, the true view is ranked no better than by {}."
+    )
+    return _paragraph(text.format(", ".join(failed), _term("chance", "chance")))
 
 
 def nearest_neighbours(run: RunResults) -> str:
@@ -62,52 +77,26 @@ def nearest_neighbours(run: RunResults) -> str:
 
 
 def _tables(result: dict[str, Any]) -> str:
-    return "".join(map(html_table, stored_tables(result)))
+    return _join(*map(html_table, stored_tables(result)))
+
+
+def _tables_and_figures(run: RunResults, result: dict[str, Any]) -> str:
+    return _join(_tables(result), figures(run, result))
 
 
 def similarity_matrix(run: RunResults) -> str:
     """Return the similarity matrix (figure S3) and its scores."""
-
-    def content(run: RunResults, result: dict[str, Any]) -> str:
-        caption = (
-            f"Cosine similarity of the {result['encoder']}'s pooled features, {len(result['shown'])} images, "
-            f"{result['augmentations']} augmented views of each (no crop). Uniform yellow squares on the diagonal: "
-            "invariant features. Structure within the squares: features depend on the augmentation. A smaller "
-            "variance within images means more invariance."
-        )
-        return _tables(result) + _picture(run, result["picture"], "matrix of cosine similarities", caption)
-
-    return _section(run, "Similarity of augmented views", "similarity", content)
+    return _section(run, "Similarity of augmented views", "similarity", _tables_and_figures)
 
 
 def marginalised(run: RunResults) -> str:
     """Return the results of marginalised representations (table S6, figure S4)."""
-
-    def content(run: RunResults, result: dict[str, Any]) -> str:
-        caption = "Some jittered views of an image; below them, the views nearest to the mean of its predictions."
-        return _tables(result) + _picture(run, result["picture"], "views and nearest neighbours", caption)
-
-    return _section(run, "Marginalised representations", "marginalisation", content)
+    return _section(run, "Marginalised representations", "marginalisation", _tables_and_figures)
 
 
 def patch_maps(run: RunResults) -> str:
     """Return the PCA and attention maps of patch features."""
-
-    def content(run: RunResults, result: dict[str, Any]) -> str:
-        colours = (
-            "The first three principal components of the teacher's patch features as red, green and blue; equal "
-            f"colours are equal features. They explain {result['explained']:.0%} of the variance. Action: "
-            f"{result['action']}."
-        )
-        attention = (
-            "Last block of the teacher: attention of the marked patch to the others, and attention that each patch "
-            "receives from all patches, averaged and by head. 1 is an equal share."
-        )
-        return _picture(run, result["picture"], "maps of principal components", colours) + _picture(
-            run, result["attention_picture"], "maps of attention", attention
-        )
-
-    return _section(run, "Patch features", "feature-maps", content)
+    return _section(run, "Patch features", "feature-maps", figures)
 
 
 UNITS = {op.name: (op.unit, op.unit_scale) for op in OPS if op.unit}
@@ -120,21 +109,50 @@ def sweep_section(run: RunResults) -> str:
 
 
 def _sweeps(run: RunResults, result: dict[str, Any]) -> str:
-    meaning = (
-        "Horizontal axis: true value. Vertical axis: value of the view nearest to the prediction, mean over "
-        "images; the band is one standard deviation. In undo sweeps, the source has the value and the target is the "
-        "clean image. Control: shuffled actions; in undo sweeps, an action that does not describe the source's "
-        "augmentation. Exact: share of predictions whose nearest view is the target. The number above each chart is "
-        "the rank correlation."
-    )
-    charts = chart_grid("".join(_chart(series) for series in result["series"]))
-    pictures = [
-        _picture(run, item["picture"], "rows of true and retrieved views", f"Image {item['key']}.")
-        for item in result["pictures"]
-    ]
-    more = details("More images", "".join(pictures[1:])) if pictures[1:] else ""
+    meaning = Markup(
+        "Horizontal axis: true value. Vertical axis: value of the view nearest to the prediction, mean over images; "
+        "the band is one standard deviation. In undo sweeps, the source has the value, and the target is the clean "
+        "image. Control: shuffled actions; in undo sweeps, an action that does not describe the source's augmentation. "
+        "Above each chart: the {}; in undo sweeps the exact share, of predictions whose nearest view is the target."
+    ).format(_term("rank-correlation", "rank correlation"))
     names = legend(("with action", "control", "target"))
-    return f"<p>{meaning}</p>{names}{charts}{_tables(result)}{''.join(pictures[:1])}{more}"
+    charts = chart_grid(_join(*map(_chart, result["series"])))
+    explained = _join(*map(_paragraph, _low_scores(result)))
+    return _join(_paragraph(meaning), names, charts, explained, _tables(result), figures(run, result))
+
+
+def _headline(series: dict[str, Any]) -> tuple[str, str]:
+    """Return name and key of the score that says whether a sweep succeeds.
+
+    The retrieved values of a perfect undo sweep are all equal, so it has no rank correlation.
+    """
+    return ("exact", "hits") if series["undo"] else ("correlation", "correlation")
+
+
+def _low_scores(result: dict[str, Any]) -> list[str]:
+    """Return a sentence on series that were never trained, and one on trained series that are like their control."""
+    trained = [series for series in result["series"] if series["trained"]]
+    never = [series["name"] for series in result["series"] if not series["trained"]]
+    like_control = [series["name"] for series in trained if not _exceeds_control(series)]
+    texts = []
+    if never:
+        texts.append(
+            f"Never trained: {', '.join(never)}. The run's views never varied these parameters, so a score "
+            "like that of the control is expected."
+        )
+    if like_control and result["conditioning"] != "none":
+        texts.append(
+            f"Like the control: {', '.join(like_control)}. The score above the chart is less than {CLEARLY:g} standard "
+            "errors higher than the control's."
+        )
+    return texts
+
+
+def _exceeds_control(series: dict[str, Any]) -> bool:
+    own, control = (series[part][_headline(series)[1]] for part in ("with_action", "control"))
+    error = math.hypot(own["standard_error"], control["standard_error"])
+    exceeds: bool = own["mean"] - control["mean"] > CLEARLY * error
+    return exceeds
 
 
 def _chart(series: dict[str, Any]) -> str:
@@ -151,8 +169,9 @@ def _chart(series: dict[str, Any]) -> str:
         line("target", series["target"]),
     ]
     name = series["name"] + (f", {unit}" if unit else "") + ("" if series["trained"] else " (never trained)")
-    correlation = f"{series['with_action']['correlation']['mean']:.2f}"
-    return f'<div class="chart"><h3>{escape(name)}<b>{correlation}</b></h3>{line_chart(lines)}</div>'
+    words, key = _headline(series)
+    heading = Markup("<h3>{}<b>{} {:.2f}</b></h3>").format(name, words, series["with_action"][key]["mean"])
+    return _join(Markup('<div class="chart">'), heading, line_chart(lines), Markup("</div>"))
 
 
 def corruption_section(run: RunResults) -> str:
@@ -161,19 +180,12 @@ def corruption_section(run: RunResults) -> str:
 
 
 def _corruptions(run: RunResults, result: dict[str, Any]) -> str:
-    meaning = (
-        "Mean reciprocal rank of the true view from a corrupted source, ± standard error over images. With action: the "
-        "action leads from the corrupted source to the view. Without action: the action does not describe the "
-        "corruption. Shuffled actions: with another view's action. Restored: reciprocal rank of the clean image when "
-        "the action only undoes the corruption."
-    )
+    meaning = Markup(
+        "{} of the true view from a corrupted source, ± standard error over images. With action: the action leads from "
+        "the corrupted source to the view. Without action: the action does not describe the corruption. Shuffled "
+        "actions: with another view's action. Restored: reciprocal rank of the clean image when the action only undoes "
+        "the corruption. Untrained: the run's sources never had this corruption."
+    ).format(_term("mrr", "MRR"))
     ops, *strengths = map(html_table, stored_tables(result))
-    picture = ""
-    if result["picture"]:
-        caption = (
-            "Each corruption at its greatest strength: the source; the view nearest to the prediction that only undoes "
-            f"it, among {result['bank']} jittered views and the clean image; the clean image."
-        )
-        picture = _picture(run, result["picture"], "sources, retrieved views and clean images", caption)
-    by_strength = details("By strength", "".join(strengths)) if strengths else ""
-    return f"<p>{escape(meaning)}</p>{ops}{by_strength}{picture}"
+    by_strength = details("By strength", _join(*strengths)) if strengths else ""
+    return _join(_paragraph(meaning), ops, by_strength, figures(run, result))
