@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from iwm.evaluation.figures import ScaleBar, Tile
+from iwm.evaluation.figures import FigureTile, ScaleBar
 
 STRIP = 256
 """Number of colours in the bar."""
@@ -36,4 +36,4 @@ class ColourScale:
         places = torch.linspace(0, 1, count).tolist()
         ticks = [(at, f"{self.low + (self.high - self.low) * at ** (1 / self.power):.2f}") for at in places]
         alt = f"colours from dark blue, {ticks[0][1]}, to yellow, {ticks[-1][1]}"
-        return ScaleBar(label, Tile(strip, alt, exact=True), ticks)
+        return ScaleBar(label, FigureTile(strip, alt, exact=True), ticks)

@@ -48,7 +48,7 @@ from iwm.evaluation.bank import (
     rank_of_target,
 )
 from iwm.evaluation.common import EvalContext, mean_and_stderr
-from iwm.evaluation.figures import Tile, TileBlock, TileColumn, TileFigure, TileGroup, write_figures
+from iwm.evaluation.figures import FigureTile, TileBlock, TileColumn, TileFigure, TileGroup, write_figures
 from iwm.evaluation.result_table import ResultTable, format_mean_stderr
 from iwm.evaluation.settings import (
     DISTANCES,
@@ -244,9 +244,9 @@ def _column(key: str, name: str, scores: CorruptionScores, c: int) -> TileColumn
     return TileColumn(
         "",
         (
-            Tile(scores.sources[c], f"{words}: source"),
-            Tile(scores.restored[c], f"{words}: view nearest to the prediction, {found}", marked=hit),
-            Tile(scores.sources[0], f"{words}: clean image"),
+            FigureTile(scores.sources[c], f"{words}: source"),
+            FigureTile(scores.restored[c], f"{words}: view nearest to the prediction, {found}", marked=hit),
+            FigureTile(scores.sources[0], f"{words}: clean image"),
         ),
     )
 

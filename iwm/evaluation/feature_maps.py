@@ -27,7 +27,7 @@ from iwm.actions import describe_action
 from iwm.evaluation.bank import actions_from
 from iwm.evaluation.colour_scale import ColourScale
 from iwm.evaluation.common import EvalContext
-from iwm.evaluation.figures import Tile, TileBlock, TileColumn, TileFigure, TileGroup, write_figures
+from iwm.evaluation.figures import FigureTile, TileBlock, TileColumn, TileFigure, TileGroup, write_figures
 from iwm.evaluation.result_table import ResultTable
 from iwm.evaluation.settings import FeatureMapSettings, bank_augmentation
 from iwm.models.attention import Attention
@@ -112,11 +112,14 @@ def component_figure(
     for i, key in enumerate(keys):
         maps = {name: _square(components[i].colours(patches[i])) for name, patches in features.items()}
         tiles = {
-            name: Tile((255 * colours).round().byte().cpu(), f"photograph {key}: components, {name}", exact=True)
+            name: FigureTile((255 * colours).round().byte().cpu(), f"photograph {key}: components, {name}", exact=True)
             for name, colours in maps.items()
         }
-        of_view = {"the view": Tile(views[i], f"photograph {key} after the action"), VIEW_MAP: tiles.pop(VIEW_MAP)}
-        groups.append(_group(key, {"image": Tile(images[i], f"photograph {key}"), **tiles, **of_view}))
+        of_view = {
+            "the view": FigureTile(views[i], f"photograph {key} after the action"),
+            VIEW_MAP: tiles.pop(VIEW_MAP),
+        }
+        groups.append(_group(key, {"image": FigureTile(images[i], f"photograph {key}"), **tiles, **of_view}))
     explained = sum(pca.explained for pca in components) / len(components)
     caption = (
         "The first three principal components of the patch features as red, green and blue; equal colours are equal "
@@ -141,10 +144,10 @@ def attention_figure(
         maps = {"from the patch": own[i], "received": by_head[i].mean(0)}
         maps |= {f"head {head + 1}": by_head[i, head] for head in range(heads)}
         tiles = {
-            name: Tile(scale.colours(_square(values)), f"photograph {key}: attention, {name}", exact=True)
+            name: FigureTile(scale.colours(_square(values)), f"photograph {key}: attention, {name}", exact=True)
             for name, values in maps.items()
         }
-        framed = Tile(_framed(images[i], query, round(n**0.5)), f"photograph {key}, the patch is framed")
+        framed = FigureTile(_framed(images[i], query, round(n**0.5)), f"photograph {key}, the patch is framed")
         groups.append(_group(key, {"image": framed, **tiles}))
     caption = (
         "Last block of the teacher: attention of the framed patch to the others, averaged over heads; attention that "
@@ -153,7 +156,7 @@ def attention_figure(
     return TileFigure("Attention", caption, groups, scale=scale.bar("attention, 1 = equal share"))
 
 
-def _group(key: str, tiles: dict[str, Tile]) -> TileGroup:
+def _group(key: str, tiles: dict[str, FigureTile]) -> TileGroup:
     return TileGroup(key, [TileBlock("", [TileColumn(name, (tile,)) for name, tile in tiles.items()])])
 
 

@@ -29,7 +29,7 @@ COMPRESSION_EFFORT = 6
 
 
 @dataclass(frozen=True)
-class Tile:
+class FigureTile:
     """One image of a figure."""
 
     image: UInt8[Tensor, "h w 3"]
@@ -46,7 +46,7 @@ class TileColumn:
     """Tiles below each other, one for each row of the block."""
 
     title: str
-    tiles: tuple[Tile, ...]
+    tiles: tuple[FigureTile, ...]
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ class TileGroup:
 class Matrix:
     """Square matrix as an image, with one view and its name for each of the equal parts of the rows."""
 
-    tile: Tile
-    labels: Sequence[tuple[str, Tile]]
+    tile: FigureTile
+    labels: Sequence[tuple[str, FigureTile]]
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class ScaleBar:
     """Scale of a figure's colours: a strip of the colours, with numbers along it."""
 
     label: str
-    strip: Tile
+    strip: FigureTile
     ticks: Sequence[tuple[float, str]]
     """Position along the strip (0 to 1), and the number there."""
 
@@ -124,14 +124,14 @@ class _Images:
     def __init__(self) -> None:
         self.names: dict[bytes, str] = {}
 
-    def add(self, tile: Tile) -> dict[str, Any]:
+    def add(self, tile: FigureTile) -> dict[str, Any]:
         """Encode a tile's image and return the tile's record."""
         encoded = _encode(tile)
         name = self.names.setdefault(encoded, f"{len(self.names):04d}.webp")
         return {"image": name, "alt": tile.alt, "marked": tile.marked, "exact": tile.exact}
 
 
-def _encode(tile: Tile) -> bytes:
+def _encode(tile: FigureTile) -> bytes:
     image, content = Image.fromarray(tile.image.cpu().numpy()), BytesIO()
     if tile.exact:
         image.save(content, "webp", lossless=True, quality=100, method=COMPRESSION_EFFORT)

@@ -31,7 +31,7 @@ from dali_pipelines.seeds import derive_seed
 from iwm.config import ConfigError
 from iwm.evaluation.bank import TIE_TOLERANCE, actions_from, chance_mrr, embed_bank
 from iwm.evaluation.common import EvalContext, mean_and_stderr
-from iwm.evaluation.figures import Tile, TileBlock, TileColumn, TileFigure, TileGroup, write_figures
+from iwm.evaluation.figures import FigureTile, TileBlock, TileColumn, TileFigure, TileGroup, write_figures
 from iwm.evaluation.held_out import MissingDataError, naming_command
 from iwm.evaluation.logistic_regression import linear_accuracy
 from iwm.evaluation.paper_results import TABLE_S6
@@ -187,8 +187,8 @@ def figure(shown: Mapping[str, BankLookup], predictions: int) -> TileFigure:
             clean = places[i] == 0
             kind = "the clean image" if clean else "a jittered view"
             tiles = (
-                Tile(view, f"photograph {key}: one of its views"),
-                Tile(near, f"photograph {key}: number {i + 1} nearest to z_inv, {kind}", marked=clean),
+                FigureTile(view, f"photograph {key}: one of its views"),
+                FigureTile(near, f"photograph {key}: number {i + 1} nearest to z_inv, {kind}", marked=clean),
             )
             columns.append(TileColumn(f"{i + 1}", tiles))
         groups.append(TileGroup(key, [TileBlock("", columns, rows=("some views", "nearest to z_inv"))]))

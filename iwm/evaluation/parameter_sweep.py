@@ -34,7 +34,7 @@ from iwm.evaluation.bank import (
     predicted_distances,
 )
 from iwm.evaluation.common import EvalContext, mean_and_stderr
-from iwm.evaluation.figures import Tile, TileBlock, TileColumn, TileFigure, TileGroup, write_figures
+from iwm.evaluation.figures import FigureTile, TileBlock, TileColumn, TileFigure, TileGroup, write_figures
 from iwm.evaluation.result_table import ResultTable, format_mean_stderr
 from iwm.evaluation.settings import (
     DISTANCES,
@@ -248,11 +248,11 @@ def _column(
 ) -> TileColumn:
     value = change_in_words(series.op, series.values[i])
     words = f"photograph {key}, {series.name}, {value}"
-    tiles = [Tile(views[i], f"{words}: {rows[0]}")]
+    tiles = [FigureTile(views[i], f"{words}: {rows[0]}")]
     for name, result in zip(rows[1:], found, strict=True):
         nearest = int(result.nearest[i])
         shown = change_in_words(series.op, series.values[nearest])
-        tiles.append(Tile(views[nearest], f"{words}: {name}, {shown}", marked=nearest == series.targets[i]))
+        tiles.append(FigureTile(views[nearest], f"{words}: {name}, {shown}", marked=nearest == series.targets[i]))
     return TileColumn(value, tuple(tiles))
 
 

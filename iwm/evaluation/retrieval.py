@@ -29,7 +29,7 @@ from iwm.evaluation.bank import (
     rank_of_target,
 )
 from iwm.evaluation.common import EvalContext
-from iwm.evaluation.figures import Tile, TileBlock, TileColumn, TileFigure, TileGroup, write_figures
+from iwm.evaluation.figures import FigureTile, TileBlock, TileColumn, TileFigure, TileGroup, write_figures
 from iwm.evaluation.result_table import ResultTable
 from iwm.evaluation.settings import BankSettings, RetrievalSettings, bank_augmentation
 from iwm.models.world_model import WorldModel
@@ -144,7 +144,7 @@ def figure(rows: Sequence[Row], bank: int, title: str, caption: str, folded: boo
     """Return the figure: for each image the photograph and, for each action, the retrieved and the true view."""
     groups = []
     for row in rows:
-        photograph = TileBlock("", [TileColumn("photograph", (Tile(row.source, f"photograph {row.key}"),))])
+        photograph = TileBlock("", [TileColumn("photograph", (FigureTile(row.source, f"photograph {row.key}"),))])
         blocks = [_block(row.key, retrieval, bank) for retrieval in row.retrievals]
         groups.append(TileGroup(row.key, [photograph, *blocks]))
     mark = "the view nearest to the prediction is the true view"
@@ -157,8 +157,10 @@ def _block(key: str, retrieval: Retrieval, bank: int) -> TileBlock:
         "which is the true view" if retrieval.hit else f"{retrieval.retrieved_action}; the true view has {rank}"
     )
     columns = [
-        TileColumn("nearest", (Tile(retrieval.retrieved, nearest, marked=retrieval.hit),)),
-        TileColumn("true view", (Tile(retrieval.truth, f"photograph {key}, {retrieval.action}: true view, {rank}"),)),
+        TileColumn("nearest", (FigureTile(retrieval.retrieved, nearest, marked=retrieval.hit),)),
+        TileColumn(
+            "true view", (FigureTile(retrieval.truth, f"photograph {key}, {retrieval.action}: true view, {rank}"),)
+        ),
     ]
     selection = f"{retrieval.label} of {bank} predictions: " if retrieval.label else ""
     return TileBlock("", columns, notes=(f"{selection}{retrieval.action}", f"true view: {rank}"))

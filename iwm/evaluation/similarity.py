@@ -30,7 +30,7 @@ from dali_pipelines.replay import apply_photometric, sample_photometric
 from iwm.config import ConfigError, EncoderName
 from iwm.evaluation.colour_scale import ColourScale
 from iwm.evaluation.common import EvalContext, mean_and_stderr
-from iwm.evaluation.figures import Matrix, Tile, TileFigure, write_figures
+from iwm.evaluation.figures import FigureTile, Matrix, TileFigure, write_figures
 from iwm.evaluation.result_table import ResultTable
 from iwm.evaluation.settings import JITTER_SCENARIOS, SimilaritySettings
 from iwm.models.world_model import WorldModel
@@ -108,8 +108,8 @@ def figure(
     matrix = (unit @ unit.T).cpu()
     scale = ColourScale(matrix.min().item(), 1.0)
     alt = f"matrix of the cosine similarities of {k} images, {m} views of each, from {matrix.min():.2f} to 1"
-    tile = Tile(_separated(scale.colours(matrix), m), alt, exact=True)
-    labels = [(key, Tile(image, f"photograph {key}")) for key, image in zip(keys, images, strict=True)]
+    tile = FigureTile(_separated(scale.colours(matrix), m), alt, exact=True)
+    labels = [(key, FigureTile(image, f"photograph {key}")) for key, image in zip(keys, images, strict=True)]
     caption = (
         f"Cosine similarity of the {encoder}'s pooled features: {k} images, {m} augmented views of each (no crop), in "
         "the same order along both sides. Uniform yellow squares on the diagonal: invariant features. Structure within "

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from iwm.evaluation.colour_scale import ColourScale
-from iwm.evaluation.figures import MAX_SIDE, Tile, TileBlock, TileColumn, TileFigure, TileGroup, write_figures
+from iwm.evaluation.figures import MAX_SIDE, FigureTile, TileBlock, TileColumn, TileFigure, TileGroup, write_figures
 
 
 def _level(level: int, side: int = 8) -> Tensor:
@@ -35,7 +35,9 @@ def _images(output: Path, stored: dict[str, Any]) -> dict[str, np.ndarray]:
 def test_views_stay_in_their_places_and_equal_ones_are_stored_once(tmp_path: Path) -> None:
     levels = range(0, 240, 40)
     columns = [
-        TileColumn(str(level), (Tile(_level(level), f"true {level}"), Tile(_level(200 - level), f"near {level}")))
+        TileColumn(
+            str(level), (FigureTile(_level(level), f"true {level}"), FigureTile(_level(200 - level), f"near {level}"))
+        )
         for level in levels
     ]
     output = tmp_path / "sweep.json"
@@ -53,7 +55,7 @@ def test_views_stay_in_their_places_and_equal_ones_are_stored_once(tmp_path: Pat
 def test_a_map_keeps_every_pixel_and_a_large_view_is_reduced(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     noise = torch.randint(256, (9, 9, 3), generator=generator, dtype=torch.uint8)
-    column = TileColumn("", (Tile(noise, "map", exact=True), Tile(_level(9, side=300), "view")))
+    column = TileColumn("", (FigureTile(noise, "map", exact=True), FigureTile(_level(9, side=300), "view")))
     stored = write_figures([_figure(column)], tmp_path / "maps.json")
     images = _images(tmp_path / "maps.json", stored)
     exact, view = stored["figures"][0]["groups"][0]["blocks"][0]["columns"][0]["tiles"]
@@ -63,7 +65,7 @@ def test_a_map_keeps_every_pixel_and_a_large_view_is_reduced(tmp_path: Path) -> 
 
 def test_equal_figures_are_equal_files(tmp_path: Path) -> None:
     for name in ("one", "two"):
-        write_figures([_figure(TileColumn("", (Tile(_level(7), "view"),)))], tmp_path / f"{name}.json")
+        write_figures([_figure(TileColumn("", (FigureTile(_level(7), "view"),)))], tmp_path / f"{name}.json")
     assert (tmp_path / "one.zip").read_bytes() == (tmp_path / "two.zip").read_bytes()
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from iwm.evaluation.colour_scale import ColourScale
 from iwm.evaluation.figures import (
+    FigureTile,
     Matrix,
-    Tile,
     TileBlock,
     TileColumn,
     TileFigure,
@@ -39,13 +39,15 @@ def _view(level: int, side: int = 16) -> Tensor:
 
 def _figures(key: str) -> list[TileFigure]:
     columns = [
-        TileColumn(f"×{i}", (Tile(_view(20 * i), f"{key}, {i}: true"), Tile(_view(100), f"{key}, {i}", i % 2 == 0)))
+        TileColumn(
+            f"×{i}", (FigureTile(_view(20 * i), f"{key}, {i}: true"), FigureTile(_view(100), f"{key}, {i}", i % 2 == 0))
+        )
         for i in range(11)
     ]
     block = TileBlock(key, columns, rows=("true", "nearest"), notes=(key,))
     scale = ColourScale(-0.5, 1.0)
-    tile = Tile(scale.colours(torch.eye(6)), "the matrix", exact=True)
-    matrix = Matrix(tile, [(key, Tile(_view(60 * i), f"{key}, {i}")) for i in range(3)])
+    tile = FigureTile(scale.colours(torch.eye(6)), "the matrix", exact=True)
+    matrix = Matrix(tile, [(key, FigureTile(_view(60 * i), f"{key}, {i}")) for i in range(3)])
     return [
         TileFigure(key, f"{key} are shown", [TileGroup(key, [block])], mark="the nearest view is the true view"),
         TileFigure("Matrix", key, matrix=matrix, scale=scale.bar(f"similarity of {key}")),
