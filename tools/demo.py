@@ -26,7 +26,7 @@ from iwm.recipes import demo
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = Path("docs/images")
-PICTURES = {"retrieval": ("#retrieval .pictures", 860), "explorer": ("section:has(.explorer)", 1180)}
+PICTURES = {"retrieval": ("#retrieval .pictures", 824), "explorer": ("section:has(.explorer)", 1180)}
 """Parts of the page in README, by file name: CSS selector, and width of the window (pixels)."""
 CONTROL_SCENARIO = "destructive"
 """Scenario without jitter (table S2). The control is trained with it and evaluated with jitter."""

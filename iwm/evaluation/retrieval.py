@@ -156,14 +156,15 @@ def _block(key: str, retrieval: Retrieval, bank: int) -> TileBlock:
     nearest = f"photograph {key}, {retrieval.action}: view nearest to the prediction, " + (
         "which is the true view" if retrieval.hit else f"{retrieval.retrieved_action}; the true view has {rank}"
     )
+    truth = f"photograph {key}, {retrieval.action}: true view, {rank}"
     columns = [
         TileColumn("nearest", (FigureTile(retrieval.retrieved, nearest, marked=retrieval.hit),)),
-        TileColumn(
-            "true view", (FigureTile(retrieval.truth, f"photograph {key}, {retrieval.action}: true view, {rank}"),)
-        ),
+        TileColumn("true view", (FigureTile(retrieval.truth, truth),)),
     ]
     selection = f"{retrieval.label} of {bank} predictions: " if retrieval.label else ""
-    return TileBlock("", columns, notes=(f"{selection}{retrieval.action}", f"true view: {rank}"))
+    # Lines break between the parts of an action, not inside 'hue -18°'.
+    action = ", ".join(part.replace(" ", "\N{NO-BREAK SPACE}") for part in retrieval.action.split(", "))
+    return TileBlock("", columns, notes=(f"{selection}{action}", f"true view: {rank}"))
 
 
 def evaluate(context: EvalContext, settings: RetrievalSettings, output: Path) -> dict[str, Any]:

@@ -22,10 +22,12 @@ from playwright.sync_api import Browser, Locator, Page, Route, expect
 from iwm.config import Config
 from iwm.evaluation import explorer
 from iwm.evaluation.bank import TIE_TOLERANCE
+from iwm.evaluation.settings import BankSettings, RetrievalSettings
 from iwm.protocols import evaluate
 from iwm.report.page import write_report
 from iwm.report.runs import ReportError
 from tests.evaluation.conftest import untrained
+from tools.demo import PICTURES
 from tools.screenshot import NoBrowser, chromium
 
 ROOT = Path(__file__).parents[2]
@@ -47,7 +49,8 @@ def run(tmp_path_factory: pytest.TempPathFactory, config: Config) -> Path:
     arrays = dict(np.load(stored))
     arrays["points"][:, 0, 40] = arrays["points"][:, 0, 41]  # so that ties occur
     np.savez(stored, **arrays)
-    write_report(folder)
+    bank = BankSettings(num_images=2, num_views=8)
+    evaluate("retrieval", RetrievalSettings(checkpoint=folder, bank=bank, num_actions=1))
     return folder
 
 
@@ -367,6 +370,11 @@ def test_a_part_of_the_page_can_be_pictured(browser: Browser, run: Path, tmp_pat
     light, dark = (np.asarray(Image.open(tmp_path / f"{name}.png").convert("L")) for name in ("light", "dark"))
     assert light.shape == dark.shape
     assert light.mean() > 128 > dark.mean()
+
+
+def test_the_parts_that_readme_shows_are_on_the_page(opened: Opened) -> None:
+    for part, _ in PICTURES.values():
+        expect(opened.page.locator(part).first).to_be_visible()
 
 
 def test_a_page_that_is_not_there_is_named_in_one_line(tmp_path: Path) -> None:
