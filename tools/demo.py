@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -27,6 +26,8 @@ from iwm.recipes import demo
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = Path("docs/images")
+PICTURES = {"retrieval": ("#retrieval .pictures", 824), "explorer": ("section:has(.explorer)", 1180)}
+"""Parts of the page in README, by file name: CSS selector, and width of the window (pixels)."""
 CONTROL_SCENARIO = "destructive"
 """Scenario without jitter (table S2). The control is trained with it and evaluated with jitter."""
 CONTROL_FILE = "mrr-no-jitter.json"
@@ -168,10 +169,10 @@ def run(options: DemoOptions) -> int:
     console.print(summary(options.out))
     console.print(f"Report: {report} ({time.monotonic() - start:.0f} s in total)", soft_wrap=True)
     if options.readme_pictures:
-        shutil.copy(options.out / "eval" / "retrieval.png", IMAGES)
-        part = ["--part", "section:has(.explorer)", "--width", "1180"]
-        if run_child([sys.executable, "tools/screenshot.py", str(report), str(IMAGES / "explorer.png"), *part]):
-            return 1
+        for name, (part, width) in PICTURES.items():
+            picture = [str(IMAGES / f"{name}.png"), "--part", part, "--width", str(width)]
+            if run_child([sys.executable, "tools/screenshot.py", str(report), *picture]):
+                return 1
         console.print(f"README's pictures: {IMAGES}", soft_wrap=True)
     return 0
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from rich.progress import track
 from torch import Tensor
 
@@ -48,7 +48,7 @@ from iwm.evaluation.bank import (
     rank_of_target,
 )
 from iwm.evaluation.common import EvalContext, mean_and_stderr
-from iwm.evaluation.figures import ImageBlock, draw_image_blocks
+from iwm.evaluation.figures import FigureTile, TileBlock, TileColumn, TileFigure, TileGroup, write_figures
 from iwm.evaluation.result_table import ResultTable, format_mean_stderr
 from iwm.evaluation.settings import (
     DISTANCES,
@@ -117,6 +117,8 @@ class CorruptionScores:
     sources: UInt8[Tensor, "s h w 3"]
     restored: UInt8[Tensor, "s h w 3"]
     """View nearest to the prediction with the action that only undoes the corruption."""
+    hit: Bool[Tensor, " s"]
+    """True where that view is the clean image."""
 
 
 @torch.no_grad()
@@ -159,11 +161,12 @@ def score_corruptions(
     # The clean image is the last entry; flip, because rank_of_target takes entry 0 as the true one of a single row.
     ranks.append(rank_of_target(distances[..., -1:, :].flip(-1), norms.flip(-1))[0])
     scores = torch.stack([(1 / rank).double().mean(-1) for rank in ranks])
-    return CorruptionScores(scores.cpu(), sources.cpu(), bank.views[distances[0, :, -1].argmin(-1)].cpu())
+    nearest = distances[0, :, -1].argmin(-1)
+    return CorruptionScores(scores.cpu(), sources.cpu(), bank.views[nearest].cpu(), (nearest == size).cpu())
 
 
 def evaluate(context: EvalContext, settings: CorruptionSettings, output: Path) -> dict[str, Any]:
-    """Score all corruptions and draw the figure next to `output`.
+    """Score all corruptions; the figure shows some images, each corruption at its greatest strength.
 
     Raises ConfigError for invalid settings and fewer than two images.
     """
@@ -179,7 +182,8 @@ def evaluate(context: EvalContext, settings: CorruptionSettings, output: Path) -
         if i in shown:
             drawn[i] = image_scores
     by_source = torch.stack(scores, dim=-1)
-    result: dict[str, Any] = {
+    figures = [figure({keys[i]: drawn[i] for i in shown}, corruptions, settings.bank.num_views)] if shown else []
+    return {
         "chance": chance_mrr(settings.bank.num_views),
         "images": len(images),
         "bank": settings.bank.num_views,
@@ -189,14 +193,9 @@ def evaluate(context: EvalContext, settings: CorruptionSettings, output: Path) -
         "conditioning": context.config.action.conditioning,
         "clean": _scores(by_source[:, :1]),
         "ops": _by_op(corruptions, by_source[:, 1:]),
-        "picture": None,
         "photographs": [keys[i] for i in shown],
+        **write_figures(figures, output),
     }
-    if shown:
-        picture = output.with_suffix(".png")
-        draw_image_blocks(_bands([drawn[i] for i in shown], corruptions), picture, across=3 * len(shown))
-        result["picture"] = picture.name
-    return result
 
 
 def _check(settings: CorruptionSettings) -> None:
@@ -223,20 +222,33 @@ def _scores(scores: Float[Tensor, "score c images"]) -> dict[str, dict[str, floa
     return {name: mean_and_stderr(per_image) for name, per_image in zip(SCORE_NAMES, scores.mean(1), strict=True)}
 
 
-def _bands(shown: Sequence[CorruptionScores], corruptions: Sequence[Corruption]) -> list[ImageBlock]:
-    """Return one block per op at its greatest strength, with one column per image."""
+def figure(shown: Mapping[str, CorruptionScores], corruptions: Sequence[Corruption], bank: int) -> TileFigure:
+    """Return the figure of images by their keys: a block for each op at its greatest strength, a column per image."""
     last = {item.op: c for c, item in enumerate(corruptions, start=1)}
-    return [
-        ImageBlock(
-            _named(op, corruptions[c - 1].strength),
-            {
-                "source": torch.stack([scores.sources[c] for scores in shown]),
-                "retrieved": torch.stack([scores.restored[c] for scores in shown]),
-                "truth": torch.stack([scores.sources[0] for scores in shown]),
-            },
-        )
-        for op, c in last.items()
-    ]
+    blocks = []
+    for op, c in last.items():
+        name = _named(op, corruptions[c - 1].strength)
+        columns = [_column(key, name, scores, c) for key, scores in shown.items()]
+        blocks.append(TileBlock(name, columns, rows=("source", "nearest", "clean")))
+    caption = (
+        "Each corruption at its greatest strength: the source; the view nearest to the prediction that only undoes it, "
+        f"among {bank} jittered views and the clean image; the clean image. Photographs: {', '.join(shown)}."
+    )
+    mark = "the nearest view is the clean image"
+    return TileFigure("Undone corruptions", caption, [TileGroup("", blocks)], mark=mark)
+
+
+def _column(key: str, name: str, scores: CorruptionScores, c: int) -> TileColumn:
+    words, hit = f"photograph {key}, {name}", bool(scores.hit[c])
+    found = "which is the clean image" if hit else "not the clean image"
+    return TileColumn(
+        "",
+        (
+            FigureTile(scores.sources[c], f"{words}: source"),
+            FigureTile(scores.restored[c], f"{words}: view nearest to the prediction, {found}", marked=hit),
+            FigureTile(scores.sources[0], f"{words}: clean image"),
+        ),
+    )
 
 
 def _named(op: str, strength: str) -> str:

@@ -12,27 +12,30 @@ patch receives from all patches, by head, and the attention of one patch to the 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
-from matplotlib.axes import Axes
-from matplotlib.colors import PowerNorm
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from dali_pipelines.augmentations import IDENTITY, JITTER_OPS, Views
 from dali_pipelines.replay import apply_photometric
 from iwm.actions import describe_action
 from iwm.evaluation.bank import actions_from
+from iwm.evaluation.colour_scale import ColourScale
 from iwm.evaluation.common import EvalContext
+from iwm.evaluation.figures import FigureTile, TileBlock, TileColumn, TileFigure, TileGroup, write_figures
 from iwm.evaluation.result_table import ResultTable
 from iwm.evaluation.settings import FeatureMapSettings, bank_augmentation
 from iwm.models.attention import Attention
 from iwm.models.encoder import Encoder
 from iwm.models.world_model import WorldModel
+
+VIEW_MAP = "teacher, the view"
+"""Title of the map of the teacher's features of the view after the action."""
 
 
 def strong_augmentation(views: Views, scenario: str | None = None) -> Float[Tensor, "1 p"]:
@@ -90,68 +93,86 @@ def patch_features(
     return views, {
         "teacher": normalized_features(model, teacher),
         "student": normalized_features(model, model.encode(images, "student")),
-        "predicted:\nnull action": model.predict(teacher, actions_from(identity, model.action_spec)).float(),
-        "predicted:\nthe action": model.predict(teacher, actions_from(params, model.action_spec)).float(),
-        "teacher\nof the view": normalized_features(model, model.encode(views, "teacher")),
+        "predicted, null action": model.predict(teacher, actions_from(identity, model.action_spec)).float(),
+        "predicted, the action": model.predict(teacher, actions_from(params, model.action_spec)).float(),
+        VIEW_MAP: normalized_features(model, model.encode(views, "teacher")),
     }
 
 
-def draw_components(
+def component_figure(
+    keys: Sequence[str],
     images: UInt8[Tensor, "b h w 3"],
     views: UInt8[Tensor, "b h w 3"],
     features: dict[str, Float[Tensor, "b n d"]],
-    components: list[PatchPCA],
+    components: Sequence[PatchPCA],
     action: str,
-    path: Path,
-) -> None:
-    """Write the PCA maps as PNG, one row per image. `components`: one PCA per image."""
-    columns = ["image", *list(features)[:-1], "the view", list(features)[-1]]
-    figure, axes = _grid(len(images), len(columns))
-    for i, line in enumerate(axes):
+) -> TileFigure:
+    """Return the figure of the PCA maps, one block per image. `components`: one PCA per image."""
+    groups = []
+    for i, key in enumerate(keys):
         maps = {name: _square(components[i].colours(patches[i])) for name, patches in features.items()}
-        shown = {"image": images[i], "the view": views[i], **maps}
-        for ax, name in zip(line, columns, strict=True):
-            _show(ax, shown[name], name if i == 0 else "")
-    figure.suptitle(f"Principal components of patch features. Action: {action}", fontsize=9)
-    figure.savefig(path, dpi=150)
+        tiles = {
+            name: FigureTile((255 * colours).round().byte().cpu(), f"photograph {key}: components, {name}", exact=True)
+            for name, colours in maps.items()
+        }
+        of_view = {
+            "the view": FigureTile(views[i], f"photograph {key} after the action"),
+            VIEW_MAP: tiles.pop(VIEW_MAP),
+        }
+        groups.append(_group(key, {"image": FigureTile(images[i], f"photograph {key}"), **tiles, **of_view}))
+    explained = sum(pca.explained for pca in components) / len(components)
+    caption = (
+        "The first three principal components of the patch features as red, green and blue; equal colours are equal "
+        f"features. They explain {explained:.0%} of the variance of the teacher's features. Null action: changes "
+        f"nothing. The action: {action}. A world model makes 'predicted, the action' look like 'teacher, the view'."
+    )
+    return TileFigure("Principal components", caption, groups)
 
 
-def draw_attention(
-    images: UInt8[Tensor, "b h w 3"], weights: Float[Tensor, "b heads n n"], query: int, path: Path
-) -> None:
-    """Write the attention maps as PNG, one row per image. `query`: row-major index of the patch marked +."""
+def attention_figure(
+    keys: Sequence[str], images: UInt8[Tensor, "b h w 3"], weights: Float[Tensor, "b heads n n"], query: int
+) -> TileFigure:
+    """Return the figure of the attention maps, one block per image. `query`: row-major index of the framed patch."""
     heads, n = weights.shape[1], weights.shape[3]
     by_head = attention_received(weights)
-    figure, axes = _grid(len(images), 3 + heads)
     own = weights[:, :, query].mean(1) * n
     most = max(2.0, torch.quantile(by_head.double().flatten()[:: max(1, by_head.numel() // 2**20)], 0.99).item())
-    side = images.shape[1] / n**0.5
-    for i, line in enumerate(axes):
-        top = i == 0
-        _show(line[0], images[i], "image" if top else "")
-        row, column = divmod(query, round(n**0.5))
-        line[0].plot((column + 0.5) * side - 0.5, (row + 0.5) * side - 0.5, "+", color="white", markersize=9)
-        _show(line[1], _square(own[i]), "from patch +" if top else "", most)
-        _show(line[2], _square(by_head[i].mean(0)), "received" if top else "", most)
-        for head in range(heads):
-            _show(line[3 + head], _square(by_head[i, head]), f"head {head + 1}" if top else "", most)
-    bar = figure.colorbar(axes[0, 1].images[0], ax=axes, shrink=0.6, aspect=30)
-    bar.set_label("attention, 1 = equal share", fontsize=8)
-    bar.ax.tick_params(labelsize=8)
-    figure.savefig(path, dpi=150)
+    # Square root scale: a few patches receive most of the attention, and the others would all be dark.
+    scale = ColourScale(0.0, most, power=0.5)
+    groups = []
+    for i, key in enumerate(keys):
+        maps = {"from the patch": own[i], "received": by_head[i].mean(0)}
+        maps |= {f"head {head + 1}": by_head[i, head] for head in range(heads)}
+        tiles = {
+            name: FigureTile(scale.colours(_square(values)), f"photograph {key}: attention, {name}", exact=True)
+            for name, values in maps.items()
+        }
+        framed = FigureTile(_framed(images[i], query, round(n**0.5)), f"photograph {key}, the patch is framed")
+        groups.append(_group(key, {"image": framed, **tiles}))
+    caption = (
+        "Last block of the teacher: attention of the framed patch to the others, averaged over heads; attention that "
+        "each patch receives from all patches, averaged over heads and by head."
+    )
+    return TileFigure("Attention", caption, groups, scale=scale.bar("attention, 1 = equal share"))
 
 
-def _grid(rows: int, columns: int) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(1.1 * columns + 0.7, 1.1 * rows + 0.7), layout="constrained", facecolor="white")
-    return figure, figure.subplots(rows, columns, squeeze=False)
+def _group(key: str, tiles: dict[str, FigureTile]) -> TileGroup:
+    return TileGroup(key, [TileBlock("", [TileColumn(name, (tile,)) for name, tile in tiles.items()])])
 
 
-def _show(ax: Axes, picture: Tensor, title: str, most: float | None = None) -> None:
-    # Square root scale: a few patches receive most of the attention, and the others would all be black.
-    norm = PowerNorm(0.5, vmin=0, vmax=most) if most else None
-    ax.imshow(picture.cpu().numpy(), interpolation="nearest", cmap="viridis", norm=norm)
-    ax.set_axis_off()
-    ax.set_title(title, fontsize=8)
+def _framed(image: UInt8[Tensor, "h w 3"], patch: int, grid: int) -> UInt8[Tensor, "h w 3"]:
+    """Return the image with a white frame, edged in black, around a patch (row-major index)."""
+    side = len(image) // grid
+    framed, (row, column) = image.clone(), divmod(patch, grid)
+    inside = image[row * side : (row + 1) * side, column * side : (column + 1) * side]
+    edge = max(1, side // 8)
+    for out, level in ((edge, 0), (0, 255)):
+        y, x = (max(0, place * side - out) for place in (row, column))
+        framed[y : (row + 1) * side + out, x : (column + 1) * side + out] = level
+    framed[row * side + edge : (row + 1) * side - edge, column * side + edge : (column + 1) * side - edge] = inside[
+        edge : side - edge, edge : side - edge
+    ]
+    return framed
 
 
 def _square(values: Float[Tensor, "n ..."]) -> Float[Tensor, "g g ..."]:
@@ -160,7 +181,7 @@ def _square(values: Float[Tensor, "n ..."]) -> Float[Tensor, "g g ..."]:
 
 
 def evaluate(context: EvalContext, settings: FeatureMapSettings, output: Path) -> dict[str, Any]:
-    """Draw both figures next to `output`; return their images, explained variance and entropy by head.
+    """Return the images' keys, explained variance and entropy by head, and both figures.
 
     Raises ConfigError for invalid settings and missing sample keys.
     """
@@ -174,20 +195,20 @@ def evaluate(context: EvalContext, settings: FeatureMapSettings, output: Path) -
         components = [fit_patch_pca(patches) for patches in teacher]
     spec = context.model.action_spec
     action = describe_action(actions_from(params, spec)[0], spec)
-    pictures = [output.with_suffix(".png"), output.with_name(f"{output.stem}-attention.png")]
-    draw_components(images, views, features, components, action, pictures[0])
     # One image at a time: the attention weights of a ViT-L are 16 × 196 × 196 per image.
     weights = torch.cat([last_attention(context.model.target_encoder, image[None]) for image in images])
     grid = round(teacher.shape[1] ** 0.5)
     query = int(settings.query[0] * grid) * grid + int(settings.query[1] * grid)
-    draw_attention(images, weights, query, pictures[1])
+    figures = [
+        component_figure(keys, images, views, features, components, action),
+        attention_figure(keys, images, weights, query),
+    ]
     return {
         "keys": keys,
         "action": action,
         "explained": sum(pca.explained for pca in components) / len(components),
         "entropy": attention_entropy(weights).mean(0).tolist(),
-        "picture": pictures[0].name,
-        "attention_picture": pictures[1].name,
+        **write_figures(figures, output),
     }
 
 
@@ -201,7 +222,7 @@ def _images(context: EvalContext, settings: FeatureMapSettings) -> tuple[UInt8[T
 def tables(result: dict[str, Any]) -> list[ResultTable]:
     """Return the attention entropy of each head."""
     rows = [[str(head), f"{value:.2f}"] for head, value in enumerate(result["entropy"], start=1)]
-    title = f"Feature maps of {len(result['keys'])} images: {result['picture']}, {result['attention_picture']}"
+    title = f"Feature maps of {len(result['keys'])} images"
     caption = f"Three components explain {result['explained']:.0%} of the variance of the teacher's patch features."
     columns = ["head of the last block", "attention entropy, share of the maximum"]
     return [ResultTable(title, columns, rows, caption)]

@@ -15,14 +15,13 @@ Without conditioning all predictions of an image are equal, so N changes nothing
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int64, UInt8
-from matplotlib.figure import Figure
 from rich.progress import track
 from torch import Tensor
 
@@ -32,6 +31,7 @@ from dali_pipelines.seeds import derive_seed
 from iwm.config import ConfigError
 from iwm.evaluation.bank import TIE_TOLERANCE, actions_from, chance_mrr, embed_bank
 from iwm.evaluation.common import EvalContext, mean_and_stderr
+from iwm.evaluation.figures import FigureTile, TileBlock, TileColumn, TileFigure, TileGroup, write_figures
 from iwm.evaluation.held_out import MissingDataError, naming_command
 from iwm.evaluation.logistic_regression import linear_accuracy
 from iwm.evaluation.paper_results import TABLE_S6
@@ -63,14 +63,14 @@ class BankLookup:
 
 
 def evaluate(context: EvalContext, settings: MarginalisationSettings, output: Path) -> dict[str, Any]:
-    """Compute retrieval and linear accuracy for each number of predictions; draw the figure next to `output`.
+    """Compute retrieval and linear accuracy for each number of predictions; the figure shows some banks.
 
     Linear accuracy is left out where the data lack labels or a second split. Raises ConfigError for invalid settings,
     a given label or training split that does not exist, and fewer than two images.
     """
     _check(context, settings)
     numbers = tuple(map(str, settings.predictions))
-    images, _ = context.first_images(settings.bank.num_images, at_least=2)
+    images, keys = context.first_images(settings.bank.num_images, at_least=2)
     linear, left_out = None, {}
     if settings.linear:
         try:
@@ -79,8 +79,7 @@ def evaluate(context: EvalContext, settings: MarginalisationSettings, output: Pa
             left_out["linear accuracy"] = naming_command(error, "marginalisation")
     generators = torch.Generator().manual_seed(settings.seed), _action_generator(settings.seed)
     banks = [_look_up(context, image, settings, *generators) for image in track(images, "banks", transient=True)]
-    picture = output.with_suffix(".png")
-    draw(banks[:FIGURE_ROWS], settings.predictions[-1], picture)
+    shown = dict(zip(keys[:FIGURE_ROWS], banks, strict=False))
     ranks = torch.stack([bank.found.ranks for bank in banks], dim=1).double()
     nearest = torch.stack([bank.nearest_strength for bank in banks], dim=1).double()
     names = (NULL, *numbers, COPIES)
@@ -101,7 +100,7 @@ def evaluate(context: EvalContext, settings: MarginalisationSettings, output: Pa
         "linear": linear,
         "left_out": left_out,
         "paper": {str(n): TABLE_S6[n] for n in settings.predictions if n in TABLE_S6},
-        "picture": picture.name,
+        **write_figures([figure(shown, settings.predictions[-1])], output),
     }
 
 
@@ -178,22 +177,27 @@ def _linear(context: EvalContext, settings: MarginalisationSettings, names: Sequ
     return linear_accuracy(context, settings.probe, features, names, settings.seed)
 
 
-def draw(banks: Sequence[BankLookup], predictions: int, path: Path) -> None:
-    """Write the figure as PNG: for each image some of its views and, below, the views nearest to the last z_inv."""
-    figure = Figure(figsize=(1.05 * FIGURE_COLUMNS + 1.2, 2.35 * len(banks)), layout="constrained", facecolor="white")
-    axes = figure.subplots(2 * len(banks), FIGURE_COLUMNS, squeeze=False)
-    for ax in axes.flat:
-        ax.set_axis_off()
-    for (above, below), bank in zip(axes.reshape(len(banks), 2, FIGURE_COLUMNS), banks, strict=True):
-        for ax, view in zip(above, bank.some, strict=False):
-            ax.imshow(view.numpy(), interpolation="nearest")
+def figure(shown: Mapping[str, BankLookup], predictions: int) -> TileFigure:
+    """Return the figure: for each image, by key, some of its views and the views nearest to the last z_inv."""
+    groups = []
+    for key, bank in shown.items():
         places = bank.found.order[-2].tolist()
-        for i, (ax, image) in enumerate(zip(below, bank.nearest, strict=False)):
-            ax.imshow(image.numpy(), interpolation="nearest")
-            ax.set_title(f"{i + 1}" if places[i] else f"{i + 1}: clean", fontsize=8, pad=2)
-        for ax, words in ((above[0], "some views"), (below[0], f"nearest to\nz_inv, N = {predictions}")):
-            ax.text(-0.12, 0.5, words, transform=ax.transAxes, ha="right", va="center", fontsize=8, color="0.25")
-    figure.savefig(path, dpi=150)
+        columns = []
+        for i, (view, near) in enumerate(zip(bank.some, bank.nearest, strict=False)):
+            clean = places[i] == 0
+            kind = "the clean image" if clean else "a jittered view"
+            tiles = (
+                FigureTile(view, f"photograph {key}: one of its views"),
+                FigureTile(near, f"photograph {key}: number {i + 1} nearest to z_inv, {kind}", marked=clean),
+            )
+            columns.append(TileColumn(f"{i + 1}", tiles))
+        groups.append(TileGroup(key, [TileBlock("", columns, rows=("some views", "nearest to z_inv"))]))
+    caption = (
+        "Some jittered views of an image; below them the views nearest to z_inv, the mean of "
+        f"{predictions} predictions, nearest first. The mean leaves out what the actions change, so the clean image "
+        "should be near."
+    )
+    return TileFigure("Views nearest to the mean prediction", caption, groups, mark="the clean image")
 
 
 def tables(result: dict[str, Any]) -> list[ResultTable]:

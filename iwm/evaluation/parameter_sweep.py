@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from rich.progress import track
 from scipy.stats import spearmanr
 from torch import Tensor
@@ -34,7 +34,7 @@ from iwm.evaluation.bank import (
     predicted_distances,
 )
 from iwm.evaluation.common import EvalContext, mean_and_stderr
-from iwm.evaluation.figures import ImageBlock, draw_image_blocks
+from iwm.evaluation.figures import FigureTile, TileBlock, TileColumn, TileFigure, TileGroup, write_figures
 from iwm.evaluation.result_table import ResultTable, format_mean_stderr
 from iwm.evaluation.settings import (
     DISTANCES,
@@ -169,7 +169,7 @@ def summarise(series: Sweep, results: Sequence[SweepResult]) -> dict[str, Any]:
 
 
 def evaluate(context: EvalContext, settings: SweepSettings, output: Path) -> dict[str, Any]:
-    """Compute curves and scores of all series; draw the figures next to `output`.
+    """Compute curves and scores of all series, and the figures of some images.
 
     Raises ConfigError for invalid settings and fewer than two images.
     """
@@ -177,21 +177,20 @@ def evaluate(context: EvalContext, settings: SweepSettings, output: Path) -> dic
     images, keys = context.first_images(settings.num_images, at_least=2)
     generator = torch.Generator().manual_seed(settings.seed)
     shown = torch.randperm(len(images), generator=generator)[: settings.num_shown].tolist()
-    results, pictures = [], {}
+    results, figures = [], {}
     for i in track(range(len(images)), "sweeps", transient=True):
         bank, image_results = run_sweeps(context, images[i], all_series, settings, generator)
         results.append(image_results)
         if i in shown:
-            pictures[i] = output.with_name(f"{output.stem}-{shown.index(i) + 1}.png")
-            draw_image_blocks(_bands(bank, all_series, image_results), pictures[i])
+            figures[i] = figure(keys[i], bank, all_series, image_results, folded=i != shown[0])
     per_series = zip(all_series, zip(*results, strict=True), strict=True)
     return {
         "images": len(images),
         "distance": settings.distance,
         "context": settings.encoder,
         "conditioning": context.config.action.conditioning,
-        "pictures": [{"key": keys[i], "picture": pictures[i].name} for i in shown],
         "series": [_record(series, series_results) for series, series_results in per_series],
+        **write_figures([figures[i] for i in shown], output),
     }
 
 
@@ -209,21 +208,52 @@ def _record(series: Sweep, results: Sequence[tuple[SweepResult, SweepResult]]) -
     }
 
 
-def _bands(
-    bank: Bank, all_series: Sequence[Sweep], results: Sequence[tuple[SweepResult, SweepResult]]
-) -> list[ImageBlock]:
-    """Return one block per sweep: true views, retrieved views and, for undo sweeps, the control's views."""
+def figure(
+    key: str, bank: Bank, all_series: Sequence[Sweep], results: Sequence[tuple[SweepResult, SweepResult]], folded: bool
+) -> TileFigure:
+    """Return the figure of one image: a block for each series, with a column for each value.
+
+    Rows: the view with the value; below it the view nearest to the prediction and, for undo sweeps, the control's.
+    """
     blocks, first = [], 0
     for series, (with_action, control) in zip(all_series, results, strict=True):
         views = bank.views[first : first + len(series.values)].cpu()
         first += len(series.values)
-        ends = [change_in_words(series.op, series.values[i]) for i in (0, -1)]
-        title = series.name if ends == ["off", "on"] else f"{series.name}: {ends[0]} to {ends[1]}"
-        rows = {"source" if series.undo else "true": views, "retrieved": views[with_action.nearest]}
-        if series.undo:
-            rows["without\naction"] = views[control.nearest]
-        blocks.append(ImageBlock(title, rows))
-    return blocks
+        rows = ("source", "nearest", "without action") if series.undo else ("true", "nearest")
+        found = (with_action, control) if series.undo else (with_action,)
+        blocks.append(
+            TileBlock(series.name, [_column(key, series, views, found, rows, i) for i in range(len(views))], rows)
+        )
+    target = "Undo: the clean image, the first column, should be nearest. " if any(s.undo for s in all_series) else ""
+    return TileFigure(
+        title=f"Photograph {key}",
+        caption=(
+            "One column for each value of the parameter: the view with this value and, below it, the view nearest to "
+            f"the prediction. {target}Photograph {key}."
+        ),
+        groups=[TileGroup("", blocks)],
+        mark="the nearest view is the target",
+        tile_width=56,
+        folded=folded,
+    )
+
+
+def _column(
+    key: str,
+    series: Sweep,
+    views: UInt8[Tensor, "n h w 3"],
+    found: Sequence[SweepResult],
+    rows: Sequence[str],
+    i: int,
+) -> TileColumn:
+    value = change_in_words(series.op, series.values[i])
+    words = f"photograph {key}, {series.name}, {value}"
+    tiles = [FigureTile(views[i], f"{words}: {rows[0]}")]
+    for name, result in zip(rows[1:], found, strict=True):
+        nearest = int(result.nearest[i])
+        shown = change_in_words(series.op, series.values[nearest])
+        tiles.append(FigureTile(views[nearest], f"{words}: {name}, {shown}", marked=nearest == series.targets[i]))
+    return TileColumn(value, tuple(tiles))
 
 
 def change_in_words(op: str, value: float) -> str:

@@ -7,7 +7,6 @@ best and worst prediction of each image.
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +14,22 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int, UInt8
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from dali_pipelines.augmentations import PhotometricConfig
 from dali_pipelines.replay import apply_photometric, sample_photometric
 from iwm.actions import describe_action
 from iwm.config import ConfigError
-from iwm.evaluation.bank import UNCONDITIONED_NOTE, actions_from, embed_bank, predicted_distances, rank_of_target
+from iwm.evaluation.bank import (
+    UNCONDITIONED_NOTE,
+    actions_from,
+    chance_mrr,
+    embed_bank,
+    predicted_distances,
+    rank_of_target,
+)
 from iwm.evaluation.common import EvalContext
+from iwm.evaluation.figures import FigureTile, TileBlock, TileColumn, TileFigure, TileGroup, write_figures
 from iwm.evaluation.result_table import ResultTable
 from iwm.evaluation.settings import BankSettings, RetrievalSettings, bank_augmentation
 from iwm.models.world_model import WorldModel
@@ -40,7 +45,11 @@ class Retrieval:
     rank: float
     """Rank of the true view, from 1."""
     retrieved: UInt8[Tensor, "h w 3"]
+    retrieved_action: str
+    """Action that leads to the retrieved view."""
     truth: UInt8[Tensor, "h w 3"]
+    hit: bool
+    """True where the retrieved view is the true one."""
     label: str = ""
     """`best` or `worst`; empty for a random action."""
 
@@ -68,14 +77,22 @@ class _ImagePredictions:
 
     def row(self, model: WorldModel, indices: Sequence[int], labels: Sequence[str]) -> Row:
         colour, index = model.config.views.jitter_impl, torch.tensor(indices, device=self.image.device)
-        actions = actions_from(self.params[index], model.action_spec)
         sources = self.image.expand(len(indices), -1, -1, -1)
-        truth, retrieved = (
-            apply_photometric(sources, self.params[i], colour).cpu() for i in (index, self.nearest[index])
+        true, near = self.params[index], self.params[self.nearest[index]]
+        truth, retrieved = (apply_photometric(sources, params, colour).cpu() for params in (true, near))
+        true_words, near_words = (
+            [describe_action(action, model.action_spec) for action in actions_from(params, model.action_spec)]
+            for params in (true, near)
         )
         retrievals = [
             Retrieval(
-                describe_action(actions[i], model.action_spec), self.ranks[k].item(), retrieved[i], truth[i], label
+                action=true_words[i],
+                rank=self.ranks[k].item(),
+                retrieved=retrieved[i],
+                retrieved_action=near_words[i],
+                truth=truth[i],
+                hit=self.nearest[k].item() == k,
+                label=label,
             )
             for i, (k, label) in enumerate(zip(indices, labels, strict=True))
         ]
@@ -123,51 +140,64 @@ def _predict_image(
     return _ImagePredictions(key, image, params, ranks, distances[0, 0].argmin(dim=1), distances[0, 0].diagonal())
 
 
-def draw(rows: list[Row], bank: int, path: Path) -> None:
-    """Write the figure as PNG, one row per image with the retrieved and the true view of each action."""
-    actions = len(rows[0].retrievals)
-    figure = Figure(
-        figsize=(1.3 * (1 + 2.25 * actions), 1.95 * len(rows) + 0.2), layout="constrained", facecolor="white"
+def figure(rows: Sequence[Row], bank: int, title: str, caption: str, folded: bool = False) -> TileFigure:
+    """Return the figure: for each image the photograph and, for each action, the retrieved and the true view."""
+    groups = []
+    for row in rows:
+        photograph = TileBlock("", [TileColumn("photograph", (FigureTile(row.source, f"photograph {row.key}"),))])
+        blocks = [_block(row.key, retrieval, bank) for retrieval in row.retrievals]
+        groups.append(TileGroup(row.key, [photograph, *blocks]))
+    mark = "the view nearest to the prediction is the true view"
+    return TileFigure(title, caption, groups, mark=mark, tile_width=96, folded=folded)
+
+
+def _block(key: str, retrieval: Retrieval, bank: int) -> TileBlock:
+    rank = f"rank {retrieval.rank:g} of {bank}"
+    nearest = f"photograph {key}, {retrieval.action}: view nearest to the prediction, " + (
+        "which is the true view" if retrieval.hit else f"{retrieval.retrieved_action}; the true view has {rank}"
     )
-    widths = [1.0, *([0.15, 1.0, 1.0] * actions)]
-    axes = figure.subplots(len(rows), len(widths), squeeze=False, width_ratios=widths)
-    for ax in axes.flat:
-        ax.set_axis_off()
-    for line, row in zip(axes, rows, strict=True):
-        _show(line[0], row.source, "image")
-        for a, retrieval in enumerate(row.retrievals):
-            _show(line[3 * a + 2], retrieval.retrieved, "retrieved")
-            _show(line[3 * a + 3], retrieval.truth, "true view")
-            label = f"{retrieval.label} of {bank} predictions\n" if retrieval.label else ""
-            words = f"{label}{textwrap.fill(retrieval.action, 40)}\nrank {retrieval.rank:g} of {bank}"
-            line[3 * a + 2].set_title(words, fontsize=7, loc="left", linespacing=1.3)
-    figure.savefig(path, dpi=160)
-
-
-def _show(ax: Axes, image: UInt8[Tensor, "h w 3"], caption: str) -> None:
-    ax.imshow(image.numpy(), interpolation="nearest")
-    ax.text(0.5, -0.04, caption, transform=ax.transAxes, ha="center", va="top", fontsize=7, color="0.35")
+    truth = f"photograph {key}, {retrieval.action}: true view, {rank}"
+    columns = [
+        TileColumn("nearest", (FigureTile(retrieval.retrieved, nearest, marked=retrieval.hit),)),
+        TileColumn("true view", (FigureTile(retrieval.truth, truth),)),
+    ]
+    selection = f"{retrieval.label} of {bank} predictions: " if retrieval.label else ""
+    # Lines break between the parts of an action, not inside 'hue -18°'.
+    action = ", ".join(part.replace(" ", "\N{NO-BREAK SPACE}") for part in retrieval.action.split(", "))
+    return TileBlock("", columns, notes=(f"{selection}{action}", f"true view: {rank}"))
 
 
 def evaluate(context: EvalContext, settings: RetrievalSettings, output: Path) -> dict[str, Any]:
-    """Draw the figures next to `output`; return the keys, actions and ranks that they show.
+    """Return the keys, actions and ranks of all retrievals, and the figures that show them.
 
     Raises ConfigError for invalid settings.
     """
-    if settings.num_actions > settings.bank.num_views:
-        raise ConfigError(
-            f"--num-actions {settings.num_actions}: must be from 1 to --bank.num-views {settings.bank.num_views}"
-        )
+    bank = settings.bank.num_views
+    if settings.num_actions > bank:
+        raise ConfigError(f"--num-actions {settings.num_actions}: must be from 1 to --bank.num-views {bank}")
     chosen, extremes = retrieve(context, settings)
-    picture, picture_of_extremes = output.with_suffix(".png"), output.with_name(f"{output.stem}-extremes.png")
-    draw(chosen, settings.bank.num_views, picture)
-    draw(extremes, settings.bank.num_views, picture_of_extremes)
+    unconditioned = context.config.action.conditioning == "none"
+    caption = (
+        f"The photograph; then, for each action, the view nearest to the prediction, among {bank} jittered views, and "
+        f"the true view. Images and actions are random (seed {settings.seed})."
+    )
+    figures = [
+        figure(chosen, bank, "Retrieved views", f"{caption} {UNCONDITIONED_NOTE}" if unconditioned else caption),
+        figure(
+            extremes,
+            bank,
+            "Best and worst prediction of each image",
+            f"Not random: the best and the worst of all {bank} predictions for each of these images.",
+            folded=True,
+        ),
+    ]
     return {
-        "bank": settings.bank.num_views,
+        "bank": bank,
+        "chance": chance_mrr(bank),
         "conditioning": context.config.action.conditioning,
-        "picture": picture.name,
         "photographs": [_record(row) for row in chosen],
-        "extremes": {"picture": picture_of_extremes.name, "photographs": [_record(row) for row in extremes]},
+        "extremes": [_record(row) for row in extremes],
+        **write_figures(figures, output),
     }
 
 
@@ -178,12 +208,11 @@ def _record(row: Row) -> dict[str, Any]:
 
 def tables(result: dict[str, Any]) -> list[ResultTable]:
     """Return the ranks of the random actions, then of each image's best and worst."""
-    extremes = result["extremes"]
     rows = []
-    for row in (*result["photographs"], *extremes["photographs"]):
+    for row in (*result["photographs"], *result["extremes"]):
         for i, shown in enumerate(row["actions"]):
             label = f"{shown['label']} of {result['bank']}" if "label" in shown else f"random, seed {result['seed']}"
             rows.append(["" if i else row["key"], label, shown["action"], f"{shown['rank']:g}"])
-    title = f"Retrieval in a bank of {result['bank']} views: {result['picture']} and {extremes['picture']}"
+    title = f"Retrieval in a bank of {result['bank']} views"
     caption = UNCONDITIONED_NOTE if result["conditioning"] == "none" else ""
     return [ResultTable(title, ["image", "selection", "action", "rank of the true view"], rows, caption)]

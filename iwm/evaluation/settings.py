@@ -48,7 +48,7 @@ class EvalSettings:
     checkpoint: Path
     """Run folder, whose newest complete checkpoint is loaded, or one checkpoint file."""
     output: Path | None = None
-    """JSON file to write. Default: RUN/eval/NAME.json."""
+    """JSON file to write; the images of its figures go into a zip next to it. Default: RUN/eval/NAME.json."""
     data: EvalData = field(default_factory=EvalData)
     seed: Annotated[int, Range(min=0)] = 0
     """Seed of all random values. With the same seed, all models are evaluated on the same views and actions."""
@@ -104,7 +104,7 @@ class MRRSettings(EvalSettings):
 
 @dataclass(frozen=True)
 class RetrievalSettings(EvalSettings):
-    """Figures of the views nearest to predictions. Writes RUN/eval/retrieval.png and retrieval-extremes.png."""
+    """Figures of the views nearest to predictions, with the rank of the true view."""
 
     bank: BankSettings = field(default_factory=lambda: BankSettings(num_images=6))
     num_actions: Annotated[int, Range(min=1)] = 3
@@ -113,7 +113,7 @@ class RetrievalSettings(EvalSettings):
 
 @dataclass(frozen=True)
 class SweepSettings(EvalSettings):
-    """Retrieval along a grid of values, one parameter at a time. Writes RUN/eval/parameter-sweep-1.png, -2.png, …"""
+    """Retrieval along a grid of values, one parameter at a time."""
 
     num_images: Annotated[int, Range(min=2)] = 64
     """Images that the curves are averaged over, at least 2; all where the split has fewer."""
@@ -136,7 +136,7 @@ class SweepSettings(EvalSettings):
 
 @dataclass(frozen=True)
 class CorruptionSettings(EvalSettings):
-    """MRR from corrupted sources, by corruption and strength. Writes RUN/eval/corruptions.png next to the JSON."""
+    """MRR from corrupted sources, by corruption and strength."""
 
     bank: BankSettings = field(default_factory=lambda: BankSettings(num_images=24))
     num_queries: Annotated[int, Range(min=2)] = 16
@@ -175,7 +175,7 @@ class ExplorerSettings(EvalSettings):
 
 @dataclass(frozen=True)
 class SimilaritySettings(EvalSettings):
-    """Cosine similarity of augmented views within and between images. Writes RUN/eval/similarity.png."""
+    """Cosine similarity of augmented views within and between images."""
 
     num_images: Annotated[int, Range(min=2)] = 128
     """Images, at least 2; all where the split has fewer."""
@@ -220,7 +220,7 @@ class LinearSettings(LabelledImageSettings):
 
 @dataclass(frozen=True)
 class MarginalisationSettings(EvalSettings):
-    """Retrieval and linear accuracy of means of N predictions. Writes RUN/eval/marginalisation.png next to the JSON."""
+    """Retrieval and linear accuracy of means of N predictions."""
 
     predictions: Annotated[tuple[int, ...], Range(min=1)] = (1, 8, 16, 32, 128)
     """Values of N, the number of averaged predictions, in ascending order. The largest determines the cost."""
@@ -234,7 +234,7 @@ class MarginalisationSettings(EvalSettings):
 
 @dataclass(frozen=True)
 class FeatureMapSettings(EvalSettings):
-    """Attention and PCA maps of patch features. Writes RUN/eval/feature-maps.png and feature-maps-attention.png."""
+    """Attention and PCA maps of patch features."""
 
     num_images: Annotated[int, Range(min=1)] = 6
     """Images, sampled with the seed; all where the split has fewer."""

@@ -16,19 +16,21 @@ Standard errors are over images: that of the mean for similarities, the jackknif
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from dali_pipelines.augmentations import SCENARIOS, PhotometricConfig, Views
 from dali_pipelines.replay import apply_photometric, sample_photometric
 from iwm.config import ConfigError, EncoderName
+from iwm.evaluation.colour_scale import ColourScale
 from iwm.evaluation.common import EvalContext, mean_and_stderr
+from iwm.evaluation.figures import FigureTile, Matrix, TileFigure, write_figures
 from iwm.evaluation.result_table import ResultTable
 from iwm.evaluation.settings import JITTER_SCENARIOS, SimilaritySettings
 from iwm.models.world_model import WorldModel
@@ -97,31 +99,36 @@ def variance_ratio(features: Float[Tensor, "k m d"]) -> tuple[float, float]:
     return ratio, ((k - 1) / k * (without - without.mean()).square().sum()).sqrt().item()
 
 
-def draw(images: UInt8[Tensor, "k h w 3"], features: Float[Tensor, "k m d"], path: Path) -> None:
-    """Write the matrix of cosine similarities of all views as PNG, with each image next to its block."""
+def figure(
+    keys: Sequence[str], images: UInt8[Tensor, "k h w 3"], features: Float[Tensor, "k m d"], encoder: EncoderName
+) -> TileFigure:
+    """Return the matrix of cosine similarities of all views, with each image next to its rows."""
     k, m, _ = features.shape
     unit = torch.nn.functional.normalize(features.double(), dim=2).flatten(0, 1)
-    matrix = (unit @ unit.T).cpu().numpy()
-    figure = Figure(figsize=(6.4, 5.4), layout="constrained", facecolor="white")
-    axes = figure.add_subplot()
-    heatmap = axes.imshow(matrix, cmap="viridis", vmax=1.0, interpolation="nearest")
-    for edge in range(1, k):
-        axes.axhline(edge * m - 0.5, color="white", linewidth=0.4)
-        axes.axvline(edge * m - 0.5, color="white", linewidth=0.4)
-    for i, image in enumerate(images.cpu().numpy()):
-        inset = axes.inset_axes((-0.9 / k, 1 - (i + 0.93) / k, 0.86 / k, 0.86 / k))
-        inset.imshow(image, interpolation="nearest")
-        inset.set_axis_off()
-    axes.set_axis_off()
-    axes.set_title(f"{k} images, {m} augmented views of each", fontsize=9)
-    bar = figure.colorbar(heatmap, ax=axes, shrink=0.85)
-    bar.set_label("cosine similarity", fontsize=8)
-    bar.ax.tick_params(labelsize=8)
-    figure.savefig(path, dpi=160)
+    matrix = (unit @ unit.T).cpu()
+    scale = ColourScale(matrix.min().item(), 1.0)
+    alt = f"matrix of the cosine similarities of {k} images, {m} views of each, from {matrix.min():.2f} to 1"
+    tile = FigureTile(_separated(scale.colours(matrix), m), alt, exact=True)
+    labels = [(key, FigureTile(image, f"photograph {key}")) for key, image in zip(keys, images, strict=True)]
+    caption = (
+        f"Cosine similarity of the {encoder}'s pooled features: {k} images, {m} augmented views of each (no crop), in "
+        "the same order along both sides. Uniform yellow squares on the diagonal: invariant features. Structure within "
+        "the squares: features depend on the augmentation."
+    )
+    return TileFigure("Similarity matrix", caption, matrix=Matrix(tile, labels), scale=scale.bar("cosine similarity"))
+
+
+def _separated(matrix: UInt8[Tensor, "n n 3"], size: int) -> UInt8[Tensor, "n2 n2 3"]:
+    """Return the matrix with white lines, one pixel wide, between blocks of `size` rows and columns."""
+    n, lines = len(matrix), (len(matrix) - 1) // size
+    places = torch.arange(n) + torch.arange(n) // size
+    separated = matrix.new_full((n + lines, n + lines, 3), 255)
+    separated[places[:, None], places] = matrix
+    return separated
 
 
 def evaluate(context: EvalContext, settings: SimilaritySettings, output: Path) -> dict[str, Any]:
-    """Compute similarities and variance ratio with standard errors; draw the figure next to `output`.
+    """Compute similarities and variance ratio with standard errors; the figure is the matrix of some images.
 
     Raises ConfigError for invalid settings and fewer than two images, CheckpointError where all images have the same
     features.
@@ -138,8 +145,8 @@ def evaluate(context: EvalContext, settings: SimilaritySettings, output: Path) -
             f"{context.checkpoint}: all images have the same features: the model has collapsed; evaluate an earlier "
             "checkpoint"
         )
-    picture = output.with_suffix(".png")
-    draw(images[: settings.num_shown], features[: settings.num_shown], picture)
+    shown = slice(settings.num_shown)
+    matrix = figure(keys[shown], images[shown], features[shown], settings.encoder)
     return {
         "images": len(keys),
         "augmentations": settings.num_views,
@@ -147,8 +154,8 @@ def evaluate(context: EvalContext, settings: SimilaritySettings, output: Path) -
         "within_image": mean_and_stderr(within),
         "between_images": mean_and_stderr(between),
         "variance_ratio": {"mean": ratio, "standard_error": None if len(keys) < 3 else error},
-        "picture": picture.name,
-        "shown": keys[: settings.num_shown],
+        "shown": keys[shown],
+        **write_figures([matrix], output),
     }
 
 
@@ -168,5 +175,8 @@ def tables(result: dict[str, Any]) -> list[ResultTable]:
         error = "" if score["standard_error"] is None else f"{score['standard_error']:.4f}"
         rows.append([words, f"{score['mean']:.4f}", error])
     title = f"Similarity of augmented views, {result['encoder']}"
-    caption = f"{result['images']} images, {result['augmentations']} views each; see {result['picture']}"
+    caption = (
+        f"{result['images']} images, {result['augmentations']} views each. A smaller variance within images means more "
+        "invariance."
+    )
     return [ResultTable(title, ["", "mean", "standard error"], rows, caption)]

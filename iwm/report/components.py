@@ -1,4 +1,4 @@
-"""Building blocks for sections of the page, all of them Markup: frame, text, figures, tables and charts.
+"""Building blocks for sections of the page, all of them Markup: frame, text, tables and charts.
 
 Text is given as str and escaped, HTML as Markup; join parts with `Markup().join`. The page is self-contained; colours
 come from templates/page.css.
@@ -6,10 +6,8 @@ come from templates/page.css.
 
 from __future__ import annotations
 
-import base64
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 from markupsafe import Markup
 
@@ -35,7 +33,6 @@ __all__ = [
     "chart_card",
     "chart_grid",
     "details",
-    "figure",
     "html_table",
     "legend",
     "line_chart",
@@ -64,11 +61,6 @@ def details(title: str, content: Markup, kind: str = "") -> Markup:
 def paragraphs(texts: Sequence[str], kind: str = "", *, linked: bool = False) -> Markup:
     """Return each text as a paragraph; `kind` is a CSS class. linked: terms are links to the glossary."""
     return call(TEMPLATE, "paragraphs", texts, kind, linked)
-
-
-def figure(picture: Path, alt: str, caption: str) -> Markup:
-    """Return a PNG file, embedded as base64, with its caption."""
-    return call(TEMPLATE, "figure", base64.b64encode(picture.read_bytes()).decode(), alt, caption)
 
 
 def with_anchors(sections: Markup) -> tuple[Markup, list[tuple[str, Markup]]]:

@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
+from statistics import mean
 from typing import Any
 
 from markupsafe import Markup
 
 from dali_pipelines.augmentations import OPS
-from iwm.evaluation.bank import UNCONDITIONED_NOTE
 from iwm.report.components import (
     ChartLine,
     chart_card,
     chart_grid,
     details,
-    figure,
     html_table,
     legend,
     line_chart,
+    paragraphs,
     section,
     stored_tables,
 )
+from iwm.report.picture_grid import figures
 from iwm.report.provenance import origin_paragraph
 from iwm.report.runs import RunResults
 
-
-def _picture(run: RunResults, name: str, alt: str, caption: str) -> Markup:
-    """Return the figure of a file in the run's eval folder."""
-    return figure(run.folder / "eval" / name, alt, caption)
+CLEARLY = 2.0
+"""Standard errors by which a score exceeds its control where it is called higher."""
 
 
 def _section(
@@ -40,24 +40,25 @@ def _section(
 
 def retrieval_picture(run: RunResults) -> Markup:
     """Return the retrieval figures: random images and, folded, the best and worst prediction of each image."""
-    return _section(run, "Retrieval", "retrieval", _pictures)
-
-
-def _pictures(run: RunResults, result: dict[str, Any]) -> Markup:
-    bank = result["bank"]
-    caption = (
-        f"The view nearest to the prediction, among {bank} jittered views, next to the true view. Images and actions "
-        f"are random (seed {result['seed']})."
+    return _section(
+        run, "Retrieval", "retrieval", lambda run, result: _failed_photographs(result) + figures(run, result)
     )
-    if result.get("conditioning") == "none":
-        caption += f" {UNCONDITIONED_NOTE}"
-    alt = "images, retrieved views and true views"
-    chosen = _picture(run, result["picture"], alt, caption)
-    if "extremes" not in result:  # results of older versions
-        return chosen
-    caption = f"Not random: the best and the worst of all {bank} predictions for each of these images."
-    extremes = _picture(run, result["extremes"]["picture"], alt, caption)
-    return chosen + details("Best and worst prediction of each image", extremes)
+
+
+def _failed_photographs(result: dict[str, Any]) -> Markup:
+    """Name the photographs whose random actions have reciprocal ranks of chance or less; '' where there are none."""
+    failed = []
+    for photograph in result["photographs"]:
+        ranks = [shown["rank"] for shown in photograph["actions"]]
+        if mean(1 / rank for rank in ranks) <= result["chance"]:
+            failed.append(f"{photograph['key']} (ranks {', '.join(f'{rank:g}' for rank in ranks)})")
+    if not failed:
+        return Markup()
+    text = (
+        f"Retrieval fails for {', '.join(failed)}: on average over the actions shown, the true view is ranked no "
+        "better than by chance."
+    )
+    return paragraphs([text], linked=True)
 
 
 def nearest_neighbours(run: RunResults) -> Markup:
@@ -69,53 +70,31 @@ def _tables(result: dict[str, Any]) -> Markup:
     return Markup().join(map(html_table, stored_tables(result)))
 
 
+def _tables_and_figures(run: RunResults, result: dict[str, Any]) -> Markup:
+    return _tables(result) + figures(run, result)
+
+
 def similarity_matrix(run: RunResults) -> Markup:
     """Return the similarity matrix (figure S3) and its scores."""
-
-    def content(run: RunResults, result: dict[str, Any]) -> Markup:
-        caption = (
-            f"Cosine similarity of the {result['encoder']}'s pooled features, {len(result['shown'])} images, "
-            f"{result['augmentations']} augmented views of each (no crop). Uniform yellow squares on the diagonal: "
-            "invariant features. Structure within the squares: features depend on the augmentation. A smaller "
-            "variance within images means more invariance."
-        )
-        return _tables(result) + _picture(run, result["picture"], "matrix of cosine similarities", caption)
-
-    return _section(run, "Similarity of augmented views", "similarity", content)
+    return _section(run, "Similarity of augmented views", "similarity", _tables_and_figures)
 
 
 def marginalised(run: RunResults) -> Markup:
     """Return the results of marginalised representations (table S6, figure S4)."""
-
-    def content(run: RunResults, result: dict[str, Any]) -> Markup:
-        caption = "Some jittered views of an image; below them, the views nearest to the mean of its predictions."
-        return _tables(result) + _picture(run, result["picture"], "views and nearest neighbours", caption)
-
-    return _section(run, "Marginalised representations", "marginalisation", content)
+    return _section(run, "Marginalised representations", "marginalisation", _tables_and_figures)
 
 
 def patch_maps(run: RunResults) -> Markup:
     """Return the PCA and attention maps of patch features."""
-
-    def content(run: RunResults, result: dict[str, Any]) -> Markup:
-        colours = (
-            "The first three principal components of the teacher's patch features as red, green and blue; equal "
-            f"colours are equal features. They explain {result['explained']:.0%} of the variance. Action: "
-            f"{result['action']}."
-        )
-        attention = (
-            "Last block of the teacher: attention of the marked patch to the others, and attention that each patch "
-            "receives from all patches, averaged and by head. 1 is an equal share."
-        )
-        return _picture(run, result["picture"], "maps of principal components", colours) + _picture(
-            run, result["attention_picture"], "maps of attention", attention
-        )
-
-    return _section(run, "Patch features", "feature-maps", content)
+    return _section(run, "Patch features", "feature-maps", figures)
 
 
 UNITS = {op.name: (op.unit, op.unit_scale) for op in OPS if op.unit}
 """Unit and factor of a parameter's axis, where it does not show the plain value."""
+
+
+LINES = ("with action", "control", "ideal: the target")
+"""Lines of a sweep's chart, in their order."""
 
 
 def sweep_section(run: RunResults) -> Markup:
@@ -125,22 +104,49 @@ def sweep_section(run: RunResults) -> Markup:
 
 def _sweeps(run: RunResults, result: dict[str, Any]) -> Markup:
     meaning = (
-        "Horizontal axis: true value. Vertical axis: value of the view nearest to the prediction, mean over "
-        "images; the band is one standard deviation. In undo sweeps, the source has the value and the target is the "
-        "clean image. Control: shuffled actions; in undo sweeps, an action that does not describe the source's "
-        "augmentation. Exact: share of predictions whose nearest view is the target. The number above each chart is "
-        "the rank correlation."
+        "Horizontal axis: true value. Vertical axis: value of the view nearest to the prediction, mean over images; "
+        "the band is one standard deviation. In undo sweeps, the source has the value, and the target is the clean "
+        "image. Control: shuffled actions; in undo sweeps, an action that does not describe the source's augmentation. "
+        "Above each chart: the rank correlation; in undo sweeps the exact share, of predictions whose nearest view is "
+        "the target."
     )
-    charts = chart_grid(Markup().join(_chart(series) for series in result["series"]))
-    pictures = [
-        _picture(run, item["picture"], "rows of true and retrieved views", f"Image {item['key']}.")
-        for item in result["pictures"]
-    ]
-    more = details("More images", Markup().join(pictures[1:])) if pictures[1:] else Markup()
-    names = legend(("with action", "control", "target"))
-    return Markup("<p>{}</p>{}{}{}{}{}").format(
-        meaning, names, charts, _tables(result), Markup().join(pictures[:1]), more
-    )
+    charts = chart_grid(Markup().join(map(_chart, result["series"])))
+    text, names = paragraphs([meaning], linked=True), legend(LINES)
+    return text + names + charts + paragraphs(_low_scores(result)) + _tables(result) + figures(run, result)
+
+
+def _headline(series: dict[str, Any]) -> tuple[str, str]:
+    """Return name and key of the score that says whether a sweep succeeds.
+
+    The retrieved values of a perfect undo sweep are all equal, so it has no rank correlation.
+    """
+    return ("exact", "hits") if series["undo"] else ("correlation", "correlation")
+
+
+def _low_scores(result: dict[str, Any]) -> list[str]:
+    """Return a sentence on series that were never trained, and one on trained series that are like their control."""
+    trained = [series for series in result["series"] if series["trained"]]
+    never = [series["name"] for series in result["series"] if not series["trained"]]
+    like_control = [series["name"] for series in trained if not _exceeds_control(series)]
+    texts = []
+    if never:
+        texts.append(
+            f"Never trained: {', '.join(never)}. The run's views never varied these parameters, so a score "
+            "like that of the control is expected."
+        )
+    if like_control and result["conditioning"] != "none":
+        texts.append(
+            f"Like the control: {', '.join(like_control)}. The score above the chart is less than {CLEARLY:g} standard "
+            "errors higher than the control's."
+        )
+    return texts
+
+
+def _exceeds_control(series: dict[str, Any]) -> bool:
+    own, control = (series[part][_headline(series)[1]] for part in ("with_action", "control"))
+    error = math.hypot(own["standard_error"], control["standard_error"])
+    exceeds: bool = own["mean"] - control["mean"] > CLEARLY * error
+    return exceeds
 
 
 def _chart(series: dict[str, Any]) -> Markup:
@@ -152,13 +158,15 @@ def _chart(series: dict[str, Any]) -> Markup:
         return ChartLine(name, points, [half * factor for half in spread])
 
     lines = [
-        line("with action", series["with_action"]["retrieved"], series["with_action"]["deviation"]),
-        line("control", series["control"]["retrieved"], series["control"]["deviation"]),
-        line("target", series["target"]),
+        line(LINES[0], series["with_action"]["retrieved"], series["with_action"]["deviation"]),
+        line(LINES[1], series["control"]["retrieved"], series["control"]["deviation"]),
+        line(LINES[2], series["target"]),
     ]
-    name = series["name"] + (f", {unit}" if unit else "") + ("" if series["trained"] else " (never trained)")
-    correlation = f"{series['with_action']['correlation']['mean']:.2f}"
-    return chart_card(name, line_chart(lines, x_title="true value", y_title="retrieved value"), value=correlation)
+    name = series["name"] + ("" if series["trained"] else " (never trained)")
+    words, key = _headline(series)
+    after = f", {unit}" if unit else ""
+    chart = line_chart(lines, x_title=f"true value{after}", y_title=f"retrieved value{after}")
+    return chart_card(name, chart, value=f"{words} {series['with_action'][key]['mean']:.2f}")
 
 
 def corruption_section(run: RunResults) -> Markup:
@@ -168,18 +176,11 @@ def corruption_section(run: RunResults) -> Markup:
 
 def _corruptions(run: RunResults, result: dict[str, Any]) -> Markup:
     meaning = (
-        "Mean reciprocal rank of the true view from a corrupted source, ± standard error over images. With action: the "
-        "action leads from the corrupted source to the view. Without action: the action does not describe the "
-        "corruption. Shuffled actions: with another view's action. Restored: reciprocal rank of the clean image when "
-        "the action only undoes the corruption."
+        "MRR of the true view from a corrupted source, ± standard error over images. With action: the action leads "
+        "from the corrupted source to the view. Without action: the action does not describe the corruption. Shuffled "
+        "actions: with another view's action. Restored: reciprocal rank of the clean image when the action only undoes "
+        "the corruption. Untrained: the run's sources never had this corruption."
     )
     ops, *strengths = map(html_table, stored_tables(result))
-    picture = Markup()
-    if result["picture"]:
-        caption = (
-            "Each corruption at its greatest strength: the source; the view nearest to the prediction that only undoes "
-            f"it, among {result['bank']} jittered views and the clean image; the clean image."
-        )
-        picture = _picture(run, result["picture"], "sources, retrieved views and clean images", caption)
     by_strength = details("By strength", Markup().join(strengths)) if strengths else Markup()
-    return Markup("<p>{}</p>{}{}{}").format(meaning, ops, by_strength, picture)
+    return paragraphs([meaning], linked=True) + ops + by_strength + figures(run, result)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
 from dali_pipelines.augmentations import SCENARIOS
@@ -103,12 +102,12 @@ def test_predictions_of_a_model_that_is_told_nothing_are_the_same_for_both_actio
     for conditioning, same in (("none", True), ("feature", False)):
         told = WorldModel(replace(config, action=ActionConfig(conditioning=conditioning))).eval()
         _, features = patch_features(told, images, params)
-        assert torch.equal(features["predicted:\nnull action"], features["predicted:\nthe action"]) == same
+        assert torch.equal(features["predicted, null action"], features["predicted, the action"]) == same
         # Of an untrained model student and teacher are one, and so are their features here.
         assert torch.equal(features["teacher"], features["student"])
 
 
-def test_the_protocol_draws_both_pictures_of_chosen_images_and_the_page_shows_them(run: Path) -> None:
+def test_the_protocol_makes_both_figures_of_chosen_images_and_the_page_shows_them(run: Path) -> None:
     chosen = evaluate("feature-maps", FeatureMapSettings(checkpoint=run, num_images=3, seed=4))
     assert len(set(chosen["keys"])) == 3
     keys = tuple(reversed(chosen["keys"][:2]))
@@ -118,11 +117,15 @@ def test_the_protocol_draws_both_pictures_of_chosen_images_and_the_page_shows_th
     assert 0 < result["explained"] <= 1
     assert len(result["entropy"]) == 2
     assert all(0 <= value <= 1 for value in result["entropy"])
-    for name in ("feature-maps.png", "feature-maps-attention.png"):
-        assert Image.open(run / "eval" / name).width > 500
+    components, attention = result["figures"]
+    for shown in (components, attention):
+        assert [group["title"] for group in shown["groups"]] == list(keys)
+    columns = [column["title"] for column in attention["groups"][0]["blocks"][0]["columns"]]
+    assert columns == ["image", "from the patch", "received", "head 1", "head 2"]
+    assert attention["scale"]["ticks"][0]["text"] == "0.00"
     page = (run / "report.html").read_text()
     assert "Patch features" in page
-    assert page.count("data:image/png;base64,") == 2
+    assert page.count('class="exact"') == 2 * (5 + 4) + 1
 
 
 def test_a_run_whose_target_is_destroyed_is_drawn_too(config: Config, tmp_path: Path) -> None:

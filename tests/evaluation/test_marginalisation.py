@@ -18,7 +18,14 @@ from iwm.config import Config, ConfigError
 from iwm.evaluation.common import EvalContext, load_eval_context
 from iwm.evaluation.held_out import MissingDataError
 from iwm.evaluation.logistic_regression import linear_accuracy
-from iwm.evaluation.marginalisation import COPIES, NULL, average_predictions, jitter_strength, nearest_views
+from iwm.evaluation.marginalisation import (
+    COPIES,
+    FIGURE_ROWS,
+    NULL,
+    average_predictions,
+    jitter_strength,
+    nearest_views,
+)
 from iwm.evaluation.settings import BankSettings, LinearSettings, MarginalisationSettings
 from iwm.model_config import ActionConfig
 from iwm.models.world_model import WorldModel
@@ -95,7 +102,7 @@ def test_strength_is_the_share_of_the_largest_change_over_what_may_change() -> N
     assert jitter_strength(params, jitter).tolist() == pytest.approx([0, 1, 0.5 / 3])
 
 
-def test_the_protocol_writes_figures_and_picture_and_the_page_sets_the_papers_beside(
+def test_the_protocol_writes_scores_and_figure_and_the_page_sets_the_papers_beside(
     two_classes: Config, tmp_path: Path
 ) -> None:
     run = untrained(tmp_path / "run", two_classes)
@@ -110,7 +117,11 @@ def test_the_protocol_writes_figures_and_picture_and_the_page_sets_the_papers_be
     assert 0 < result["strength"]["of_nearest"]["8"]["mean"] < 1
     assert result["strength"]["of_random"]["mean"] == pytest.approx(0.5, abs=0.1)
     assert result["paper"] == {"1": 64.5, "8": 64.3}
-    assert Image.open(run / "eval" / "marginalisation.png").width > 600
+    groups = result["figures"][0]["groups"]
+    assert len(groups) == min(FIGURE_ROWS, result["images"])
+    for group in groups:
+        alts = [column["tiles"][1]["alt"] for column in group["blocks"][0]["columns"]]
+        assert alts[0].startswith(f"photograph {group['title']}: number 1 nearest to z_inv")
     page = (run / "report.html").read_text()
     assert "Marginalised representations" in page
     assert "paper, ImageNet" in page

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from iwm.evaluate import main
 from iwm.evaluation.common import EvalContext
-from iwm.evaluation.retrieval import retrieve
+from iwm.evaluation.retrieval import figure, retrieve
 from iwm.evaluation.settings import BankSettings, RetrievalSettings
 from tests.evaluation.oracles import Blind, Oracle, context_of
 
@@ -63,16 +63,16 @@ def test_another_seed_chooses_other_photographs_and_actions(smooth_images: Tenso
     assert actions[0] == actions[1] != actions[2]
 
 
-def test_extremes_have_a_picture_and_a_place_of_their_own(
+def test_extremes_have_a_figure_and_a_place_of_their_own(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ("--bank.num-images", "2", "--bank.num-views", "16", "--seed", "3")
     monkeypatch.setattr(sys, "argv", ["iwm/evaluate.py", "retrieval", "--checkpoint", str(run), *arguments])
     main()
     result = json.loads((run / "eval" / "retrieval.json").read_bytes())
-    assert {"retrieval.png", "retrieval-extremes.png"} <= {path.name for path in (run / "eval").iterdir()}
-    assert (result["picture"], result["extremes"]["picture"]) == ("retrieval.png", "retrieval-extremes.png")
-    labels = [[shown["label"] for shown in row["actions"]] for row in result["extremes"]["photographs"]]
+    assert {path.name for path in (run / "eval").iterdir()} == {"retrieval.json", "retrieval.zip"}
+    assert [figure["folded"] for figure in result["figures"]] == [False, True]
+    labels = [[shown["label"] for shown in row["actions"]] for row in result["extremes"]]
     assert labels == [["best", "worst"]] * 2
     assert not any("label" in shown for row in result["photographs"] for shown in row["actions"])
     printed = " ".join(capsys.readouterr().out.split())
@@ -81,3 +81,20 @@ def test_extremes_have_a_picture_and_a_place_of_their_own(
     page = (run / "report.html").read_text()
     assert "Images and actions are random (seed 3)" in page
     assert "Not random" in page
+
+
+def test_every_image_says_what_it_shows_and_a_retrieved_true_view_is_marked(
+    smooth_images: Tensor,
+) -> None:
+    for model, hits in ((Oracle(), True), (Blind(), False)):
+        rows, _ = retrieve(_context(model, smooth_images), SETTINGS)
+        group = figure(rows, 32, "title", "caption").groups[0]
+        photograph, *shown = (column.tiles[0] for block in group.blocks for column in block.columns)
+        assert photograph.alt == f"photograph {rows[0].key}"
+        for nearest, truth, retrieval in zip(shown[::2], shown[1::2], rows[0].retrievals, strict=True):
+            assert torch.equal(nearest.image, retrieval.retrieved)
+            assert torch.equal(truth.image, retrieval.truth)
+            assert nearest.marked == hits == ("which is the true view" in nearest.alt)
+            assert nearest.alt.startswith(f"photograph {rows[0].key}, {retrieval.action}: view nearest")
+            assert truth.alt.endswith(f"true view, rank {retrieval.rank:g} of 32")
+            assert (f"{retrieval.retrieved_action}; the true view has rank" in nearest.alt) != hits

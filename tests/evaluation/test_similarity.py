@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,14 +103,18 @@ def test_views_are_augmented_as_the_source_is_with_jitter_always() -> None:
         view_augmentation(SCENARIOS["strong"], "ijepa")
 
 
-def test_the_protocol_writes_figures_and_picture_and_the_page_shows_them(run: Path) -> None:
+def test_the_protocol_writes_scores_and_figure_and_the_page_shows_them(run: Path) -> None:
     result = evaluate(
         "similarity", SimilaritySettings(checkpoint=run, num_images=6, num_views=4, num_shown=3, encoder="student")
     )
     assert result == json.loads((run / "eval" / "similarity.json").read_text()) | {"settings": result["settings"]}
     assert -1 <= result["between_images"]["mean"] < result["within_image"]["mean"] <= 1
     assert result["variance_ratio"]["mean"] > 0
-    assert Image.open(run / "eval" / "similarity.png").width > 600
+    matrix = result["figures"][0]["matrix"]
+    assert [label["name"] for label in matrix["labels"]] == result["shown"]
+    with zipfile.ZipFile(run / "eval" / "similarity.zip") as archive:
+        # 3 images of 4 views, and a line between images.
+        assert Image.open(archive.open(matrix["tile"]["image"])).size == (14, 14)
     page = (run / "report.html").read_text()
     assert "Similarity of augmented views" in page
     assert f"{result['variance_ratio']['mean']:.4f}" in page

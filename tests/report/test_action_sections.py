@@ -7,7 +7,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from iwm.report.components import ChartLine, line_chart
-from iwm.report.evaluator_sections import corruption_section, sweep_section
+from iwm.report.evaluator_sections import corruption_section, retrieval_picture, sweep_section
 from iwm.report.runs import RunResults
 from tests.report.conftest import with_tables
 
@@ -33,12 +33,20 @@ def _grids() -> dict[str, Any]:
         "control": {"kind": "shuffled actions", **part, "correlation": _score(0.013)},
     }
     how = {"images": 5, "distance": "pooled", "context": "teacher", "conditioning": "none"}
-    return with_tables({"protocol": "parameter-sweep", **how, "pictures": [], "series": [series]})
+    return with_tables({"protocol": "parameter-sweep", **how, "figures": [], "series": [series]})
 
 
 def test_a_curve_shows_its_score_its_control_and_what_was_never_trained(tmp_path: Path) -> None:
     html = sweep_section(_run(tmp_path, grids=_grids()))
-    for words in ("<b>0.87</b>", "0.01", "shuffled actions", "never trained", "degrees", "by construction", "polygon"):
+    for words in (
+        "<b>correlation 0.87</b>",
+        "0.01",
+        "shuffled actions",
+        "never trained",
+        "degrees",
+        "by construction",
+        "polygon",
+    ):
         assert words in html
     svg = html[html.index('<svg viewBox="0 0 360') : html.index("</svg></div>") + len("</svg>")]
     band = ElementTree.fromstring(svg).find("polygon").attrib["points"].split()
@@ -75,12 +83,44 @@ def test_undoing_shows_each_op_with_its_controls_and_the_ceiling(tmp_path: Path)
         "conditioning": "feature",
         "clean": scores(0.555),
         "ops": [{"op": "blur", "trained": True, **scores(0.2725), "strengths": strengths}],
-        "picture": None,
+        "figures": [],
     }
     html = corruption_section(_run(tmp_path, undo=with_tables(result)))
     for words in ("upper bound", "0.555", "0.273", "0.345", "0.111", "0.022", "σ 2.0 px", "chance 0.0239"):
         assert words in html
     assert "by construction" not in html
+
+
+def test_sweeps_that_do_not_follow_the_action_are_named(tmp_path: Path) -> None:
+    grids = _grids()
+    hue = grids["series"][0]
+    at_chance = {**hue["with_action"], "hits": _score(0.07), "correlation": _score(0.04)}
+    control = {**hue["control"], "hits": _score(0.05)}
+    grids["conditioning"] = "feature"
+    grids["series"] = [
+        {**hue, "trained": True},
+        {**hue, "name": "contrast", "op": "contrast", "trained": True, "with_action": at_chance, "control": control},
+        # All views retrieved are the clean image, as they should be: no correlation, but exact.
+        {**hue, "name": "undo blur", "op": "blur", "undo": True, "trained": True, "control": control}
+        | {"with_action": {**hue["with_action"], "correlation": _score(0.0)}},
+        {**hue, "name": "saturation", "op": "saturation"},
+    ]
+    html = sweep_section(_run(tmp_path, grids=grids))
+    assert "Like the control: contrast. " in html
+    assert "Never trained: saturation. " in html
+    assert "<b>exact 0.41</b>" in html
+    assert "Like the control" not in sweep_section(_run(tmp_path, grids=_grids()))
+
+
+def test_photographs_for_which_retrieval_fails_are_named(tmp_path: Path) -> None:
+    photographs = [
+        {"key": key, "actions": [{"action": "hue +9°", "rank": float(rank)} for rank in ranks]}
+        for key, ranks in (("found", (1, 200)), ("lost", (90, 200)))
+    ]
+    result = {"protocol": "retrieval", "chance": 0.024, "photographs": photographs, "figures": []}
+    html = retrieval_picture(_run(tmp_path, retrieval=result))
+    assert "Retrieval fails for lost (ranks 90, 200)" in html
+    assert "found" not in html
 
 
 def test_what_was_not_run_has_no_section(tmp_path: Path) -> None:

@@ -17,15 +17,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from playwright.sync_api import Browser, Locator, Page, Route
+from playwright.sync_api import Browser, Locator, Page, Route, expect
 
 from iwm.config import Config
 from iwm.evaluation import explorer
 from iwm.evaluation.bank import TIE_TOLERANCE
+from iwm.evaluation.settings import BankSettings, RetrievalSettings
 from iwm.protocols import evaluate
 from iwm.report.page import write_report
 from iwm.report.runs import ReportError
 from tests.evaluation.conftest import untrained
+from tools.demo import PICTURES
 from tools.screenshot import NoBrowser, chromium
 
 ROOT = Path(__file__).parents[2]
@@ -47,7 +49,8 @@ def run(tmp_path_factory: pytest.TempPathFactory, config: Config) -> Path:
     arrays = dict(np.load(stored))
     arrays["points"][:, 0, 40] = arrays["points"][:, 0, 41]  # so that ties occur
     np.savez(stored, **arrays)
-    write_report(folder)
+    bank = BankSettings(num_images=2, num_views=8)
+    evaluate("retrieval", RetrievalSettings(checkpoint=folder, bank=bank, num_actions=1))
     return folder
 
 
@@ -126,7 +129,7 @@ class Opened:
         return str(self.page.locator(f".{role} canvas").evaluate("canvas => canvas.toDataURL()"))
 
 
-def _open(browser: Browser, run: Path, width: int, scheme: Any) -> Opened:
+def _open(browser: Browser, run: Path, width: int, scheme: Any, fragment: str = "") -> Opened:
     context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
     opened = Opened(context.new_page())
 
@@ -137,7 +140,7 @@ def _open(browser: Browser, run: Path, width: int, scheme: Any) -> Opened:
     context.route(lambda url: not url.startswith(("file:", "data:")), refuse)
     opened.page.on("console", lambda message: opened.errors.append(message.text))
     opened.page.on("pageerror", lambda error: opened.errors.append(str(error)))
-    opened.page.goto((run / "report.html").as_uri())
+    opened.page.goto((run / "report.html").as_uri() + fragment)
     opened.page.locator(".answer .rank").wait_for()
     return opened
 
@@ -221,8 +224,93 @@ def test_every_control_is_labelled_and_reached_by_tab(opened: Opened) -> None:
         )
     buttons = {"No change", "Random action", "Best action", "Worst action"}
     # Of radio buttons the chosen one is a stop; arrows go on from there.
-    assert {*AXES, *buttons, "photograph 1", "clean"} <= reached
+    assert {*AXES, *buttons, "clean"} <= reached
+    assert any(name.startswith("photograph 1, val-") for name in reached)
     assert opened.page.locator(".answer").get_attribute("aria-live") == "polite"
+
+
+STATE = "#explorer=explorer&photograph=2&source=blur&brightness=0&contrast=2&saturation=1&hue=1"
+
+
+def test_the_address_keeps_the_state_and_restores_it(opened: Opened, browser: Browser, run: Path, truth: Truth) -> None:
+    assert opened.page.evaluate("location.hash") == ""
+    entries = opened.page.evaluate("history.length")
+    opened.page.get_by_label("photograph 2").check()
+    opened.page.get_by_label("blur", exact=True).check()
+    for axis, key in (("brightness", "Home"), ("contrast", "End")):
+        opened.slider(axis).press(key)
+    opened.page.wait_for_function("state => location.hash.startsWith(state)", arg=STATE.partition("&saturation")[0])
+    assert opened.page.evaluate("history.length") == entries
+    again = _open(browser, run, 1280, "light", opened.page.evaluate("location.hash"))
+    assert (again.at, again.rank, again.answer) == (opened.at, opened.rank, opened.answer)
+    assert [again.pixels(role) for role in ("source", "true")] == [opened.pixels(role) for role in ("source", "true")]
+    assert again.page.locator(".explorer").evaluate("e => Math.abs(e.getBoundingClientRect().top)") < 800
+    # A link to another state that is followed on the open page.
+    again.page.evaluate("location.hash = arguments[0]".replace("arguments[0]", json.dumps(STATE)))
+    again.page.wait_for_function(
+        "document.querySelector('.true canvas').dataset.cell == " + str(truth.view([0, 2, 1, 1]))
+    )
+    assert (again.at, again.rank) == ([0, 2, 1, 1], truth.rank(1, 2, truth.view([0, 2, 1, 1])))
+    assert again.errors == []
+    again.page.context.close()
+
+
+NO_STATES = (
+    "#explorer",
+    "#explorer=",
+    "#explorer=another&photograph=2",
+    "#explorer=explorer",
+    STATE.replace("photograph=2", "photograph=3"),
+    STATE.replace("photograph=2", "photograph=0"),
+    STATE.replace("source=blur", "source=__proto__"),
+    STATE.replace("source=blur", "source=<img src=x onerror=alert(1)>"),
+    STATE.replace("hue=1", "hue=-1"),
+    STATE.replace("hue=1", "hue=3"),
+    STATE.replace("hue=1", "hue=1e0"),
+    STATE.replace("&hue=1", ""),
+    "#%E0%A4%A",
+)
+
+
+def test_a_fragment_that_names_no_state_is_ignored(browser: Browser, run: Path) -> None:
+    opened = _open(browser, run, 1280, "light", NO_STATES[-1])
+    for fragment in NO_STATES:
+        opened.page.evaluate("fragment => { location.hash = fragment; }", fragment)
+        opened.page.evaluate("() => new Promise((resolve) => setTimeout(resolve))")
+        assert opened.at == [2, 1, 2, 1], fragment
+        assert opened.page.get_by_label("photograph 1").is_checked(), fragment
+        assert opened.page.get_by_label("clean", exact=True).is_checked(), fragment
+    assert (opened.errors, opened.requests) == ([], [])
+    opened.page.evaluate("fragment => { location.hash = fragment; }", STATE)
+    expect(opened.page.get_by_label("photograph 2")).to_be_checked()
+    opened.page.context.close()
+
+
+def test_links_of_the_page_still_lead_to_their_sections(opened: Opened) -> None:
+    opened.page.get_by_role("link", name="Configuration").click()
+    assert opened.page.evaluate("location.hash") == "#configuration"
+    assert opened.page.locator("#configuration").evaluate("e => e.getBoundingClientRect().top") < 800
+    assert opened.at == [2, 1, 2, 1]
+
+
+def test_on_a_phone_the_views_stay_in_sight_while_sliders_and_map_are_used(browser: Browser, run: Path) -> None:
+    phone = _open(browser, run, 390, "light")
+    views = phone.page.locator(".views")
+    for control in (".slider:last-child input", ".map"):
+        phone.page.locator(control).evaluate("e => e.scrollIntoView({ block: 'end' })")
+        box = views.bounding_box()
+        assert box is not None
+        assert 0 <= box["y"] < 100
+        assert box["height"] < 200
+        below = phone.page.locator(control).bounding_box()
+        assert below is not None
+        assert below["y"] + below["height"] > box["y"] + box["height"]
+    before = phone.pixels("true")
+    phone.slider("hue").press("ArrowLeft")
+    assert phone.pixels("true") != before
+    assert views.locator(".true figcaption").inner_text() == f"true view: rank {phone.rank:g}"
+    assert phone.errors == []
+    phone.page.context.close()
 
 
 def test_a_phone_shows_the_page_without_scrolling_sideways(browser: Browser, run: Path) -> None:
@@ -272,7 +360,7 @@ def test_a_page_without_an_exploration_has_no_explorer_and_a_missing_file_is_nam
     with pytest.raises(ReportError, match=r"explorer\.npz: does not match.*rerun iwm evaluate explorer"):
         write_report(copy)
     (copy / "eval" / "explorer.json").unlink()
-    assert write_report(copy).read_text().count("<script") == 1
+    assert 'class="explorer"' not in write_report(copy).read_text()
 
 
 def test_a_part_of_the_page_can_be_pictured(browser: Browser, run: Path, tmp_path: Path) -> None:
@@ -282,6 +370,11 @@ def test_a_part_of_the_page_can_be_pictured(browser: Browser, run: Path, tmp_pat
     light, dark = (np.asarray(Image.open(tmp_path / f"{name}.png").convert("L")) for name in ("light", "dark"))
     assert light.shape == dark.shape
     assert light.mean() > 128 > dark.mean()
+
+
+def test_the_parts_that_readme_shows_are_on_the_page(opened: Opened) -> None:
+    for part, _ in PICTURES.values():
+        expect(opened.page.locator(part).first).to_be_visible()
 
 
 def test_a_page_that_is_not_there_is_named_in_one_line(tmp_path: Path) -> None:

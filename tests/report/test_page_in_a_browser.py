@@ -14,6 +14,7 @@ from iwm.report.page import write_page, write_report
 from tests.downstream.written_results import predictor, result
 from tests.report.conftest import with_tables
 from tests.report.test_compared_runs import _make, _with
+from tests.report.written_figures import write_similarity
 
 SCHEMES = ("light", "dark")
 WIDTHS = (1300, 390)
@@ -21,7 +22,7 @@ WIDTHS = (1300, 390)
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two arms of two seeds, each with its own page; the last run has all that a page can show without pictures."""
+    """Two arms of two seeds, each with its own page; the last run has all kinds of sections."""
     parent = tmp_path_factory.mktemp("study")
     runs = [
         _make(parent / f"{conditioning}-s{seed}", _with(conditioning, seed), 0.1 * (i + 1) + 0.01 * seed)
@@ -37,7 +38,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     scores = dict.fromkeys(("with_action", "without_action", "shuffled", "restored"), score)
     how = {"images": 5, "bank": 256, "queries": 16, "chance": 0.0239, "distance": "pooled", "context": "teacher"}
     ops = [{"op": "blur", "trained": True, **scores, "strengths": [{"strength": "on", **scores}]}]
-    corruptions = {"protocol": "corruptions", **how, "conditioning": "feature", "clean": scores, "picture": None}
+    corruptions = {"protocol": "corruptions", **how, "conditioning": "feature", "clean": scores, "figures": []}
     trials = [predictor(kind, 0.5 + seed / 50, seed) for kind in ("random", "pretrained") for seed in (0, 1)]
     left_out = {"knn": "split 'train' has no labels"}
     files = {
@@ -47,6 +48,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     }
     for name, content in files.items():
         (runs[-1] / "eval" / f"{name}.json").write_text(json.dumps(content))
+    write_similarity(runs[-1], "photograph astronaut")
     for run in runs[1:]:
         write_report(run)
     write_page(runs, parent / "comparison.html")

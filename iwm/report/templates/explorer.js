@@ -109,9 +109,47 @@ function start(root) {
       `Action: <b>${words(now.at, now.source)}</b>. The prediction ranks the true view ` +
       `<b class="rank">${rank}</b> of ${data.bank}` +
       (retrieved === now.view ? "." : `; the nearest view is <b>${words(placesOf(retrieved))}</b>.`);
+    find(".true figcaption").textContent = `true view: rank ${rank}`;
     drawSliders(now, distances);
     drawProfile(distances, rank);
     drawMap(now, retrieved);
+  }
+
+  // The state as the page's fragment: #explorer=NAME&photograph=2&source=blur&brightness=4&… Photographs count from 1,
+  // values of an axis from 0.
+  function fragment() {
+    const state = new URLSearchParams({ explorer: root.dataset.name });
+    state.set("photograph", 1 + Number(find(".photographs input:checked").value));
+    state.set("source", data.sources[Number(find(".sources input:checked").value)].name);
+    for (const [name, input] of sliders) state.set(name, input.value);
+    return `#${state}`;
+  }
+
+  // Select what a fragment names. Return false, and change nothing, where it does not name a state of this explorer.
+  function restore(hash) {
+    const state = new URLSearchParams(hash.slice(1));
+    if (state.get("explorer") !== root.dataset.name) return false;
+    const index = (name, count) => {
+      const text = state.get(name) ?? "";
+      return /^\d{1,4}$/.test(text) && Number(text) < count ? Number(text) : -1;
+    };
+    const photograph = index("photograph", photographs.length + 1) - 1;
+    const source = data.sources.findIndex(({ name }) => name === state.get("source"));
+    const places = new Map([...sliders].map(([name, input]) => [input, index(name, Number(input.max) + 1)]));
+    if ([photograph, source, ...places.values()].some((place) => place < 0)) return false;
+    root.querySelectorAll(".photographs input")[photograph].checked = true;
+    root.querySelectorAll(".sources input")[source].checked = true;
+    for (const [input, place] of places) input.value = place;
+    choose();
+    root.scrollIntoView();
+    return true;
+  }
+
+  // Browsers limit how often the address may change: write it when the controls have rested.
+  let rest;
+  function remember() {
+    clearTimeout(rest);
+    rest = setTimeout(() => history.replaceState(history.state, "", fragment()), 200);
   }
 
   function go(view) {
@@ -119,6 +157,7 @@ function start(root) {
       if (sliders.has(axes[a].name)) sliders.get(axes[a].name).value = place;
     });
     move();
+    remember();
   }
 
   const buttons = {
@@ -205,7 +244,11 @@ function start(root) {
     const row = Math.floor((offsetY / target.clientHeight) * down);
     go(Math.min(Math.max(row, 0), down - 1) * across + Math.min(Math.max(column, 0), across - 1));
   });
-  root.addEventListener("input", ({ target }) => (target.type === "radio" ? choose() : move()));
+  root.addEventListener("input", ({ target }) => {
+    if (target.type === "radio") choose();
+    else move();
+    remember();
+  });
   for (const button of root.querySelectorAll("button")) {
     button.addEventListener("click", () => go(buttons[button.value]()));
   }
@@ -215,7 +258,8 @@ function start(root) {
     axes.forEach(({ name, count }, a) => {
       if (sliders.has(name)) sliders.get(name).value = a % 2 ? 1 : count - 1;
     });
-    choose();
+    if (!restore(location.hash)) choose();
+    addEventListener("hashchange", () => restore(location.hash));
   });
 }
 
