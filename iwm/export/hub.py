@@ -43,11 +43,12 @@ def full_name(name: str) -> str:
 def push(folder: Path, name: str, private: bool) -> str:
     """Create the repository where it does not exist, and commit all files of the folder. Return its address.
 
-    private: visibility of a new repository; an existing one keeps its own. Raises HubError.
+    private: a new repository is private; an existing one keeps its visibility. False: the default of the namespace.
+    Raises HubError.
     """
     with _errors_of(name):
         api = HfApi()
-        address = api.create_repo(name, private=private, exist_ok=True)
+        address = api.create_repo(name, private=private or None, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder, commit_message=f"Upload {folder.name}")
     return str(address)
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-import jaxtyping
 import numpy as np
 import onnxruntime
 import pytest
@@ -25,14 +24,6 @@ from shards.errors import UserError
 from tests.export.test_export import CONFIG, make_run, pictures
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-3}
-
-
-@pytest.fixture(autouse=True)
-def no_shape_checks() -> Iterator[None]:
-    """Disable the shape checks of the test suite: comparing shapes, they make a traced batch size a constant."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def normalised(images: Tensor) -> Tensor:

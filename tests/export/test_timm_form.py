@@ -23,6 +23,9 @@ from iwm.export.__main__ import ExportOptions, export
 from iwm.export.timm_config import architecture, crop_share
 from tests.export.test_export import CONFIG, make_run
 
+THREE_LAYERS = replace(CONFIG, encoder=replace(CONFIG.encoder, depth=3))
+"""timm's features_only returns three layers."""
+
 
 def without_iwm(name: str, image: Path, out: Path, **environment: str) -> dict[str, Any]:
     """Run without_iwm.py and return what it saved."""
@@ -51,8 +54,7 @@ def photo(path: Path, height: int = 90, width: int = 131) -> Path:
 
 @pytest.mark.parametrize("size", [32, 48])
 def test_stock_timm_has_the_models_pixels_and_features(tmp_path: Path, size: int) -> None:
-    encoder = replace(CONFIG.encoder, depth=3)  # timm's features_only takes three layers
-    config = replace(CONFIG, views=replace(CONFIG.views, size=size), encoder=encoder)
+    config = replace(THREE_LAYERS, views=replace(CONFIG.views, size=size))
     export(ExportOptions(make_run(tmp_path / "run", config), tmp_path / "model"))
     image = photo(tmp_path / "photo.png")
     stock = without_iwm(f"local-dir:{tmp_path / 'model'}", image, tmp_path / "out.pt")
