@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -22,6 +23,7 @@ from iwm.model_config import ActionConfig
 from iwm.models.encoder import IMAGENET_MEAN, IMAGENET_STD
 from shards.errors import UserError
 from tests.export.test_export import CONFIG, make_run, pictures
+from tests.export.test_timm_form import THREE_LAYERS, photo
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-3}
 
@@ -113,6 +115,28 @@ def test_weights_above_the_limit_of_one_file_lie_beside_it(tmp_path: Path, monke
     assert (out / "encoder.onnx.data").stat().st_size > 200_000 > (out / "encoder.onnx").stat().st_size
     patches, _ = onnx(out / "encoder.onnx")(normalised(pictures()))
     np.testing.assert_allclose(patches, iwm.load(out).features(pictures()), atol=1e-4, rtol=1e-3)
+
+
+def test_the_documentations_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export(
+        ExportOptions(
+            make_run(tmp_path / "run", THREE_LAYERS), tmp_path / "exported" / "demo", formats=("onnx", "torch-export")
+        )
+    )
+    photo(tmp_path / "cat.jpg")
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[2] / "docs" / "using-a-model.md").read_text()
+    section = text[text.index("## In timm") : text.index("## The Hugging Face Hub")]
+    names: dict[str, Any] = {}
+    codes = re.findall(r"```python\n(.*?)```", section, re.S)
+    assert len(codes) == 3
+    for code in codes:
+        exec(code, names)
+    model = iwm.load("exported/demo")
+    torch.testing.assert_close(names["patches"], names["encoder"](names["images"])[0])
+    expected = model.predict(model.pixels("cat.jpg"))
+    assert names["predicted"].shape == tuple(expected.shape)
+    assert names["classifier"].num_classes == 10
 
 
 def test_a_missing_package_is_named_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
