@@ -14,6 +14,8 @@ import pytest
 import torch
 
 import iwm
+from iwm.export.__main__ import ExportOptions, export
+from shards.errors import UserError
 from tests.export.hub_server import TOKEN, HubServer, hub_server
 from tests.export.test_export import make_run
 from tests.export.test_timm_form import THREE_LAYERS, photo, without_iwm
@@ -110,3 +112,11 @@ def test_private_needs_a_repository(tmp_path: Path) -> None:
     make_run(tmp_path / "run")
     done = command(tmp_path, dict(os.environ, PYTHONPATH=str(ROOT)), "--private")
     assert done.stderr.startswith("iwm export: --private is about a new repository; give --push-to-hub")
+
+
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_run(tmp_path / "run")
+    monkeypatch.delitem(sys.modules, "iwm.export.hub", raising=False)
+    monkeypatch.setitem(sys.modules, "httpx2", None)
+    with pytest.raises(UserError, match=r"--push-to-hub: .*httpx2.*; run pip install 'iwm\[hub\]'"):
+        export(ExportOptions(tmp_path / "run", tmp_path / "demo", push_to_hub="ada/demo"))
