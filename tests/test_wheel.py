@@ -77,7 +77,7 @@ def test_every_command_runs_from_the_wheel(environment: Path, tiny_shards: Path,
     run(environment, tmp_path, "iwm", "report", "runs/demo")
     assert (tmp_path / "runs" / "demo" / "report.html").stat().st_size > 10_000
     run(environment, tmp_path, "iwm", "export", "runs/demo", "exported")
-    assert (tmp_path / "exported" / "encoder.safetensors").exists()
+    assert (tmp_path / "exported" / "model.safetensors").exists()
     assert "conditioning" in run(environment, tmp_path, "iwm", "ablate", "--help")
     bench = ["iwm", "bench", "data", "--recipe", "demo", "--shards", tiny_shards, "--baseline", "none"]
     quick = ["--batch-size", "8", "--seconds", "0.2", "--repeats", "1"]

@@ -2,12 +2,13 @@
 
 | file | content |
 | --- | --- |
-| encoder.safetensors | the encoder with timm's VisionTransformer parameter names, and a linear head if there is one |
-| encoder.json | the arguments of that VisionTransformer |
+| model.safetensors | the encoder with timm's VisionTransformer parameter names, and a linear head if there is one |
+| config.json | that VisionTransformer in timm's form, with its preprocessing (timm_config.py) |
 | predictor.safetensors | the predictor; absent where the encoder was finetuned, because it no longer fits |
 | head.safetensors | other trained parts: attentive heads, UPerNet, finetuned predictor, task tokens |
 | head.json | description of the head: protocol, trial, tasks with their classes by number, data and scores |
-| config.json | the run's configuration, action layout, patch grid, normalisation, origin |
+| iwm.json | the run's configuration, action layout, patch grid, normalisation, origin |
+| encoder.onnx, predictor.pt2, … | graphs for deployment where they were asked for (graphs.py) |
 | README.md | the model card |
 
 A folder is written completely or not at all.
@@ -19,7 +20,7 @@ import filecmp
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,11 @@ from iwm.config_io import from_dict, to_dict
 from iwm.downstream.progress import TaskInfo, TrainedHead
 from iwm.downstream.registry import lookup
 from iwm.downstream.restore import split_state
-from iwm.models.encoder import IMAGENET_MEAN, IMAGENET_STD, timm_arguments
+from iwm.export.timm_config import timm_config
+from iwm.models.encoder import IMAGENET_MEAN, IMAGENET_STD
 from iwm.training.checkpoint import CheckpointError, versions
 from iwm.training.export_files import (
-    CONFIG,
+    DESCRIPTION,
     ENCODER,
     FORMAT,
     HEAD,
@@ -48,7 +50,7 @@ from iwm.training.export_files import (
 )
 from shards.atomic import sync_folder, write_atomically
 
-ENCODER_ARGUMENTS, HEAD_DESCRIPTION, CARD = "encoder.json", "head.json", "README.md"
+TIMM_CONFIG, HEAD_DESCRIPTION, CARD = "config.json", "head.json", "README.md"
 
 LINEAR = {"head.fc.weight": "head.weight", "head.fc.bias": "head.bias"}
 """Tensor names of a linear head, and their names in timm's VisionTransformer."""
@@ -91,9 +93,21 @@ def attach_head(exported: ExportedModel, head: TrainedHead | None, tensors: Mapp
     return replace(exported, head=head, trained=others, encoder=encoder, predictor=None)
 
 
-def write_export(exported: ExportedModel, card: str, out: Path) -> None:
-    """Write the folder. Where `out` already has the same weights, its text files are overwritten.
+def timm_state(exported: ExportedModel) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Return the tensors of timm's VisionTransformer, and the class names of its linear head (empty: no head)."""
+    head = exported.head
+    if head is None or not lookup(head.protocol).linear:
+        return exported.encoder, ()
+    (task,) = head.tasks.values()
+    return exported.encoder | {timm_name: exported.trained[name] for name, timm_name in LINEAR.items()}, task.classes
 
+
+def write_export(
+    exported: ExportedModel, card: str, out: Path, write_more: Callable[[Path], None] = lambda folder: None
+) -> None:
+    """Write the folder. Where `out` already has the same weights, its other files are overwritten.
+
+    write_more: function that writes further files into the folder that it is given, before the folder is put in place.
     Raises CheckpointError where `out` has other content, OSError where it cannot be written.
     """
     files = _files(exported) | {CARD: card.encode()}
@@ -104,12 +118,13 @@ def write_export(exported: ExportedModel, card: str, out: Path) -> None:
     try:
         for name, content in files.items():
             write_atomically(partial / name, content)
+        write_more(partial)
         if out.is_dir() and any(out.iterdir()):
             existing = {path.name for path in out.glob("*.safetensors")}
             if existing != weights or set(filecmp.cmpfiles(partial, out, weights, shallow=False)[0]) != weights:
                 raise CheckpointError(f"{out} contains another model or other files; use another folder, or delete it")
-            for name in files:
-                os.replace(partial / name, out / name)
+            for path in sorted(partial.iterdir()):
+                os.replace(path, out / path.name)
             sync_folder(out)
         elif out.exists() and not out.is_dir():
             raise CheckpointError(f"{out} is a file; give a folder")
@@ -122,29 +137,24 @@ def write_export(exported: ExportedModel, card: str, out: Path) -> None:
 
 def _files(exported: ExportedModel) -> dict[str, bytes]:
     """Return the content of each file by name, except for the card."""
-    encoder, head, trained = exported.encoder, exported.head, exported.trained
-    arguments = timm_arguments(exported.config.encoder, exported.config.views.size)
-    if head is not None and lookup(head.protocol).linear:
-        encoder = encoder | {timm_name: trained[name] for name, timm_name in LINEAR.items()}
-        arguments["num_classes"] = len(trained["head.fc.bias"])
-        trained = {}
+    encoder, classes = timm_state(exported)
     files = {
         ENCODER: _packed(encoder),
-        ENCODER_ARGUMENTS: _json(arguments),
-        CONFIG: _json(_description(exported)),
+        TIMM_CONFIG: _json(timm_config(exported.config, classes)),
+        DESCRIPTION: _json(_description(exported)),
     }
     if exported.predictor is not None:
         files[PREDICTOR] = _packed(exported.predictor)
-    if trained:
-        files[HEAD] = _packed(trained)
-    if head is not None:
-        files[HEAD_DESCRIPTION] = _json(asdict(head))
+    if exported.trained and not classes:
+        files[HEAD] = _packed(exported.trained)
+    if exported.head is not None:
+        files[HEAD_DESCRIPTION] = _json(asdict(exported.head))
     return files
 
 
 def read_export(folder: Path) -> ExportedModel:
     """Read an exported folder, on the CPU. Raises CheckpointError for missing or damaged files."""
-    path = folder / CONFIG
+    path = folder / DESCRIPTION
     try:
         description = read_description(folder)
         head = None

@@ -2,29 +2,69 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from iwm.config import ConfigError, EncoderName
+from iwm.config import Config, ConfigError, EncoderName
 from iwm.downstream.progress import TrainedHead
 from iwm.downstream.restore import load_head
+from iwm.export.evaluations import read_results
 from iwm.export.folder import attach_head, write_export
+from iwm.export.graphs import GraphFormat, check_formats, write_graphs
 from iwm.export.model import build_model, read_checkpoint
 from iwm.export.model_card import model_card
 from iwm.training.checkpoint import CheckpointError, file_digest, list_checkpoints, resolve, run_dir_of
+from shards.format import MANIFEST, load_manifest
 
 
-def export_run(source: Path, out: Path, encoder: EncoderName | None, head_folder: Path | None) -> None:
-    """Write the folder. Raise CheckpointError, ConfigError or OSError; none of them leaves a partial folder."""
+@dataclass(frozen=True)
+class ExportExtras:
+    """Choices of an export beside the model itself."""
+
+    license: str | None = None
+    """Identifier of the weights' license for the card; None: not stated."""
+    formats: tuple[GraphFormat, ...] = ()
+    """Formats of graphs for deployment."""
+    hub: str | None = None
+    """Repository that the card's code loads from; None: the folder."""
+
+
+def export_run(
+    source: Path,
+    out: Path,
+    encoder: EncoderName | None,
+    head_folder: Path | None,
+    extras: ExportExtras = ExportExtras(),
+) -> list[str]:
+    """Write the folder; return what the user should know.
+
+    Raise CheckpointError, ConfigError, ReportError or OSError; none of them leaves a partial folder.
+    """
+    check_formats(extras.formats)
     head, tensors = load_head(head_folder) if head_folder else (None, {})
     checkpoint = _checkpoint_of(head, head_folder, source)
     exported = attach_head(read_checkpoint(checkpoint, _encoder_of(head, head_folder, encoder)), head, tensors)
     # Build the model before writing, so that inconsistent parts are not exported.
     model = build_model(exported, head_folder or checkpoint, torch.device("cpu"))
-    write_export(exported, model_card(model, evaluated_mrr(checkpoint), out.name), out)
+    results = read_results(checkpoint)
+    card = model_card(
+        model,
+        results,
+        out.name,
+        images=_training_images(exported.config),
+        license=extras.license,
+        formats=extras.formats,
+        hub=extras.hub,
+    )
+    write_export(exported, card, out, lambda folder: write_graphs(exported, model, extras.formats, folder))
+    if model.predictor is None or results.mrr is not None:
+        return []
+    return [
+        f"the card has no MRR of {checkpoint.name}: run iwm evaluate mrr --checkpoint {run_dir_of(checkpoint)} first, "
+        "and export again"
+    ]
 
 
 def _checkpoint_of(head: TrainedHead | None, head_folder: Path | None, source: Path) -> Path:
@@ -54,13 +94,7 @@ def _encoder_of(head: TrainedHead | None, head_folder: Path | None, encoder: Enc
     return head.features
 
 
-def evaluated_mrr(checkpoint: Path) -> dict[str, Any] | None:
-    """Return RUN/eval/mrr.json if it names this checkpoint and is newer than it, else None."""
-    path = run_dir_of(checkpoint) / "eval" / "mrr.json"
-    if not path.exists() or path.stat().st_mtime < checkpoint.stat().st_mtime:
-        return None
-    try:
-        result: dict[str, Any] = json.loads(path.read_bytes())
-        return result if Path(result["checkpoint"]).name == checkpoint.name else None
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is not an evaluation result ({error!r}); delete it or evaluate again") from error
+def _training_images(config: Config) -> int | None:
+    """Return the number of images of the run's training data; None where its shards are not found."""
+    shards = config.data.shards
+    return load_manifest(shards, config.data.train).samples if (shards / MANIFEST).exists() else None

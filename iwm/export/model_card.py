@@ -1,97 +1,192 @@
-"""Model card of an exported model: architecture, training data, evaluation and use.
+"""Model card of an exported model: training data, recipe, evaluation, use and limits, with the Hub's metadata.
 
-It contains only results that were measured.
+The text is templates/card.md. The card contains only results that were measured.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
 from iwm.actions import applicable_ops, jitter_ranges, removable_ops
-from iwm.downstream.progress import TrainedHead
+from iwm.downstream.progress import TaskInfo, TrainedHead
 from iwm.downstream.registry import lookup
-from iwm.export.folder import ENCODER_ARGUMENTS, HEAD_DESCRIPTION
+from iwm.export.evaluations import CheckpointResults, DownstreamScore
+from iwm.export.folder import HEAD_DESCRIPTION, TIMM_CONFIG
+from iwm.export.graphs import GraphFormat, file_names
 from iwm.export.model import PretrainedModel
-from iwm.models.encoder import IMAGENET_MEAN, IMAGENET_STD
-from iwm.training.export_files import CONFIG, ENCODER, HEAD, PREDICTOR
+from iwm.training.export_files import DESCRIPTION, ENCODER, HEAD, PREDICTOR
+
+ENVIRONMENT = Environment(
+    loader=PackageLoader("iwm.export"),
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+TAGS = ["timm", "self-supervised", "world-model", "vision-transformer", "arxiv:2403.00504"]
 
 
-def model_card(model: PretrainedModel, mrr: dict[str, Any] | None, name: str) -> str:
-    """Return the card as Markdown. mrr: result of the MRR evaluation of this checkpoint, if there is one.
+def model_card(
+    model: PretrainedModel,
+    results: CheckpointResults,
+    name: str,
+    *,
+    images: int | None = None,
+    license: str | None = None,
+    formats: Sequence[GraphFormat] = (),
+    hub: str | None = None,
+) -> str:
+    """Return the card as Markdown with YAML front matter.
 
-    name: name of the folder.
+    results: of the exported checkpoint. name: of the folder. images: number of images of the training data, None where
+    it is not known. license: identifier of the Hub, None: not stated. formats: of the graphs in the folder. hub: name
+    of the repository, None where the folder stays local.
     """
-    parts = (
-        f"# {name}\n\n{_summary(model)}",
-        _head(model.head) if model.head else "",
-        f"## World model evaluation\n\n{_evaluation(model, mrr)}" if model.predictor is not None else "",
-        f"## Use\n\n{_use(model, name)}",
-    )
-    return "\n".join(part for part in parts if part)
+    head = model.head
+    finetuned = head is not None and lookup(head.protocol).finetunes_encoder(head)
+    linear = head is not None and lookup(head.protocol).linear
+    downstream = () if finetuned else results.downstream
+    mrr = None if model.predictor is None or results.mrr is None else _mrr(results.mrr, model.encoder_name)
+    values = {
+        "metadata": yaml.safe_dump(
+            _metadata(name, license, head, mrr, downstream), sort_keys=False, allow_unicode=True
+        ),
+        "name": name,
+        "model": model,
+        "c": model.config,
+        "size": model.config.views.size,
+        "data": _short(model.config.data.shards),
+        "images": images,
+        "license": license,
+        "finetuned": finetuned,
+        "linear": linear,
+        "mrr": mrr,
+        "downstream": [_downstream_row(score) for score in downstream],
+        "hub": hub,
+        "calls": _calls(model),
+        "abilities": _abilities(model) if model.predictor is not None else "",
+        "contents": _contents(model, formats),
+        "files": {"description": DESCRIPTION, "head_description": HEAD_DESCRIPTION},
+        "head": head,
+        **(_head(head) if head else {}),
+    }
+    return ENVIRONMENT.get_template("card.md").render(values)
 
 
-def _summary(model: PretrainedModel) -> str:
-    """Return the introduction with encoder, predictor and pretraining."""
-    c, origin = model.config, model.origin
-    vit = (
-        f"width {c.encoder.embed_dim}, depth {c.encoder.depth}, {c.encoder.num_heads} heads, "
-        f"patch size {c.encoder.patch_size} px"
-    )
-    finetuned = ", finetuned" if model.head and lookup(model.head.protocol).finetunes_encoder(model.head) else ""
-    lines = [
-        f"- Encoder: the {model.encoder_name}{finetuned}. ViT of {vit}; {c.views.size} px images,",
-        f"  {c.grid_size}×{c.grid_size} patches, no class token. Input normalisation: mean {IMAGENET_MEAN},",
-        f"  standard deviation {IMAGENET_STD}.",
+def _metadata(
+    name: str,
+    license: str | None,
+    head: TrainedHead | None,
+    mrr: dict[str, Any] | None,
+    downstream: Sequence[DownstreamScore],
+) -> dict[str, Any]:
+    """Return the front matter: the Hub's fields, and measured results as its `model-index`."""
+    classifies = head is not None and lookup(head.protocol).linear
+    fields: dict[str, Any] = {"license": license} if license else {}
+    fields |= {
+        "library_name": "timm",
+        "pipeline_tag": "image-classification" if classifies else "image-feature-extraction",
+        "tags": TAGS,
+    }
+    measured = [] if mrr is None else [_mrr_entry(mrr)]
+    measured += [_downstream_entry(score) for score in downstream]
+    return fields | ({"model-index": [{"name": name, "results": measured}]} if measured else {})
+
+
+def _mrr_entry(mrr: dict[str, Any]) -> dict[str, Any]:
+    names = {"own": "MRR", "control": "MRR with shuffled actions", "chance": "MRR by chance"}
+    return {
+        "task": {"type": "image-feature-extraction", "name": "Retrieval of the target under an action"},
+        "dataset": {"type": mrr["shards"], "name": mrr["shards"], "split": mrr["split"]},
+        "metrics": [
+            {"type": "mrr", "name": text, "value": round(float(mrr[key].split()[0]), 3)} for key, text in names.items()
+        ],
+    }
+
+
+def _downstream_entry(score: DownstreamScore) -> dict[str, Any]:
+    record, task = score.record, score.record.tasks[score.task]
+    segments = record.metric == "miou"
+    return {
+        "task": {"type": "image-segmentation" if segments else "image-classification", "name": record.protocol},
+        "dataset": {"type": task.data, "name": task.data},
+        "metrics": [
+            {
+                "type": "mean_iou" if segments else "accuracy",
+                "name": f"{'mIoU' if segments else 'top-1 accuracy'}, {record.protocol}",
+                "value": round(score.score.mean, 4),
+            }
+        ],
+    }
+
+
+def _mrr(result: dict[str, Any], which: str) -> dict[str, Any]:
+    """Return what the card says of an MRR result."""
+    own, control = (result[key]["pooled"][which] for key in ("mrr", "shuffled_actions"))
+    return {
+        "images": result["images"],
+        "bank": result["bank"],
+        "own": f"{own['mean']:.3f} ± {own['standard_error']:.3f}",
+        "control": f"{control['mean']:.3f} ± {control['standard_error']:.3f}",
+        "chance": f"{result['chance']:.3f}",
+        "split": result["data"]["split"],
+        "shards": _short(Path(result["data"]["shards"])),
+        "held_out": result["data"].get("held_out", True),
+    }
+
+
+def _downstream_row(score: DownstreamScore) -> list[str]:
+    task, measured = score.record.tasks[score.task], score.score
+    error = "" if measured.error is None else f" ± {100 * measured.error:.1f}"
+    return [
+        f"{score.record.protocol}, trial `{score.trial.name}`",
+        _cell(task.data),
+        f"{100 * measured.mean:.1f}{error}",
+        _percent(task.chance),
+        f"{task.val_images:,}",
+        f"{task.train_images:,}",
     ]
-    if model.predictor is not None:
-        conditioning = f"conditioning `{c.action.conditioning}`"
-        shape = f"IWM({c.predictor.depth}, {c.predictor.embed_dim}), {c.predictor.num_heads} heads, {conditioning}"
-        lines.append(f"- Predictor: {shape}.")
-    lines += [
-        f"- Pretraining: split `{c.data.train}` of the shards `{_short(c.data.shards)}`, without labels;",
-        f"  {origin.step:,} steps, batch size {c.data.global_batch_size}, {origin.samples:,} images seen.",
-        f"- Checkpoint: `{origin.name}`.",
-    ]
-    return (
-        "An Image World Model ([Garrido et al., 2024](https://arxiv.org/abs/2403.00504)): a ViT encoder, and a "
-        "predictor\nthat predicts the features of a transformed image from the features of the image and the action, "
-        "which describes\nthe transformation.\n\n" + "\n".join(lines) + "\n"
-    )
 
 
-def _head(head: TrainedHead) -> str:
-    """Return the section on the trained head: protocol, data and scores."""
+def _head(head: TrainedHead) -> dict[str, Any]:
+    """Return the template's values for the trained head: protocol, data and scores."""
     metric, title = ("miou", "mIoU") if head.segments else ("top1", "top-1")
-    first = next(iter(head.tasks.values())).data
-    rows = [
-        f"| {name} | {len(task.classes)} | {100 * task.scores[metric]:.1f} | {_chance(task.data)} | "
-        f"{task.data['val_images']:,} of split `{task.data['split']}` | {task.data['train_images']:,} of split "
-        f"`{task.data['train']}`, `{_short(Path(task.data['shards']))}` |"
-        for name, task in head.tasks.items()
+    return {
+        "head_part": lookup(head.protocol).card + (f" ({head.metadata['part']})" if head.segments else ""),
+        "head_metric": title,
+        "head_rows": [_head_row(name, task, metric) for name, task in head.tasks.items()],
+        "head_chance": not head.segments,
+    }
+
+
+def _head_row(name: str, task: TaskInfo, metric: str) -> list[str]:
+    data = task.data
+    return [
+        _cell(name),
+        f"{len(task.classes)}",
+        f"{100 * task.scores[metric]:.1f}",
+        _percent(data.get("chance")),
+        f"{data['val_images']:,} of split `{data['split']}`",
+        f"{data['train_images']:,} of split `{data['train']}`, `{_short(Path(data['shards']))}`",
     ]
-    trained = lookup(head.protocol).card + (f" ({head.metadata['part']})" if head.segments else "")
-    return (
-        "## Trained head\n\n"
-        f"Protocol `{head.protocol}`: {trained}. Trial `{head.trial}`, epoch {head.epoch:.4g}.\n\n"
-        f"| task | classes | {title} in % | chance in % | held-out images | trained on |\n"
-        "| --- | --- | --- | --- | --- | --- |\n"
-        + "\n".join(rows)
-        + "\n\n"
-        + ("" if first.get("chance") is None else "Chance is the accuracy of always predicting the majority class.\n")
-        + "Trial and epoch were chosen on these held-out images, so the score is optimistic.\nThe class names "
-        f"{'(mask ids) ' if head.segments else ''}are in `{HEAD_DESCRIPTION}`, in the order of the logits.\n"
-    )
 
 
-def _chance(data: dict[str, Any]) -> str:
-    """Return a task's chance in %, or a dash."""
-    return "–" if data.get("chance") is None else f"{100 * data['chance']:.1f}"
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
-def _use(model: PretrainedModel, name: str) -> str:
-    """Return the section with example code, which runs as it is."""
-    size = model.config.views.size
+def _percent(share: float | None) -> str:
+    """Return a share in %, or a dash."""
+    return "–" if share is None else f"{100 * share:.1f}"
+
+
+def _calls(model: PretrainedModel) -> list[str]:
+    """Return lines of code that use each part of the model."""
     calls = []
     if model.predictor is not None:
         example = _example(model)
@@ -105,56 +200,24 @@ def _use(model: PretrainedModel, name: str) -> str:
         logits = "model.classify(images)" if task is None else f"model.classify(images, {task!r})"
         names = "model.classes" if task is None else f"model.tasks[{task!r}]"
         calls += [f"names = [{names}[number] for number in {logits}.argmax(1)]"]
-    abilities = f" {_abilities(model)}" if model.predictor is not None else ""
-    sizes = " `segment` keeps the size of the images." if model.head and model.head.segments else ""
-    return f"""```python
-import iwm
-model = iwm.load("{name}")
-{chr(10).join(calls)}
-```
-
-`images` are paths, PIL images, or arrays or tensors of uint8, or float from 0 to 1; they are resized and cropped to
-{size} px.{sizes} `model.features(images)` returns the encoder's features of every patch, `model(images)` one vector
-for each image.{abilities}
-
-{_in_timm(model)} without this package, in timm (its input is float images, normalised as above):
-
-```python
-import json, timm, safetensors.torch
-encoder = timm.models.vision_transformer.VisionTransformer(**json.load(open("{name}/{ENCODER_ARGUMENTS}")))
-encoder.load_state_dict(safetensors.torch.load_file("{name}/{ENCODER}"))
-```
-
-{_files(model)}
-"""
+    return calls
 
 
-def _in_timm(model: PretrainedModel) -> str:
-    return (
-        "The encoder with its linear head" if model.head and lookup(model.head.protocol).linear else "The encoder alone"
-    )
-
-
-def _files(model: PretrainedModel) -> str:
-    files = [f"`{PREDICTOR}` contains the predictor"] if model.predictor is not None else []
-    if model.head is not None and not lookup(model.head.protocol).linear:
-        files.append(f"`{HEAD}` contains the trained head")
-    return "; ".join([*files, f"`{CONFIG}` contains the run's configuration and the layout of actions."])
-
-
-def _evaluation(model: PretrainedModel, mrr: dict[str, Any] | None) -> str:
-    if mrr is None:
-        return "Not measured.\n"
-    trained = "" if mrr["data"].get("held_out", True) else " The model was trained on these images."
-    own, control = (mrr[key]["pooled"][model.encoder_name] for key in ("mrr", "shuffled_actions"))
-    return (
-        f"| MRR, {mrr['images']} images, bank of {mrr['bank']} | mean ± standard error |\n| --- | --- |\n"
-        f"| this model | {own['mean']:.3f} ± {own['standard_error']:.3f} |\n"
-        f"| this model with shuffled actions | {control['mean']:.3f} ± {control['standard_error']:.3f} |\n"
-        f"| chance | {mrr['chance']:.3f} |\n\n"
-        f"Pooled features; sources are encoded by the {model.encoder_name}. "
-        f"Split `{mrr['data']['split']}` of the shards\n`{_short(Path(mrr['data']['shards']))}`.{trained}\n"
-    )
+def _contents(model: PretrainedModel, formats: Sequence[GraphFormat]) -> list[tuple[str, str]]:
+    """Return file names and their content."""
+    linear = model.head is not None and lookup(model.head.protocol).linear
+    rows = [
+        (f"`{ENCODER}`, `{TIMM_CONFIG}`", f"the encoder{' with its linear head' if linear else ''}, in timm's form"),
+        (f"`{DESCRIPTION}`", "the run's configuration, the layout of actions"),
+    ]
+    if model.predictor is not None:
+        rows.append((f"`{PREDICTOR}`", "the predictor"))
+    if model.head is not None:
+        weights = "" if linear else f"`{HEAD}`, "
+        rows.append((f"{weights}`{HEAD_DESCRIPTION}`", "the trained head: its task, classes and scores"))
+    for name, what in file_names(formats, with_predictor=model.predictor is not None).items():
+        rows.append((f"`{name}`", what))
+    return rows
 
 
 def _short(shards: Path) -> str:

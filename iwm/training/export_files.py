@@ -12,22 +12,27 @@ from torch import Tensor
 
 from iwm.training.checkpoint import CheckpointError
 
-FORMAT = 1
-ENCODER, PREDICTOR, HEAD = "encoder.safetensors", "predictor.safetensors", "head.safetensors"
-CONFIG = "config.json"
+FORMAT = 2
+ENCODER, PREDICTOR, HEAD = "model.safetensors", "predictor.safetensors", "head.safetensors"
+"""Weights. timm reads a file of the encoder's name."""
+DESCRIPTION = "iwm.json"
+FIRST_FORMAT = "encoder.safetensors"
+"""File that only folders of format 1 contain."""
 
 
 def is_export_dir(folder: Path) -> bool:
-    """Return True for a folder with an exported encoder or predictor."""
-    return (folder / ENCODER).exists() or (folder / PREDICTOR).exists()
+    """Return True for the folder of an exported model, complete or not."""
+    return any((folder / name).exists() for name in (DESCRIPTION, PREDICTOR, FIRST_FORMAT))
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """Return the content of config.json.
+    """Return the content of iwm.json.
 
     Raises CheckpointError where it is damaged or of another version, OSError where it cannot be read.
     """
-    path = folder / CONFIG
+    path = folder / DESCRIPTION
+    if (folder / FIRST_FORMAT).exists():
+        raise CheckpointError(f"{folder} is an exported model of format 1, not {FORMAT}; export the model again")
     try:
         description: dict[str, Any] = json.loads(path.read_bytes())
         known = description["format"] == FORMAT

@@ -105,18 +105,19 @@ def _read_checkpoint(path: Path) -> WeightSource:
 
 
 def _read_export(folder: Path) -> WeightSource:
+    parts = {"encoder": export_files.ENCODER, "predictor": export_files.PREDICTOR, "head": export_files.HEAD}
     try:
         description = export_files.read_description(folder)
         config, encoder = from_dict(description["config"]), str(description["encoder"])
         content = {
-            Path(name).stem: export_files.read_tensors(folder / name)
-            for name in (export_files.ENCODER, export_files.PREDICTOR, export_files.HEAD)
-            if name == export_files.ENCODER or (folder / name).exists()
+            part: export_files.read_tensors(folder / name)
+            for part, name in parts.items()
+            if part == "encoder" or (folder / name).exists()
         }
     except OSError as error:
         raise export_files.incomplete(folder, error) from error
     except (KeyError, ConfigError) as error:
-        raise export_files.damaged(folder / export_files.CONFIG, error) from error
+        raise export_files.damaged(folder / export_files.DESCRIPTION, error) from error
     return _own(folder, f"exported {encoder}", content, config, ("encoder.", "encoder.", "predictor."))
 
 

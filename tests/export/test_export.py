@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
@@ -65,10 +66,9 @@ def tool(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("which", ["teacher", "student"])
-def test_stock_timm_takes_the_exported_encoder_and_has_its_features(run: Path, tmp_path: Path, which: str) -> None:
+def test_stock_timm_has_the_features_of_the_encoder_that_was_exported(run: Path, tmp_path: Path, which: str) -> None:
     export(ExportOptions(run, tmp_path / which, which))
-    stock = VisionTransformer(**json.loads((tmp_path / which / "encoder.json").read_text()))
-    stock.load_state_dict(load_file(tmp_path / which / "encoder.safetensors"), strict=True)
+    stock = timm.create_model(f"local-dir:{tmp_path / which}", pretrained=True)
     normalised = (pictures() / 255 - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD)
     expected = stock.eval().forward_features(normalised.permute(0, 3, 1, 2))
     torch.testing.assert_close(iwm.load(tmp_path / which).features(pictures()), expected, atol=2e-5, rtol=1e-4)
@@ -171,8 +171,8 @@ def test_parameters_can_be_trained_when_asked_for(exported: Path) -> None:
     assert all(parameter.grad is not None for parameter in model.predictor.parameters())
 
 
-def test_the_config_says_what_an_action_is(exported: Path) -> None:
-    content = json.loads((exported / "config.json").read_text())
+def test_the_description_says_what_an_action_is(exported: Path) -> None:
+    content = json.loads((exported / "iwm.json").read_text())
     entries = {entry["name"]: entry for entry in content["action"]["entries"]}
     assert tuple(entries) == action_spec(CONFIG.action, CONFIG.views).names
     assert entries["brightness"]["scale"] == 0.4
@@ -186,7 +186,7 @@ def mrr(checkpoint: str, **data: object) -> str:
     score = {"pooled": {name: {"mean": 0.25, "standard_error": 0.01} for name in ("teacher", "student")}}
     data = {"shards": "shards/photos", "split": "val", **data}
     content = {"mrr": score, "shuffled_actions": score, "chance": 0.024, "images": 64, "bank": 256, "data": data}
-    return json.dumps({**content, "checkpoint": checkpoint})
+    return json.dumps({**content, "protocol": "mrr", "checkpoint": checkpoint})
 
 
 def test_the_card_has_only_what_was_run_on_this_checkpoint(run: Path, tmp_path: Path) -> None:
@@ -247,7 +247,7 @@ def test_what_cannot_be_loaded_is_named(exported: Path, run: Path, tmp_path: Pat
     with pytest.raises(CheckpointError, match="neither a run's folder"):
         iwm.load(tmp_path / "empty")
     with pytest.raises(CheckpointError, match="give its folder"):
-        iwm.load(exported / "encoder.safetensors")
+        iwm.load(exported / "model.safetensors")
     with pytest.raises(CheckpointError, match="contains only the teacher encoder; export the student encoder too"):
         iwm.load(exported, encoder="student")
     tensors = load_file(exported / "predictor.safetensors")
@@ -260,6 +260,9 @@ def test_what_cannot_be_loaded_is_named(exported: Path, run: Path, tmp_path: Pat
         iwm.load(exported)
     (exported / "predictor.safetensors").unlink()
     with pytest.raises(CheckpointError, match="is not a complete exported model"):
+        iwm.load(exported)
+    (exported / "encoder.safetensors").touch()
+    with pytest.raises(CheckpointError, match="is an exported model of format 1, not 2; export the model again"):
         iwm.load(exported)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import re
+import struct
 import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from urllib.parse import unquote
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 from torch import Tensor
@@ -22,6 +25,7 @@ import iwm
 from iwm.config import Config, ConfigError
 from iwm.evaluation.common import first_images
 from iwm.export.images import Images, to_pixels
+from shards.format import RejectedSample
 from shards.images import ImageOptions, to_baseline_jpeg
 
 CPU = torch.device("cpu")
@@ -114,6 +118,61 @@ def test_files_and_pil_images_become_rgb_as_shards_do(mode: str, orientation: in
     assert (made[0].int() - torch.tensor(np.asarray(stored)).int()).abs().float().mean() < 4  # quality 95
     assert torch.equal(pixels(str(path)), made)
     assert torch.equal(pixels(Image.open(path)), made)
+
+
+def png_of_16_bits(path: Path, image: np.ndarray) -> None:
+    """Write a colour PNG of 16 bits, which Pillow cannot: image, uint16 [h, w, 3]."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", image.shape[1], image.shape[0], 16, 2, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in image)
+    parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+
+
+WIDE = HWC.astype(np.uint16) * 257
+FIVE = np.concatenate([HWC, HWC[..., :2]], axis=-1)
+EIGHT = np.concatenate([FIVE, HWC], axis=-1)
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "expected"),
+    [
+        ("colour.png", lambda path: png_of_16_bits(path, WIDE), HWC),
+        ("colour.tif", lambda path: tifffile.imwrite(path, WIDE, photometric="rgb"), HWC),
+        ("grey.tif", lambda path: tifffile.imwrite(path, WIDE[..., 0]), HWC[..., :1].repeat(3, -1)),
+        ("12_bits.tif", lambda path: tifffile.imwrite(path, WIDE[..., 0] >> 4), HWC[..., :1].repeat(3, -1) / 16),
+        ("five.tif", lambda path: tifffile.imwrite(path, FIVE, photometric="rgb"), HWC),
+    ],
+)
+def test_files_of_16_bits_and_of_more_channels_are_what_the_documentation_says(
+    name: str, write: Callable[[Path], None], expected: np.ndarray, tmp_path: Path
+) -> None:
+    write(tmp_path / name)
+    made = pixels(tmp_path / name)[0].numpy()
+    assert np.abs(made - expected.astype(float)).max() <= 1
+    stored = Image.open(io.BytesIO(to_baseline_jpeg((tmp_path / name).read_bytes(), ImageOptions()).jpeg))
+    assert np.abs(np.asarray(stored) - expected.astype(float)).mean() < 4  # quality 95
+
+
+@pytest.mark.parametrize(
+    ("image", "told", "rejected"),
+    [
+        (EIGHT, "not an image of a format that Pillow reads", "not an image of a known format"),
+        (WIDE.astype(np.float32)[..., 0], "floating-point pixels", "floating-point pixels"),
+        (WIDE.astype(np.int32)[..., 0] * 4, "only 0 to 65535", "only 0 to 65535"),
+    ],
+)
+def test_files_without_a_defined_meaning_are_refused(
+    image: np.ndarray, told: str, rejected: str, tmp_path: Path
+) -> None:
+    tifffile.imwrite(tmp_path / "a.tif", image, photometric="rgb" if image.ndim == 3 else "minisblack")
+    with pytest.raises(ConfigError, match=told):
+        pixels(tmp_path / "a.tif")
+    with pytest.raises(RejectedSample, match=rejected):
+        to_baseline_jpeg((tmp_path / "a.tif").read_bytes(), ImageOptions())
 
 
 def test_grey_is_repeated_and_transparency_is_on_white() -> None:

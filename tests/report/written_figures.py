@@ -38,7 +38,7 @@ def _figures(key: str) -> list[TileFigure]:
 
 
 def write_similarity(folder: Path, key: str) -> Path:
-    """Add a result of `similarity` with all kinds of figures of a photograph `key` to a run folder; return the folder."""
+    """Add a result with all kinds of figures, of a photograph `key`, to a run folder; return the folder."""
     output = folder / "eval" / "similarity.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     score = {"mean": 0.5, "standard_error": 0.1}
