@@ -43,8 +43,7 @@ def test_every_image_is_shown_with_its_description(browser: Browser, tmp_path: P
 def test_text_from_files_stays_text(browser: Browser, tmp_path: Path) -> None:
     page = _open(browser, write_report(write_similarity(tmp_path, HOSTILE)))
     assert "taken" not in page.title()
-    assert page.locator("[onerror]").count() == 0
-    assert "taken" not in "".join(page.locator("script").all_inner_texts())
+    assert page.locator("main script, [onerror]").count() == 0
     assert page.locator(".pictures h4").inner_text() == HOSTILE
     assert page.locator(".pictures img").first.get_attribute("alt") == f"{HOSTILE}, 0: true"
     page.close()
@@ -59,7 +58,8 @@ def test_a_phone_shows_all_columns_without_scrolling_sideways(browser: Browser, 
     )
     assert len(boxes) == 2 * 22 + 1 + 3 + 1
     assert max(right for right, _ in boxes) <= 390
-    assert min(width for _, width in boxes) >= 20
+    columns = page.locator(".columns img").evaluate_all("images => images.map((i) => i.offsetWidth)")
+    assert min(columns) >= 50
     page.close()
 
 
