@@ -27,7 +27,7 @@ from iwm.report.components import (
     section,
     table,
 )
-from iwm.report.paper_tables import finetuned, paper_tables_of
+from iwm.report.paper_tables import paper_tables_of
 from iwm.report.results import (
     SEGMENTATION,
     DatasetResults,
@@ -40,6 +40,7 @@ from iwm.report.results import (
 from iwm.report.runs import Point, RunResults, read_metrics
 from iwm.report.table_text import cell, gain
 from iwm.report.templates import render
+from iwm.report.trial_selection import finetuned
 
 TUNED = {
     "encoder": "encoder",

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from iwm.evaluation import paper_results
 from iwm.evaluation.result_table import ResultTable
-from iwm.report.results import DatasetResults, SeedScores, TrialResult, best_trials, read_dataset_results
+from iwm.report.results import DatasetResults, SeedScores, best_trials, read_dataset_results
 from iwm.report.runs import ReportError, RunResults, read_runs
 from iwm.report.table_text import OurRow, caption, cell, comparison_table, gain, paper_row, percent
+from iwm.report.trial_selection import best_probes, finetuned, prediction, trains
 
 ACCURACY = "Top-1 accuracy in %; the paper's on ImageNet at 224 px."
 
@@ -65,54 +66,6 @@ def paper_tables_of(runs: Sequence[RunResults]) -> list[ResultTable]:
     return [table for table in tables if table]
 
 
-# Selection of trials
-
-
-def _plain(trial: TrialResult) -> bool:
-    """Return True for the paper's protocol: teacher features, null latents, all tokens."""
-    return (
-        trial.settings.get("features") != "student"
-        and trial.settings.get("actions") != "random"
-        and trial.settings.get("tokens") != "one"
-    )
-
-
-def _tuned(predictor: str) -> Callable[[TrialResult], bool]:
-    return lambda trial: _plain(trial) and trial.settings.get("predictor") == predictor
-
-
-def _prediction(null: bool, teacher: bool, one: bool) -> Callable[[TrialResult], bool]:
-    settings = {
-        "predictor": "pretrained",
-        "actions": "null" if null else "random",
-        "features": "teacher" if teacher else "student",
-        "tokens": "one" if one else "all",
-    }
-    return lambda trial: all(trial.settings.get(name) == value for name, value in settings.items())
-
-
-def _part(name: str) -> Callable[[TrialResult], bool]:
-    return lambda trial: trial.settings.get("part") == name
-
-
-def finetuned(dataset: DatasetResults) -> dict[str, SeedScores | None]:
-    """Return the best settings by column of tables 4 and S1; None where a column was not run."""
-    records = dataset.records
-    return {
-        "encoder": best_trials(records, "finetune-encoder", lambda trial: True),
-        "random": best_trials(records, "finetune-predictor", _tuned("random")),
-        "pretrained": best_trials(records, "finetune-predictor", _tuned("pretrained")),
-        "end to end": best_trials(records, "finetune-end-to-end", lambda trial: True),
-    }
-
-
-def _probed(dataset: DatasetResults) -> dict[str, SeedScores | None]:
-    return {protocol: best_trials(dataset.records, protocol, _plain) for protocol in ("linear", "attentive")}
-
-
-# Tables
-
-
 def _table_3(datasets: Sequence[DatasetResults]) -> ResultTable | None:
     printed = {
         name: percent(top1) + (f" ({gap:+.1f})" if gap is not None else "")
@@ -144,7 +97,7 @@ def _prediction_table(
     """Return one row per setting of the paper, and one column per data set with at least two of them."""
     ours = []
     for dataset in datasets:
-        scores = [best_trials(dataset.records, "finetune-predictor", _prediction(*task)) for task in places.values()]
+        scores = [best_trials(dataset.records, "finetune-predictor", prediction(*task)) for task in places.values()]
         present = [score for score in scores if score]
         if len(present) > 1:
             before = [None, *scores[:-1]] if gaps else [None] * len(scores)
@@ -185,7 +138,7 @@ def _table_5(datasets: Sequence[DatasetResults]) -> ResultTable | None:
     }
 
     def ours(dataset: DatasetResults) -> OurRow:
-        tuned, probed = finetuned(dataset), _probed(dataset)
+        tuned, probed = finetuned(dataset), best_probes(dataset)
         frozen = [score for score in (*probed.values(), tuned["random"], tuned["pretrained"]) if score]
         finetuned_encoder = [score for score in (tuned["encoder"], tuned["end to end"]) if score]
         peaks = [
@@ -208,7 +161,8 @@ def _table_6(datasets: Sequence[DatasetResults]) -> ResultTable | None:
         paper_results.TABLE_6,
         datasets,
         lambda dataset: [
-            best_trials(dataset.records, "segmentation", _part(part)) for part in ("encoder", "predictor", "end-to-end")
+            best_trials(dataset.records, "segmentation", trains(part))
+            for part in ("encoder", "predictor", "end-to-end")
         ],
     )
 
@@ -270,7 +224,7 @@ def _table_8(datasets: Sequence[DatasetResults]) -> ResultTable | None:
     }
 
     def ours(dataset: DatasetResults) -> OurRow:
-        scores = _probed(dataset)
+        scores = best_probes(dataset)
         return OurRow(_row_name(dataset), [cell(score) for score in scores.values()], [s for s in scores.values() if s])
 
     return comparison_table(
@@ -285,7 +239,7 @@ def _table_s5(datasets: Sequence[DatasetResults]) -> ResultTable | None:
     known = {_squeezed(name): name for name in columns}
     by_run: dict[str, dict[str, SeedScores]] = {}
     for dataset in datasets:
-        score = _probed(dataset)["attentive"]
+        score = best_probes(dataset)["attentive"]
         if score:
             by_run.setdefault(dataset.name, {})[known.get(_squeezed(dataset.data), dataset.data)] = score
     columns += dict.fromkeys(name for scores in by_run.values() for name in scores if name not in columns)
