@@ -93,7 +93,7 @@ UNITS = {op.name: (op.unit, op.unit_scale) for op in OPS if op.unit}
 """Unit and factor of a parameter's axis, where it does not show the plain value."""
 
 
-LINES = ("with action", "control", "ideal: the target")
+LINES = ("with action", "control")
 """Lines of a sweep's chart, in their order."""
 
 
@@ -104,8 +104,8 @@ def sweep_section(run: RunResults) -> Markup:
 
 def _sweeps(run: RunResults, result: dict[str, Any]) -> Markup:
     meaning = (
-        "Horizontal axis: true value. Vertical axis: value of the view nearest to the prediction, mean over images; "
-        "the band is one standard deviation. In undo sweeps, the source has the value, and the target is the clean "
+        "Retrieved value: that of the view nearest to the prediction, mean over images; the band is one standard "
+        "deviation. In undo sweeps, the source has the value, and the target is the clean "
         "image. Control: shuffled actions; in undo sweeps, an action that does not describe the source's augmentation. "
         "Above each chart: the rank correlation; in undo sweeps the exact share, of predictions whose nearest view is "
         "the target."
@@ -160,12 +160,13 @@ def _chart(series: dict[str, Any]) -> Markup:
     lines = [
         line(LINES[0], series["with_action"]["retrieved"], series["with_action"]["deviation"]),
         line(LINES[1], series["control"]["retrieved"], series["control"]["deviation"]),
-        line(LINES[2], series["target"]),
     ]
-    name = series["name"] + ("" if series["trained"] else " (never trained)")
+    name = series["name"] if series["trained"] else f"{series['name']} (never trained)"
+    # An undo sweep has one target, the clean image; otherwise the target of a value is the value.
+    reference, diagonal = (("ideal", series["target"][0] * factor), "") if series["undo"] else (None, "ideal")
     words, key = _headline(series)
-    after = f", {unit}" if unit else ""
-    chart = line_chart(lines, x_title=f"true value{after}", y_title=f"retrieved value{after}")
+    x_title, y_title = (f"{side} value, {unit}" if unit else f"{side} value" for side in ("true", "retrieved"))
+    chart = line_chart(lines, reference, x_title=x_title, y_title=y_title, diagonal=diagonal)
     return chart_card(name, chart, value=f"{words} {series['with_action'][key]['mean']:.2f}")
 
 
