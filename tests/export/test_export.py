@@ -23,6 +23,7 @@ from iwm.model_config import ActionConfig, EncoderConfig, PredictorConfig
 from iwm.models.encoder import IMAGENET_MEAN, IMAGENET_STD
 from iwm.models.world_model import WorldModel
 from iwm.training.checkpoint import Checkpoint, CheckpointError, load_world_model, save_checkpoint, versions
+from tests.export.local_dir import needs_local_dir
 
 CONFIG = Config(
     views=Views(size=32),
@@ -65,6 +66,7 @@ def tool(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
+@needs_local_dir
 @pytest.mark.parametrize("which", ["teacher", "student"])
 def test_stock_timm_has_the_features_of_the_encoder_that_was_exported(run: Path, tmp_path: Path, which: str) -> None:
     export(ExportOptions(run, tmp_path / which, which))

@@ -28,6 +28,7 @@ from iwm.model_config import PredictorConfig
 from iwm.models.encoder import IMAGENET_MEAN, IMAGENET_STD
 from iwm.training.checkpoint import CheckpointError
 from tests.downstream.conftest import untrained
+from tests.export.local_dir import needs_local_dir
 
 Leverage = Callable[..., dict[str, Any]]
 Asked = Callable[[Tensor, int], Tensor]
@@ -110,6 +111,7 @@ def test_predictors_of_every_conditioning_are_built_again(
     torch.testing.assert_close(model.classify(pictures()), trial(pictures(), 0), atol=1e-5, rtol=1e-4)
 
 
+@needs_local_dir
 @pytest.mark.parametrize("name", ["linear", "finetune-encoder"])
 def test_stock_timm_takes_the_encoder_with_its_linear_head(
     trained: Callable[..., Asked], run: Path, tmp_path: Path, name: str

@@ -21,6 +21,7 @@ import iwm
 from dali_pipelines.crops import resized_side
 from iwm.export.__main__ import ExportOptions, export
 from iwm.export.timm_config import architecture, crop_share
+from tests.export.local_dir import needs_local_dir
 from tests.export.test_export import CONFIG, make_run
 
 THREE_LAYERS = replace(CONFIG, encoder=replace(CONFIG.encoder, depth=3))
@@ -52,6 +53,7 @@ def photo(path: Path, height: int = 90, width: int = 131) -> Path:
     return path
 
 
+@needs_local_dir
 @pytest.mark.parametrize("size", [32, 48])
 def test_stock_timm_has_the_models_pixels_and_features(tmp_path: Path, size: int) -> None:
     config = replace(THREE_LAYERS, views=replace(CONFIG.views, size=size))
@@ -73,6 +75,7 @@ def test_stock_timm_has_the_models_pixels_and_features(tmp_path: Path, size: int
     assert stock["classes"] is None
 
 
+@needs_local_dir
 def test_stock_timm_classifies_with_an_exported_linear_head(
     leverage: Callable[..., dict[str, Any]], run: Path, tmp_path: Path
 ) -> None:
