@@ -22,7 +22,10 @@ PACKAGES = ("torch", "torchvision", "numpy", "pillow", "timm")
 
 def environment_info() -> dict[str, Any]:
     """Return processor, cores, memory, GPU, versions and the commit."""
-    import torch  # not at the top: commands that only read their options import this module too
+    # Not at the top: commands that only read their options import this module too.
+    import torch
+
+    from iwm.training.runtime import processor
 
     return {
         "processor": processor(),
@@ -67,14 +70,6 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def processor() -> str:
-    """Return the system's name of the processor."""
-    listing = Path("/proc/cpuinfo")
-    lines = listing.read_text().splitlines() if listing.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def driver() -> str | None:

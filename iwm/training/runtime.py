@@ -13,6 +13,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 import torch
@@ -119,8 +120,16 @@ def select_backend(name: PipelineBackend, device: torch.device, views: Views, op
 
 
 def device_name(device: torch.device) -> str:
-    """Return the device's name for results: the GPU's, or `cpu` with the architecture."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
+    """Return the device's name for results: the GPU's, or `cpu` with the processor's."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({processor()})"
+
+
+def processor() -> str:
+    """Return the system's name of the processor, or its architecture where the system has no name for it."""
+    listing = Path("/proc/cpuinfo")
+    lines = listing.read_text().splitlines() if listing.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 @contextmanager
