@@ -23,26 +23,22 @@ from iwm.report.components import (
     stored_tables,
 )
 from iwm.report.picture_grid import figures
-from iwm.report.provenance import origin_paragraph
+from iwm.report.provenance import TITLES, origin_paragraph
 from iwm.report.runs import RunResults
 
 CLEARLY = 2.0
 """Standard errors by which a score exceeds its control where it is called higher."""
 
 
-def _section(
-    run: RunResults, title: str, evaluator: str, content: Callable[[RunResults, dict[str, Any]], Markup]
-) -> Markup:
+def _section(run: RunResults, evaluator: str, content: Callable[[RunResults, dict[str, Any]], Markup]) -> Markup:
     """Return the section of an evaluator's results, each by `content`; '' where there are none."""
     parts = [origin_paragraph(run, result) + content(run, result) for result in run.evaluations_of(evaluator).values()]
-    return section(title, Markup().join(parts)) if parts else Markup()
+    return section(TITLES[evaluator], Markup().join(parts)) if parts else Markup()
 
 
 def retrieval_picture(run: RunResults) -> Markup:
     """Return the retrieval figures: random images and, folded, the best and worst prediction of each image."""
-    return _section(
-        run, "Retrieval", "retrieval", lambda run, result: _failed_photographs(result) + figures(run, result)
-    )
+    return _section(run, "retrieval", lambda run, result: _failed_photographs(result) + figures(run, result))
 
 
 def _failed_photographs(result: dict[str, Any]) -> Markup:
@@ -63,7 +59,7 @@ def _failed_photographs(result: dict[str, Any]) -> Markup:
 
 def nearest_neighbours(run: RunResults) -> Markup:
     """Return the accuracy of k-nearest-neighbour classification."""
-    return _section(run, "Nearest neighbours", "knn", lambda _, result: _tables(result))
+    return _section(run, "knn", lambda _, result: _tables(result))
 
 
 def _tables(result: dict[str, Any]) -> Markup:
@@ -76,17 +72,17 @@ def _tables_and_figures(run: RunResults, result: dict[str, Any]) -> Markup:
 
 def similarity_matrix(run: RunResults) -> Markup:
     """Return the similarity matrix (figure S3) and its scores."""
-    return _section(run, "Similarity of augmented views", "similarity", _tables_and_figures)
+    return _section(run, "similarity", _tables_and_figures)
 
 
 def marginalised(run: RunResults) -> Markup:
     """Return the results of marginalised representations (table S6, figure S4)."""
-    return _section(run, "Marginalised representations", "marginalisation", _tables_and_figures)
+    return _section(run, "marginalisation", _tables_and_figures)
 
 
 def patch_maps(run: RunResults) -> Markup:
     """Return the PCA and attention maps of patch features."""
-    return _section(run, "Patch features", "feature-maps", figures)
+    return _section(run, "feature-maps", figures)
 
 
 UNITS = {op.name: (op.unit, op.unit_scale) for op in OPS if op.unit}
@@ -99,7 +95,7 @@ LINES = ("with action", "control")
 
 def sweep_section(run: RunResults) -> Markup:
     """Return the parameter sweeps: retrieved over true value, rank correlation and figures."""
-    return _section(run, "Parameter sweeps", "parameter-sweep", _sweeps)
+    return _section(run, "parameter-sweep", _sweeps)
 
 
 def _sweeps(run: RunResults, result: dict[str, Any]) -> Markup:
@@ -172,7 +168,7 @@ def _chart(series: dict[str, Any]) -> Markup:
 
 def corruption_section(run: RunResults) -> Markup:
     """Return MRR from corrupted sources, with controls and the upper bound."""
-    return _section(run, "Undoing corruptions", "corruptions", _corruptions)
+    return _section(run, "corruptions", _corruptions)
 
 
 def _corruptions(run: RunResults, result: dict[str, Any]) -> Markup:

@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from iwm.evaluation.bank import TIE_TOLERANCE, UNCONDITIONED_NOTE
 from iwm.report.components import section
-from iwm.report.provenance import origin_paragraph
+from iwm.report.provenance import TITLES, origin_paragraph
 from iwm.report.runs import ReportError, RunResults
 from iwm.report.templates import render
 
@@ -53,7 +53,7 @@ def _section(run: RunResults, name: str, result: dict[str, Any]) -> Markup:
         buttons=list(BUTTONS.items()),
         **{field: result[field] for field in ("bank", "same_rank", "largest_difference")},
     )
-    return section("Explorer", content)
+    return section(TITLES["explorer"], content)
 
 
 def _data(folder: Path, result: dict[str, Any]) -> dict[str, Any]:

@@ -73,7 +73,7 @@ TITLES = {
     "feature-maps": "Patch features",
     "knn": "Nearest neighbours",
 }
-"""Title of an evaluator's section, where it was left out."""
+"""Titles of the evaluators' sections."""
 
 
 def left_out_section(run: RunResults, evaluator: str) -> Markup:
