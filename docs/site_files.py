@@ -16,7 +16,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 
-SOURCES = ("*.md", "shards/*.md", "docs/*.md", "docs/*.ipynb", "docs/images/*", "benchmarks/results/**/*")
+SOURCES = ("*.md", "*.cff", "shards/*.md", "docs/*.md", "docs/*.ipynb", "docs/images/*", "benchmarks/results/**/*")
 """Patterns of the pages and of what they link to, from the repository's root."""
 
 INTERFACE = {
