@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -21,10 +20,14 @@ PACKAGES = ("torch", "torchvision", "numpy", "pillow", "timm")
 
 
 def environment_info() -> dict[str, Any]:
-    """Return processor, cores, memory, GPU, versions and the commit."""
+    """Return processor, cores, memory, GPU, versions and the commit.
+
+    The commit has a plus sign for uncommitted changes, and is `unknown` without git or a checkout.
+    """
     # Not at the top: commands that only read their options import this module too.
     import torch
 
+    from iwm.training.run_record import source_commit
     from iwm.training.runtime import processor
 
     return {
@@ -37,7 +40,7 @@ def environment_info() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "driver": driver(),
         "packages": packages(),
-        "commit": _commit(),
+        "commit": source_commit(Path(__file__).parents[1], modified="+") or "unknown",
     }
 
 
@@ -76,20 +79,6 @@ def driver() -> str | None:
     """Return the version of the GPU's driver; None where nvidia-smi does not report it."""
     values, _ = query(["driver_version"])
     return values[0] if values else None
-
-
-def _commit() -> str:
-    """Return the commit, with a plus sign for uncommitted changes; `unknown` without git or a repository."""
-    if shutil.which("git") is None:
-        return "unknown"
-    described = subprocess.run(
-        ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return described.stdout.strip() or "unknown"
 
 
 T = TypeVar("T")

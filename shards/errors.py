@@ -9,3 +9,8 @@ class UserError(Exception):
 
 class ShardError(UserError, ValueError):
     """Invalid shards; the message names the file, the field and the remedy."""
+
+
+def one_line(error: BaseException) -> str:
+    """Return the message of an error of other code as one line."""
+    return " ".join(str(error).split())

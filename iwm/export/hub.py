@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from shards.errors import UserError
+from shards.errors import UserError, one_line
 
 try:
     import httpx2
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # exported at run time alone
 except ImportError as error:
     raise UserError(f"--push-to-hub: {error}; run pip install 'iwm[hub]'") from error
 
@@ -32,7 +32,7 @@ def full_name(name: str) -> str:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise HubError(f"--push-to-hub {name}: {_one_line(error)}; give NAMESPACE/NAME") from error
+        raise HubError(f"--push-to-hub {name}: {one_line(error)}; give NAMESPACE/NAME") from error
     if get_token() is None:
         raise HubError(f"--push-to-hub {name}: there is no token; run hf auth login, or set HF_TOKEN")
     with _errors_of(name):
@@ -62,7 +62,7 @@ def _errors_of(name: str) -> Iterator[None]:
         raise HubError(f"--push-to-hub {name}: {_remedy(error)}") from error
     except (httpx2.HTTPError, OfflineModeIsEnabled) as error:
         raise HubError(
-            f"--push-to-hub {name}: {HfApi().endpoint} was not reached ({_one_line(error)}); check the network, "
+            f"--push-to-hub {name}: {HfApi().endpoint} was not reached ({one_line(error)}); check the network, "
             "HF_ENDPOINT and HF_HUB_OFFLINE, and run the command again"
         ) from error
 
@@ -73,8 +73,4 @@ def _remedy(error: HfHubHTTPError) -> str:
         return "the token was refused (401); run hf auth login with a valid one, or set HF_TOKEN"
     if status == 403:
         return "the token may not write there (403); use a token with write access to this namespace"
-    return f"the server answered {status} ({error.server_message or _one_line(error)}); correct the name or try again"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return f"the server answered {status} ({error.server_message or one_line(error)}); correct the name or try again"

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dali_pipelines.replay import resized_centre_crop
 from iwm.config import ConfigError
+from shards.errors import one_line
 from shards.rgb import DECODE_ERRORS, to_8_bits, to_rgb, upright
 
 Image: TypeAlias = str | os.PathLike[str] | PIL.Image.Image | np.ndarray | Tensor
@@ -116,7 +117,7 @@ def _from_file(path: Path, name: str) -> UInt8[Tensor, "1 h w 3"]:
     except PIL.UnidentifiedImageError:
         raise ConfigError(f"{name}: {path} is not an image of a format that Pillow reads; give another file") from None
     except DECODE_ERRORS as error:
-        raise ConfigError(f"{name}: {path} cannot be read ({_one_line(error)}); give another file") from error
+        raise ConfigError(f"{name}: {path} cannot be read ({one_line(error)}); give another file") from error
     with image:
         return _from_pil(image, f"{name}: {path}")
 
@@ -126,12 +127,8 @@ def _from_pil(image: PIL.Image.Image, name: str) -> UInt8[Tensor, "1 h w 3"]:
         image.load()
         rgb = to_rgb(upright(image))
     except DECODE_ERRORS as error:
-        raise ConfigError(f"{name}: an image of mode {image.mode} cannot become RGB ({_one_line(error)})") from error
+        raise ConfigError(f"{name}: an image of mode {image.mode} cannot become RGB ({one_line(error)})") from error
     return torch.from_numpy(np.array(rgb))[None]
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
 
 
 def _as_tensor(array: np.ndarray, name: str) -> Tensor:

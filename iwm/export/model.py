@@ -27,6 +27,7 @@ from iwm.models.world_model import normalize_targets
 from iwm.training.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, resolve, run_dir_of
 from iwm.training.export_files import is_export_dir
 from iwm.training.runtime import select_device
+from shards.errors import one_line
 
 
 class PretrainedModel(nn.Module):
@@ -284,5 +285,5 @@ def _load_strict(part: nn.Module, tensors: Mapping[str, Tensor], name: str, path
     try:
         part.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
-        details = " ".join(str(error).split())
+        details = one_line(error)
         raise CheckpointError(f"{path}: the {name} does not fit the configuration ({details})") from error

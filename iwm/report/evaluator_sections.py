@@ -101,10 +101,9 @@ def sweep_section(run: RunResults) -> Markup:
 def _sweeps(run: RunResults, result: dict[str, Any]) -> Markup:
     meaning = (
         "Retrieved value: that of the view nearest to the prediction, mean over images; the band is one standard "
-        "deviation. In undo sweeps, the source has the value, and the target is the clean "
-        "image. Control: shuffled actions; in undo sweeps, an action that does not describe the source's augmentation. "
-        "Above each chart: the rank correlation; in undo sweeps the exact share, of predictions whose nearest view is "
-        "the target."
+        "deviation. In undo sweeps, the source has the value, and the target is the clean image. Control: shuffled "
+        "actions; in undo sweeps, an action that does not describe the source's augmentation. Above each chart: the "
+        "rank correlation; in undo sweeps the exact share, of predictions whose nearest view is the target."
     )
     charts = chart_grid(Markup().join(map(_chart, result["series"])))
     text, names = paragraphs([meaning], linked=True), legend(LINES)

@@ -22,7 +22,7 @@ from iwm.config_io import config_diff, from_yaml
 from iwm.report.short_paths import short_path, short_paths
 from iwm.training.checkpoint import list_checkpoints
 from iwm.training.run_record import read_record
-from shards.errors import UserError
+from shards.errors import UserError, one_line
 
 Point = tuple[float, float]
 """(step, value)"""
@@ -53,7 +53,7 @@ class RunResults:
         try:
             return from_yaml(self.config)
         except (ConfigError, yaml.YAMLError) as error:
-            message = " ".join(str(error).split())
+            message = one_line(error)
             raise ReportError(f"{self.folder / 'config.yaml'}: {message}; omit this run or fix the file") from error
 
     def evaluations_of(self, protocol: str) -> dict[str, dict[str, Any]]:
@@ -85,14 +85,15 @@ def read_run(folder: Path, name: str | None = None) -> RunResults:
     evaluations = {}
     for path in sorted((folder / "eval").glob("*.json"), key=lambda path: path.stem):
         evaluations[path.stem] = short_paths(read_result(path))
+    lines = _metric_lines(folder / "metrics.jsonl")
     return RunResults(
         folder=folder,
         name=name or folder.resolve().name,
         config=config.read_text() if config.exists() else None,
-        metrics=read_metrics(folder / "metrics.jsonl"),
+        metrics=_finite_points(lines),
         evaluations=evaluations,
         record=read_record(folder),
-        not_finite=count_not_finite(folder / "metrics.jsonl"),
+        not_finite=_count_null(lines),
     )
 
 
@@ -113,17 +114,21 @@ def is_up_to_date(evaluation: Path, run: Path) -> bool:
 
 def read_metrics(path: Path) -> dict[str, list[Point]]:
     """Return numeric fields as (step, value), empty without a file. Raises ReportError for a malformed line."""
+    return _finite_points(_metric_lines(path))
+
+
+def _finite_points(lines: Sequence[dict[str, Any]]) -> dict[str, list[Point]]:
     by_name: dict[str, dict[float, float]] = {}
-    for fields in _metric_lines(path):
+    for fields in lines:
         for name, value in fields.items():
             if name != "step" and isinstance(value, int | float) and math.isfinite(value):
                 by_name.setdefault(name, {})[fields["step"]] = value  # a resumed run repeats steps; the later counts
     return {name: sorted(points.items()) for name, points in by_name.items()}
 
 
-def count_not_finite(path: Path) -> dict[str, int]:
-    """Return the number of null values, which stand for values that were not finite, by field of metrics.jsonl."""
-    return dict(Counter(name for fields in _metric_lines(path) for name, value in fields.items() if value is None))
+def _count_null(lines: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """Return the number of null values, which stand for values that were not finite, by field."""
+    return dict(Counter(name for fields in lines for name, value in fields.items() if value is None))
 
 
 def _metric_lines(path: Path) -> list[dict[str, Any]]:

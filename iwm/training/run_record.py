@@ -88,21 +88,16 @@ def _complete(segment: dict[str, Any]) -> dict[str, Any]:
     return {name: segment[name] for name in names}
 
 
-def source_commit(folder: Path) -> str | None:
-    """Return the commit of the source in `folder`, with `, modified` where tracked files differ from it.
+def source_commit(folder: Path, modified: str = ", modified") -> str | None:
+    """Return the commit of the source in `folder`, with `modified` after it where tracked files differ from it.
 
     None where the folder is not the root of a git checkout, or git is not installed.
     """
     if not (folder / ".git").exists():
         return None
-    commit = _git(folder, "rev-parse", "--short=12", "HEAD")
-    changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
-    return f"{commit}, modified" if commit and changed else commit
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
+    command = ["git", "describe", "--always", "--abbrev=12", "--exclude=*", f"--dirty={modified}"]
     try:
-        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()

@@ -15,6 +15,7 @@ from typing import Any
 from iwm.config import Config, ConfigError, LogConfig
 from iwm.config_io import to_dict
 from shards.atomic import write_atomically
+from shards.errors import one_line
 
 RUN_ID = "wandb_id"
 """File of the run's folder with the id of its W&B run."""
@@ -95,7 +96,7 @@ def open_wandb(config: Config, run: Path) -> WandbLogger:
         raise ConfigError(f"log.wandb_project {config.log.wandb_project}: {error}") from error
     except (wandb.Error, OSError, TimeoutError) as error:
         opened = wandb.init(**options, mode="offline")
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         print(
             f"WARNING: W&B cannot be reached ({reason}); send the metrics later: wandb sync {Path(opened.dir).parent}"
         )

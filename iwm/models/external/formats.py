@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from shards.errors import UserError
+from shards.errors import UserError, one_line
 
 State = dict[str, Tensor]
 
@@ -51,7 +51,7 @@ def read_file(path: Path) -> dict[str, Any]:
             with torch.serialization.safe_globals([argparse.Namespace]):
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
-        detail = " ".join(str(error).split())[:300]
+        detail = one_line(error)[:300]
         raise ExternalCheckpointError(
             f"{path} is damaged, or holds more than tensors and plain types ({detail})"
         ) from error

@@ -15,6 +15,7 @@ from iwm.models.external.formats import FORMATS, ExternalCheckpointError, NoDeco
 from iwm.models.external.tensors import abbreviated, depth_of, grid_of, mismatches, mlp_ratio_of, shape_of
 from iwm.models.external.vit import ExternalEncoder, MaeDecoder
 from iwm.models.layers import resample_positions
+from shards.errors import one_line
 
 __all__ = ["FORMATS", "ExternalCheckpointError", "ExternalEncoder", "MaeDecoder", "NoDecoderError", "load_external"]
 
@@ -134,7 +135,7 @@ def _load_timm(name: str | None, path: Path | str | None, image_size: int | None
     try:
         vit = timm.create_model(name, pretrained=path is None, num_classes=0, **options)
     except (OSError, RuntimeError, TypeError) as error:
-        detail = " ".join(str(error).split())[:300]
+        detail = one_line(error)[:300]
         raise ExternalCheckpointError(
             f"timm could not create {name} ({detail}); give a file, or another image_size"
         ) from error
