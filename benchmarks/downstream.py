@@ -52,14 +52,7 @@ def run(options: DownstreamRateOptions, console: Console) -> dict[str, Any]:
     recipe = options.recipe or (GPU_RECIPE if device.type == "cuda" else "demo")
     config = lookup("--recipe", recipe, RECIPES)()
     shards = options.shards or labelled_shards(console)
-    rows = {}
-    with TemporaryDirectory() as folder:
-        checkpoint = untrained_run(Path(folder), config)
-        for name in protocols:
-            with console.status(f"{name}: training"):
-                rows[name] = trained(name, checkpoint, shards, options)
-            with console.status(f"{name}: its pipeline"):
-                rows[name]["pipeline"] = pipelines(name, config, shards, rows[name]["images_per_pass"], device, options)
+    rows: dict[str, dict[str, Any]] = {}
     result = {
         "recipe": recipe,
         "settings": settings_of(options),
@@ -67,6 +60,18 @@ def run(options: DownstreamRateOptions, console: Console) -> dict[str, Any]:
         "device": device.type,
         "protocols": rows,
     }
+    with TemporaryDirectory() as folder:
+        checkpoint = untrained_run(Path(folder), config)
+        for name in protocols:
+            with console.status(f"{name}: training"):
+                row = trained(name, checkpoint, shards, options)
+            with console.status(f"{name}: its pipeline"):
+                row["pipeline"] = pipelines(name, config, shards, row["images_per_pass"], device, options)
+            rows[name] = row
+            # Protocols take minutes each: what is measured is kept if the next one fails or is interrupted.
+            console.print(f"{name}: {row['images_per_second']:,.0f} images/s", highlight=False)
+            if options.json is not None:
+                options.json.write_text(json.dumps(result, indent=1) + "\n")
     show(result, console)
     return result
 
