@@ -132,6 +132,7 @@ def training_rates(
                 repeats=options.repeats,
                 settling=cooldown_steps(state),
                 between=lambda: None,
-                say=status.update,
+                status=status.update,
+                report=partial(console.print, highlight=False),
             )
     return {name: [turn.images_per_second for turn in windows] for name, windows in turns.items()}

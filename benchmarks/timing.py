@@ -148,10 +148,12 @@ def interleave(
     repeats: int,
     settling: int,
     between: Callable[[], None],
-    say: Callable[[str], None],
+    status: Callable[[str], None],
+    report: Callable[[str], None],
 ) -> dict[str, list[Repeat]]:
     """Measure all in turns: each for `seconds` in total, in `repeats` windows. `between` is called after each round.
 
+    status, report: functions of a line of text, called before and after each window.
     Every window begins with `settling` unmeasured steps. The number of steps of a window follows from the time of
     `settling` further steps in the first round, and is the same on all processes.
     """
@@ -159,7 +161,7 @@ def interleave(
     steps: dict[str, int] = {}
     for turn in range(repeats):
         for name, (window_of, images, _) in measured.items():
-            say(f"turn {turn + 1} of {repeats}: {name}")
+            status(f"turn {turn + 1} of {repeats}: {name}")
             window_of(settling)
             if name not in steps:
                 slowest = max(dist.all_gather(window_of(settling).seconds / settling))
@@ -169,6 +171,7 @@ def interleave(
             peak = max(dist.all_gather(peak_gib(dist.device)))
             rate = sum(dist.all_gather(images * len(window.steps) / window.seconds))
             turns[name].append(Repeat(window, rate, images * len(window.steps) / window.cpu_seconds, peak))
+            report(f"turn {turn + 1} of {repeats}: {name} {rate:,.0f} images/s")
         between()
     return turns
 

@@ -124,6 +124,9 @@ def measure(
     for make in rivals:
         rival = make(config, dist, batches)
         measured[rival.name] = Measured(partial(measure_baseline, dist, rival), rival.images, rival.flops)
+        # Its shapes vary with the masks, so the allocator needs many steps until it has blocks for all of them.
+        with console.status(f"warming up: {rival.name}"):
+            measure_baseline(dist, rival, options.warmup)
 
     peaks: list[float] = []
     updates: dict[str, list[float]] = {"optimiser": [], "ema": []}
@@ -141,7 +144,8 @@ def measure(
             repeats=options.repeats,
             settling=cooldown_steps(state),
             between=between_turns,
-            say=status.update,
+            status=status.update,
+            report=partial(console.print, highlight=False),
         )
     recompilations = compiled_graphs() - graphs
     peak = percentiles(peaks)

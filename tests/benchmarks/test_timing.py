@@ -25,6 +25,7 @@ def test_turns_are_taken_in_rounds_and_measurements_last_as_long_as_asked() -> N
         return Measured(window, images=4)
 
     rounds: list[int] = []
+    reported: list[str] = []
     turns = interleave(
         {"quick": way("quick", 0.01), "slow": way("slow", 0.5)},
         alone(),
@@ -32,11 +33,14 @@ def test_turns_are_taken_in_rounds_and_measurements_last_as_long_as_asked() -> N
         repeats=2,
         settling=3,
         between=lambda: rounds.append(len(order)),
-        say=lambda text: None,
+        status=lambda text: None,
+        report=reported.append,
     )
     first = [("quick", 3), ("quick", 3), ("quick", 150), ("slow", 3), ("slow", 3), ("slow", 5)]
     assert order == [*first, ("quick", 3), ("quick", 150), ("slow", 3), ("slow", 5)]
     assert rounds == [6, 10]
+    assert reported[:2] == ["turn 1 of 2: quick 400 images/s", "turn 1 of 2: slow 8 images/s"]
+    assert len(reported) == 4
     assert [turn.images_per_second for turn in turns["quick"]] == pytest.approx([400, 400])
     assert [turn.images_per_cpu_second for turn in turns["quick"]] == pytest.approx([200, 200])
 
@@ -51,7 +55,14 @@ def test_a_rate_is_that_of_all_processes_together() -> None:
     dist = Two(rank=0, size=2, local_rank=0, local_size=2, device=torch.device("cpu"))
     way = Measured(lambda steps: StepTimings([0.01] * steps, cpu_seconds=0.01 * steps), images=4)
     turns = interleave(
-        {"way": way}, dist, seconds=1.0, repeats=1, settling=1, between=lambda: None, say=lambda text: None
+        {"way": way},
+        dist,
+        seconds=1.0,
+        repeats=1,
+        settling=1,
+        between=lambda: None,
+        status=lambda text: None,
+        report=lambda text: None,
     )
     assert turns["way"][0].images_per_second == pytest.approx(400 + 800)
 
