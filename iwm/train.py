@@ -1,7 +1,7 @@
 """Pretrain an Image World Model: RECIPE or --config FILE [--scenario NAME] [--run-dir DIR] [--SECTION.FIELD VALUE ...]
 
-On several GPUs: torchrun --nproc_per_node 8 iwm/train.py RECIPE …, or -m iwm.train instead of the file. FILE is the
-config.yaml of a run. Rerun the same command to resume from the newest checkpoint of the run.
+On several GPUs: torchrun --nproc_per_node 8 iwm/train.py RECIPE …, or -m iwm.train instead of the file; or srun with
+one task per GPU. FILE is the config.yaml of a run. Rerun the same command to resume from the run's newest checkpoint.
 """
 
 from __future__ import annotations
@@ -10,15 +10,20 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 
+from iwm.ranges import check_ranges
 from iwm.train_options import parse
 from shards.command_line import run_command
 from shards.format import load_manifest
 
 
-def main(arguments: Sequence[str] | None = None, prog: str = "iwm/train.py") -> None:
-    """Train. arguments: None for those of the program. Raises UserError for what the user can fix."""
+def main(arguments: Sequence[str] | None = None, prog: str = "iwm/train.py") -> int:
+    """Train; return the exit status: 0, or --stop-status where a signal stopped the training before its last step.
+
+    arguments: None for those of the program. Raises UserError for what the user can fix.
+    """
     command = parse(sys.argv[1:] if arguments is None else arguments, __doc__, prog)
     command.config.check()
+    check_ranges(command)
     load_manifest(command.config.data.shards, command.config.data.train)
     # Imported late: torch and DALI take seconds to import, and a mistyped option or path must fail at once.
     from iwm.evaluation.health import health_check
@@ -37,6 +42,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = "iwm/train.py") -> 
             check_wandb(command.config.log)
         state = build_train_state(command.config, command.run_dir, dist)
         pretrain(state, stop, health_check(command.config, dist))
+        # A launcher may end all processes once one has ended with another status than 0: the main one must be done.
+        dist.wait_for_all()
+        return 0 if state.step == state.schedules.steps else command.stop_status
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import yaml
 from dali_pipelines.augmentations import SCENARIOS
 from iwm.config import Config, ConfigError
 from iwm.config_io import from_yaml
+from iwm.ranges import Range
 from iwm.recipes import RECIPES, with_scenario
 from shards.command_line import Subcommand, parse_subcommand
 
@@ -31,6 +32,9 @@ class TrainOptions:
     The default is runs/RECIPE[-SCENARIO]."""
     scenario: Annotated[str | None, tyro.conf.arg(metavar="|".join(SCENARIOS))] = None
     """Row of table S2 that replaces the recipe's photometric augmentations. --views.* then overrides single fields."""
+    stop_status: Annotated[int, Range(min=0, max=255)] = 0
+    """Exit status after a stop by a signal, before the last step. A batch script requeues the job for it (slurm/).
+    torchrun itself exits with 1 after a signal, whatever this is."""
 
 
 def parse(arguments: Sequence[str], description: str | None = None, prog: str = "iwm/train.py") -> TrainOptions:

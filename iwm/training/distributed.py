@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch.distributed
 from torch import Tensor
 
 from iwm.config import TrainConfig
+from iwm.training.launch import Launch, LaunchError, check_host, find_launch, gpu_index, step_cores
 from iwm.training.runtime import configure_cpu, select_device
 from shards.workers import available_cores
 
@@ -30,6 +32,8 @@ class DistEnv:
     local_rank: int
     local_size: int
     device: torch.device
+    launched_by: str = ""
+    """Launcher, nodes, job and restarts in words; empty for a process that nobody launched."""
 
     @property
     def is_main(self) -> bool:
@@ -57,16 +61,21 @@ class DistEnv:
         torch.distributed.all_gather_object(values, value)
         return values
 
+    def wait_for_all(self) -> None:
+        """Wait until every process has called this."""
+        if self.size > 1:
+            torch.distributed.all_reduce(torch.zeros(1))
+
 
 @contextmanager
 def init_distributed(train: TrainConfig, options: str = "train.") -> Iterator[DistEnv]:
-    """Join the process group that torchrun describes (NCCL on GPUs, gloo on CPUs); without torchrun, a single process.
+    """Join the process group that torchrun or srun describes (NCCL on GPUs, gloo on CPUs); else, a single process.
 
-    Raises ConfigError where the device does not exist. options: prefix of the option's name in the message.
+    Raises ConfigError where the device does not exist, LaunchError where the processes cannot meet. options: prefix of
+    the option's name in the message.
     """
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    device = select_device(train.device, f"{options}device", local_rank)
+    launch = find_launch(os.environ)
+    device = select_device(train.device, f"{options}device", gpu_index(launch, torch.cuda.device_count()))
     stream: AbstractContextManager[object] = nullcontext()
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -76,16 +85,43 @@ def init_distributed(train: TrainConfig, options: str = "train.") -> Iterator[Di
         stream = torch.cuda.stream(torch.cuda.Stream(device, priority=-1 if train.priority_stream else 0))
     else:
         # By default torchrun limits each process to one thread.
-        configure_cpu(train.num_threads or (cores_per_process(local_size) if local_size > 1 else None))
-    if size > 1:
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        torch.distributed.init_process_group(backend, device_id=device if device.type == "cuda" else None)
+        configure_cpu(train.num_threads or (cores_per_process(launch.local_size) if launch.local_size > 1 else None))
+    if launch.size > 1:
+        _join(launch, device)
     try:
         with stream:
-            yield DistEnv(rank, size, local_rank, local_size, device)
+            yield DistEnv(launch.rank, launch.size, launch.local_rank, launch.local_size, device, launch.description)
     finally:
-        if size > 1:
+        if launch.size > 1:
             torch.distributed.destroy_process_group()
+
+
+def _join(launch: Launch, device: torch.device) -> None:
+    """Join the process group. Raises LaunchError where the processes cannot meet or share a GPU."""
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    own_device = device if device.type == "cuda" else None
+    try:
+        if launch.rendezvous is None:
+            torch.distributed.init_process_group(backend, device_id=own_device)
+        else:
+            address, port = launch.rendezvous
+            check_host(address)
+            torch.distributed.init_process_group(
+                backend, init_method=f"tcp://{address}:{port}", rank=launch.rank, world_size=launch.size,
+                device_id=own_device,
+            )  # fmt: skip
+    except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
+        raise LaunchError(
+            f"the {launch.size} processes could not meet ({str(error).splitlines()[0]}); set MASTER_ADDR to an address "
+            "of the node of rank 0 and MASTER_PORT to a free port there"
+        ) from error
+    except torch.distributed.DistBackendError as error:
+        if "Duplicate GPU" not in str(error):
+            raise
+        raise LaunchError(
+            f"rank {launch.rank} shares {device} of {socket.gethostname()} with another process; start one process per "
+            "GPU (srun: --gpus-per-task=1, or as many --ntasks-per-node as GPUs)"
+        ) from error
 
 
 def loader_threads(device: torch.device, processes: int) -> int:
@@ -95,8 +131,12 @@ def loader_threads(device: torch.device, processes: int) -> int:
 
 
 def cores_per_process(processes: int) -> int:
-    """Return the number of CPU cores for each of a machine's processes, at least one."""
-    return max(1, available_cores() // processes)
+    """Return the number of CPU cores for each of a machine's processes, at least one.
+
+    A task of srun may be bound to its own cores, or may see all those of the machine.
+    """
+    step = step_cores(os.environ)
+    return max(1, available_cores() // processes if step is None else min(available_cores(), step // processes))
 
 
 class StopConsensus:

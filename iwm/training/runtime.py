@@ -93,8 +93,8 @@ def select_device(name: str, option: str, local_rank: int = 0) -> torch.device:
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
         raise ConfigError(
-            f"{socket.gethostname()} has {torch.cuda.device_count()} GPUs, but torchrun started a process with local "
-            f"rank {local_rank} there; lower --nproc_per_node"
+            f"{socket.gethostname()} has {torch.cuda.device_count()} GPUs, but a process with local rank "
+            f"{local_rank} was started there; lower --nproc_per_node"
         )
     return torch.device("cuda", local_rank)
 
