@@ -30,8 +30,8 @@ from shards.format import list_splits, load_manifest
 def ablate(options: AblateOptions, training: Sequence[str], console: Console, stop: StopFlag) -> dict[str, Any]:
     """Run the unfinished runs of a study, write OUT/ablation.json, tables.md and report.html, and print the tables.
 
-    Returns the content of ablation.json. Raises ConfigError for invalid options before any run starts, and
-    AblationError after all runs if one failed or the study was stopped.
+    Returns the content of ablation.json; with `only` or `list_runs`, which write none, an empty one. Raises ConfigError
+    for invalid options before any run starts, and AblationError after all runs if one failed or the study was stopped.
     """
     study = _study(options)
     runs = _checked(options, study, training)
@@ -40,10 +40,20 @@ def ablate(options: AblateOptions, training: Sequence[str], console: Console, st
         f"{study.title}: {len(distinct)} runs in {options.folder}; log of each run: log.txt",
         soft_wrap=True,
     )
-    failures = run_all(
-        distinct, jobs=options.jobs, processes=options.processes, stop=stop,
-        log=lambda words: console.print(words, soft_wrap=True, highlight=False),
-    )  # fmt: skip
+
+    def say(words: str) -> None:
+        console.print(words, soft_wrap=True, highlight=False)
+
+    if options.list_runs:
+        for number, run in enumerate(distinct, start=1):
+            say(f"{number} {run.name}{': finished' if is_finished(run) else ''}")
+        return {}
+    chosen = distinct if options.only is None else [_only(distinct, options.only)]
+    failures = run_all(chosen, jobs=options.jobs, processes=options.processes, stop=stop, log=say)
+    if options.only is not None:
+        _raise_failures(failures, chosen, stop)
+        say("the tables come with the whole study: run the command without --only")
+        return {}
     records = results(study, runs)
     record = {
         "study": study.title,
@@ -68,13 +78,25 @@ def ablate(options: AblateOptions, training: Sequence[str], console: Console, st
         lead = section(study.title, Markup().join(map(html_table, study_tables)))
         page = write_page(evaluated, options.folder / "report.html", lead)
         console.print(f"written: {options.folder / 'tables.md'} and {page}", soft_wrap=True)
+    _raise_failures(failures, chosen, stop)
+    return record
+
+
+def _only(runs: Sequence[PlannedRun], number: int) -> PlannedRun:
+    """Return a run by its number, from 1. Raises ConfigError where the study has fewer."""
+    if number > len(runs):
+        raise ConfigError(f"--only {number}: the study has {len(runs)} runs; --list-runs lists them")
+    return runs[number - 1]
+
+
+def _raise_failures(failures: Sequence[str], runs: Sequence[PlannedRun], stop: StopFlag) -> None:
+    """Raise AblationError where the study was stopped or runs failed."""
     if stop:
         raise AblationError("stopped; rerun the same command to resume")
     if failures:
         raise AblationError(
-            f"{len(failures)} of {len(distinct)} runs failed; fix the errors in their logs and rerun the command"
+            f"{len(failures)} of {len(runs)} runs failed; fix the errors in their logs and rerun the command"
         )
-    return record
 
 
 def _study(options: AblateOptions) -> AblationStudy:

@@ -139,6 +139,11 @@ class AblateOptions:
     """Number of runs that train in parallel."""
     processes: Annotated[int, Range(min=1)] = 1
     """Processes of each run (torchrun's --nproc_per_node)."""
+    only: Annotated[int | None, Range(min=1)] = None
+    """Number of the one run to train and evaluate, in the order of --list-runs; it writes no tables.
+    A job array trains a run in each job (slurm/study.sbatch). None: all runs, then the tables."""
+    list_runs: bool = False
+    """List the runs with their numbers, and train nothing."""
     bank: BankSize = field(default_factory=BankSize)
     """Banks that runs are evaluated on: each on that of its own jitter and on that of --common."""
 

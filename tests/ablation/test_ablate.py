@@ -81,6 +81,30 @@ def _read(path: Path) -> dict[str, Any]:
     return result
 
 
+def test_jobs_of_an_array_train_a_run_each_and_the_study_makes_their_tables(
+    tmp_path: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = [word for key, value in TINY.items() for word in (f"--{key}", str(value))]
+    own = ["--out", str(tmp_path / "out"), "--bank.num-images", "2", "--bank.num-views", "8"]
+    training = ["--data.shards", str(tiny_shards), "--schedule.steps", "5", "--log.no-tensorboard", *tiny]
+    monkeypatch.setitem(STUDIES, "widths", widths)
+
+    def ablate(*options: str) -> str:
+        main(["widths", "demo", *own, *options, "--", *training])
+        return capsys.readouterr().out
+
+    with pytest.raises(UserError, match=r"--only 3: the study has 2 runs; --list-runs"):
+        ablate("--only", "3")
+    assert "default-wide-seed0: trained in" in ablate("--only", "2")
+    assert not (tmp_path / "out" / "ablation.json").exists()
+    listed = ablate("--list-runs")
+    assert "1 default-narrow-seed0\n2 default-wide-seed0: finished\n" in listed
+    said = ablate()
+    assert "default-narrow-seed0: trained in" in said
+    assert "default-wide-seed0: already finished, skipped" in said
+    assert len(_read(tmp_path / "out" / "ablation.json")["results"]) == 2
+
+
 def test_the_banks_scenario_is_the_studys(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["iwm/ablate.py", "conditioning", "demo", "--bank.scenario", "strong"])
     with pytest.raises(SystemExit) as stop:
