@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from iwm.downstream.optim import set_lr
 from iwm.downstream.progress import BEST, LAST, Scores, TrainPlan, TrainProgress, save_state
 from iwm.downstream.study import Study
+from iwm.training.checkpoint_writer import CheckpointWriter
 from iwm.training.distributed import DistEnv, StopConsensus
 from iwm.training.loggers import open_files
 from iwm.training.metric_window import MetricQueue, MetricWindow, WindowMetrics
@@ -51,6 +52,7 @@ def train(plan: TrainPlan, dist: DistEnv, stop: StopFlag, last: dict[str, Any] |
         manual_gc(),
         MetricLogger(plan.title, plan.steps, progress.step, main=dist.is_main, loggers=loggers) as monitor,
         MetricQueue() as queue,
+        _checkpoint_writer(plan, monitor, dist) as writer,
     ):
         for line in plan.startup_messages:
             monitor.print(line)
@@ -73,17 +75,20 @@ def train(plan: TrainPlan, dist: DistEnv, stop: StopFlag, last: dict[str, Any] |
 
             # A window ends at every evaluation and every last.pt, so that neither loses a part of it.
             if progress.step % plan.log_every == 0 or evaluating or saving:
-                queue.append(window.end(dist, plan.batch_size), _writer(plan, progress, monitor, share, device))
+                queue.append(window.end(dist, plan.batch_size), _writer(plan, progress, monitor, share, window))
                 window = MetricWindow(device)
                 gc.collect()
             queue.write_ready()
+            writer.poll()
             if evaluating or saving:
                 queue.write_all()
             if evaluating:
                 _evaluate(plan, progress, monitor, dist)
                 window = MetricWindow(device)
             if saving:
-                _save(plan, progress, monitor, dist, required=ended)
+                window.checkpoint_pause = writer.save(partial(_state, plan, progress))
+        if (failure := writer.finish()) is not None:
+            raise failure
         if stopped and progress.step < plan.steps:
             monitor.print(f"stopped by a signal after step {progress.step:,}; rerun the same command to resume")
             return None
@@ -179,16 +184,18 @@ def _step(plan: TrainPlan, norm_buffers: NormBuffers) -> tuple[Tensor, Tensor]:
 
 
 def _writer(
-    plan: TrainPlan, progress: TrainProgress, monitor: MetricLogger, lr_factor: float, device: torch.device
+    plan: TrainPlan, progress: TrainProgress, monitor: MetricLogger, lr_factor: float, window: MetricWindow
 ) -> Callable[[WindowMetrics], None]:
     """Return the function that writes the line of a window which ends now, at the current step."""
-    step, memory = progress.step, memory_gib(device)
+    step, memory, pause = progress.step, memory_gib(window.device), window.checkpoint_pause
 
     def write(totals: WindowMetrics) -> None:
         for trial, count in enumerate(totals.skipped.sum(dim=0).tolist()):
             progress.skipped[trial] += count
         metrics = _mean_losses(plan.study.names, totals.loss) | totals.speed
         rest = {"lr_factor": lr_factor, "epoch": step / plan.steps_per_epoch, "memory_gib": memory}
+        if pause is not None:
+            rest["checkpoint_pause"] = pause.seconds()
         monitor.log(step, metrics | rest | {"skipped": sum(progress.skipped)})
 
     return write
@@ -252,25 +259,28 @@ def _evaluate(plan: TrainPlan, progress: TrainProgress, monitor: MetricLogger, d
     monitor.log(progress.step, {main: means[leader], **(per_trial if len(means) > 1 else {})})
 
 
-def _save(plan: TrainPlan, progress: TrainProgress, monitor: MetricLogger, dist: DistEnv, required: bool) -> None:
-    """Write last.pt. Where this fails, raise OSError if the file is `required` (at the end), else print a warning."""
-    ranks = dist.all_gather({"tasks": [task.state() for task in plan.tasks]})
-    if not dist.is_main:
-        return
+def _checkpoint_writer(plan: TrainPlan, monitor: MetricLogger, dist: DistEnv) -> CheckpointWriter:
+    """Return the writer of last.pt. A failure before the end is a warning."""
+
+    def write(content: dict[str, Any], ranks: list[Any]) -> None:
+        save_state(plan.folder, LAST, {**content, "ranks": ranks})
+
+    def warn(error: OSError) -> None:
+        monitor.print(f"WARNING: {error}. Free some space; the next checkpoint will be written as planned")
+
+    return CheckpointWriter(dist, write, warn)
+
+
+def _state(plan: TrainPlan, progress: TrainProgress) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the content of last.pt without `ranks`, and this process's entry of `ranks`."""
     content = {
         "identity": plan.identity,
         "micro_batch_state": plan.micro_batch_state,
         "progress": vars(progress),
         "trials": plan.study.state_dicts(),
         "optimizers": [optimizer.state_dict() for optimizer in plan.optimizers],
-        "ranks": ranks,
     }
-    try:
-        save_state(plan.folder, LAST, content)
-    except OSError as error:
-        if required:
-            raise
-        monitor.print(f"WARNING: {error}. Free some space; the next checkpoint will be written as planned")
+    return content, {"tasks": [task.state() for task in plan.tasks]}
 
 
 def _restore(plan: TrainPlan, last: dict[str, Any]) -> TrainProgress:

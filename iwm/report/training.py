@@ -45,6 +45,7 @@ FOLDED = (
     MetricChart("Gradient norm", ("gradient_norm",), "norm before clipping"),
     MetricChart("MFU", ("mfu",), "share of the device's speed, 0 to 1", top=1.0),
     MetricChart("Memory", ("memory_gib",), "peak, GiB"),
+    MetricChart("Checkpoint pause", ("checkpoint_pause",), "seconds per checkpoint"),
     MetricChart("Skipped steps", ("skipped",), "steps since the start"),
     MetricChart("Weight decay", ("weight_decay",), "weight decay"),
     MetricChart("EMA", ("ema",), "share of the teacher that is kept", from_zero=False, note="The axis is cut."),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -12,6 +13,8 @@ from iwm.config_io import to_yaml
 from iwm.models.flops import measure_matmul_flops, training_flops
 from iwm.models.world_model import WorldModel
 from iwm.training import checkpoint as checkpoints
+from iwm.training.checkpoint import Checkpoint
+from iwm.training.checkpoint_writer import CheckpointWriter
 from iwm.training.distributed import StopConsensus
 from iwm.training.loggers import open_loggers
 from iwm.training.metric_window import MetricQueue, MetricWindow, WindowMetrics
@@ -20,7 +23,7 @@ from iwm.training.optim import ScheduleValues
 from iwm.training.run_record import RunRecord
 from iwm.training.runtime import StopFlag, manual_gc
 from iwm.training.step import prepare_masks, train_step
-from iwm.training.train_state import TrainState, to_checkpoint
+from iwm.training.train_state import TrainState, checkpoint_tensors, to_checkpoint
 from shards.atomic import write_atomically
 from shards.errors import UserError
 
@@ -51,13 +54,16 @@ def pretrain(
         manual_gc(),
         MetricLogger(f"iwm · {s.run}", s.schedules.steps, s.step, main=dist.is_main, loggers=loggers) as monitor,
         MetricQueue() as queue,
+        _checkpoint_writer(s, monitor, record) as writer,
     ):
         for line in s.startup_messages:
             monitor.print(line)
         if s.step == 0 and config.init_from is not None and validate is not None:
             monitor.log(0, validate(s.model))
         lines = _MetricLines(s, monitor, flops_share)
-        window, ended, saved = MetricWindow(dist.device), s.step >= s.schedules.steps, True
+        window, ended = MetricWindow(dist.device), s.step >= s.schedules.steps
+        if not ended:
+            writer.reserve(checkpoint_tensors(s))
         while not ended:
             values = s.schedules.values_at(s.step)
             waiting = time.perf_counter()
@@ -82,6 +88,7 @@ def pretrain(
                 window = MetricWindow(dist.device)
                 gc.collect()
             queue.write_ready()
+            writer.poll()
             if measure is not None or saving:
                 queue.write_all()
                 lines.raise_error()
@@ -89,10 +96,12 @@ def pretrain(
                 monitor.log(s.step, measure(s.model))
                 window = MetricWindow(dist.device)
             if saving:
-                saved = _save(s, monitor, record)
+                window.checkpoint_pause = writer.save(lambda: (vars(to_checkpoint(s)), s.loader.state_dict()))
+        if (failure := writer.finish()) is not None:
+            _warn(monitor, failure)
         if s.step < s.schedules.steps:
             monitor.print(f"stopped by a signal after step {s.step:,}; rerun the same command to resume")
-    if not saved:
+    if failure is not None:
         raise TrainingError(
             f"{s.run}: the last checkpoint could not be written; free disk space and rerun the same command"
         )
@@ -116,6 +125,7 @@ class _MetricLines:
         """
         s = self._state
         step, samples, memory = s.step, s.samples, memory_gib(s.dist.device)
+        pause = window.checkpoint_pause
 
         def write(metrics: WindowMetrics) -> None:
             flags = metrics.skipped.tolist()
@@ -137,6 +147,7 @@ class _MetricLines:
                     "epoch": samples / s.loader.samples_per_epoch,
                     "skipped": s.skipped,
                     "memory_gib": memory,
+                    **({"checkpoint_pause": pause.seconds()} if pause is not None else {}),
                 },
             )
 
@@ -175,19 +186,22 @@ def _start_record(state: TrainState) -> RunRecord:
     )
 
 
-def _save(state: TrainState, monitor: MetricLogger, record: RunRecord | None) -> bool:
-    """Write a checkpoint and the run's record, and delete old checkpoints. Return False, with a warning, on a failure.
+def _checkpoint_writer(state: TrainState, monitor: MetricLogger, record: RunRecord | None) -> CheckpointWriter:
+    """Return the writer of checkpoints, which also updates the run's record and deletes old checkpoints.
 
     record: None on processes other than the main one, which write nothing.
     """
-    content = to_checkpoint(state)
-    if record is None:
-        return True
-    try:
-        checkpoints.save_checkpoint(state.run, content)
-        record.update(state.step)
-    except OSError as error:
-        monitor.print(f"WARNING: {error}. Free disk space; training continues to the next checkpoint")
-        return False
-    checkpoints.prune_checkpoints(state.run, state.config.log.keep_last_k, state.config.log.keep_every)
-    return True
+    log = state.config.log
+
+    def write(content: dict[str, Any], loaders: list[Any]) -> None:
+        checkpoint = Checkpoint(**content | {"loader": {**content["loader"], "ranks": loaders}})
+        checkpoints.save_checkpoint(state.run, checkpoint)
+        if record is not None:
+            record.update(checkpoint.step)
+        checkpoints.prune_checkpoints(state.run, log.keep_last_k, log.keep_every)
+
+    return CheckpointWriter(state.dist, write, lambda error: _warn(monitor, error))
+
+
+def _warn(monitor: MetricLogger, error: OSError) -> None:
+    monitor.print(f"WARNING: {error}. Free disk space; training continues to the next checkpoint")

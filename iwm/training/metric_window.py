@@ -72,6 +72,18 @@ def copy_to_host(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
 
 
+class CheckpointPause(NamedTuple):
+    """Pause of training for a checkpoint: the copy of its state, and the wait for the checkpoint before."""
+
+    began: DeviceEvent
+    ended: DeviceEvent
+
+    def seconds(self) -> float:
+        """Return its length by the device's clock (seconds). Waits until the device has passed its end."""
+        self.ended.synchronize()
+        return self.began.elapsed_time(self.ended) / 1e3
+
+
 class WindowMetrics(NamedTuple):
     """Metrics of a window, in host memory."""
 
@@ -113,6 +125,8 @@ class MetricWindow:
     """Sample keys of each step's batches; optional. Read only if a step was skipped."""
     waited: float = 0.0
     """Time that the host waited for data (seconds)."""
+    checkpoint_pause: CheckpointPause | None = None
+    """Pause for the checkpoint after which the window began; None for a window that began otherwise."""
 
     def __post_init__(self) -> None:
         self._began, self._host_began = record_event(self.device), time.perf_counter()

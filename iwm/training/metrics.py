@@ -29,6 +29,7 @@ DISPLAY_FORMATS = {
     "feature_std": "{:.3f}",
     "rankme": "{:.1f}",
     "skipped": "{:.0f}",
+    "checkpoint_pause": "{:.3f} s",
 }
 
 

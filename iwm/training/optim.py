@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from iwm.config import Config, ConfigError, OptimConfig
-from iwm.training.parallel import full_tensor, shard_like
+from iwm.training.parallel import shard_like
 
 
 def param_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -130,17 +130,17 @@ def _velocity(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, default
 
 
 def optimizer_state_dict(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return the optimiser's state in the layout of torch's AdamW: moments and a step count for each parameter."""
+    """Return the optimiser's state in the layout of torch's AdamW: moments and a step count for each parameter.
+
+    The tensors are the optimiser's own, sharded under FSDP. Nothing is read from the device.
+    """
     raw = optimizer.state_dict()
     steps = {index: group.get("step") for group in raw["param_groups"] for index in group["params"]}
     state = {}
     for index, entry in raw["state"].items():
-        step = entry["step"] if "step" in entry else torch.tensor(float(steps[index]))
-        state[index] = {
-            "step": step,
-            "exp_avg": full_tensor(entry["exp_avg"]),
-            "exp_avg_sq": full_tensor(entry["exp_avg_sq"]),
-        }
+        # apex counts per group, in one integer on the device; each parameter gets a count of its own.
+        step = entry["step"] if "step" in entry else steps[index].reshape(()).to(torch.float32, copy=True)
+        state[index] = {"step": step, "exp_avg": entry["exp_avg"], "exp_avg_sq": entry["exp_avg_sq"]}
     return {"state": state, "groups": [list(group["params"]) for group in raw["param_groups"]]}
 
 

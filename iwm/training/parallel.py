@@ -97,14 +97,13 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def full_tensor(tensor: Tensor) -> Tensor:
-    """Return the unsharded tensor, in host memory if it was sharded. Every process must call this."""
-    return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
-
-
 def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """Return this process's shard of an unsharded tensor where its parameter is sharded. Nothing is communicated."""
+    """Return this process's shard of an unsharded tensor where its parameter is sharded. Nothing is communicated.
+
+    Sharded parameters are contiguous. So must their moments be, which may come from a channels-last parameter: fused
+    AdamW reads all of them in memory order.
+    """
     if not isinstance(parameter, DTensor) or tensor.shape != parameter.shape:
         return tensor
-    on_device = tensor.to(parameter.device)
+    on_device = tensor.to(parameter.device).contiguous()
     return distribute_tensor(on_device, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -24,7 +24,7 @@ from iwm.training.distributed import DistEnv, loader_threads
 from iwm.training.held_out import missing_split_message
 from iwm.training.initial_weights import load_initial_weights, read_initial_weights
 from iwm.training.optim import Schedules, build_optimizer, build_schedules, load_optimizer_state, optimizer_state_dict
-from iwm.training.parallel import full_tensor, parallelize
+from iwm.training.parallel import parallelize
 from iwm.training.runtime import select_backend
 from iwm.training.step import ForwardBackward
 from shards.few_images import few_images_advice
@@ -197,21 +197,27 @@ def _open_loader(
 
 
 def to_checkpoint(state: TrainState) -> Checkpoint:
-    """Return the current state as a checkpoint. Every process must call this, as each has its own pipeline state."""
+    """Return the current state as a checkpoint, whose `loader` lacks `ranks`, the states of all processes' pipelines.
+
+    Its tensors are the live ones, which the next step changes: sharded under FSDP, and on the device.
+    """
     return Checkpoint(
         config=state.config,
         step=state.step,
         samples=state.samples,
         skipped=state.skipped,
-        model={name: full_tensor(value) for name, value in state.model.state_dict().items()},
+        model=state.model.state_dict(),
         optimizer=optimizer_state_dict(state.optimizer),
         rng=checkpoints.rng_state(),
-        loader={
-            "seed": state.loader_seed,
-            "ranks": state.dist.all_gather(state.loader.state_dict()),
-        },
+        loader={"seed": state.loader_seed},
         versions=checkpoints.versions(),
     )
+
+
+def checkpoint_tensors(state: TrainState) -> list[torch.Tensor]:
+    """Return tensors of the sizes of a checkpoint's model and moments, before the first step too."""
+    trained = [p for group in state.optimizer.param_groups for p in group["params"]]
+    return [*state.model.state_dict().values(), *trained, *trained]
 
 
 RESUMABLE_CHANGES = (

@@ -27,7 +27,7 @@ from tests.training.runs import alone, assert_same, finish, start
 
 Leverage = Callable[..., Any]
 
-MEASURED = {"images_per_second", "data_wait", "memory_gib"}
+MEASURED = {"images_per_second", "data_wait", "memory_gib", "checkpoint_pause"}
 """Fields that may differ between two runs of the same training."""
 
 

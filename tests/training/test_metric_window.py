@@ -26,7 +26,7 @@ from tests.training.runs import alone, metrics, tiny_config, train_here
 
 LATE = 2
 """Steps after which an event completes."""
-MEASURED = {"images_per_second", "data_wait", "mfu", "memory_gib"}
+MEASURED = {"images_per_second", "data_wait", "mfu", "memory_gib", "checkpoint_pause"}
 
 
 class LateDevice:

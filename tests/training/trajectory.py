@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from dali_pipelines.augmentations import PARAMS
 from dali_pipelines.loader import ViewBatch
@@ -17,7 +18,7 @@ from dali_pipelines.outputs import SampleKeys
 from iwm.config import OptimConfig, TrainConfig
 from iwm.training.distributed import DistEnv, init_distributed
 from iwm.training.optim import ScheduleValues, build_optimizer
-from iwm.training.parallel import full_tensor, parallelize
+from iwm.training.parallel import parallelize
 from iwm.training.step import ForwardBackward, prepare_masks, train_step
 from iwm.training.train_state import build_model
 from tests.training.runs import tiny_config
@@ -55,7 +56,8 @@ def trajectory(
         values = ScheduleValues(lr=1e-2, weight_decay=0.1, ema=0.9)
         result = train_step(model, gradient, optimizer, batches, masks, values)
         losses.append(dist.mean(result.loss.clone()).item())
-    return {name: full_tensor(value) for name, value in model.state_dict().items()}, losses
+    state = model.state_dict()
+    return {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in state.items()}, losses
 
 
 if __name__ == "__main__":
