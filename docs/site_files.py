@@ -16,7 +16,10 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 
-SOURCES = ("*.md", "*.cff", "shards/*.md", "docs/*.md", "docs/*.ipynb", "docs/images/*", "benchmarks/results/**/*")
+SOURCES = (
+    *("*.md", "*.cff", "shards/*.md", "slurm/*", "docs/*.md", "docs/*.ipynb", "docs/images/*", "docs/clusters/*"),
+    "benchmarks/results/**/*",
+)
 """Patterns of the pages and of what they link to, from the repository's root."""
 
 INTERFACE = {

@@ -1,6 +1,7 @@
 """A Slurm cluster of two nodes on this machine, with its own munge, ports and folder.
 
-A run's processes meet at the first node of their step, whose name must resolve: the first node has this machine's name.
+A run's processes meet at the first node of their step, whose name must resolve: the first node has
+this machine's name.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ ReturnToService=2
 KillWait={kill_wait}
 MinJobAge=3600
 NodeName={host} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 State=UNKNOWN
-NodeName=second NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 State=UNKNOWN
+NodeName={host}-2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 State=UNKNOWN
 PartitionName=low Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE
 PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
@@ -105,7 +106,7 @@ def two_nodes() -> Iterator[Cluster]:
     key.write_bytes(os.urandom(128))
     key.chmod(0o400)
     host = socket.gethostname().partition(".")[0]
-    for node in (host, "second"):
+    for node in (host, f"{host}-2"):
         (folder / f"spool-{node}").mkdir()
     configuration = CONFIGURATION.format(folder=folder, host=host, ports=_free_ports(3), kill_wait=KILL_WAIT)
     (folder / "slurm.conf").write_text(configuration)
@@ -117,7 +118,7 @@ def two_nodes() -> Iterator[Cluster]:
         stack.enter_context(_daemon(environment, folder, "munged", *munge))
         _wait_for(folder / "munge.socket")
         stack.enter_context(_daemon(environment, folder, "slurmctld", "-D"))
-        for node in (host, "second"):
+        for node in (host, f"{host}-2"):
             stack.enter_context(_daemon(environment, folder, "slurmd", "-D", "-N", node))
         _wait_for_nodes(cluster)
         stack.callback(_end_jobs, cluster)
