@@ -171,3 +171,18 @@ def test_a_batch_scripts_own_line_trains_as_one_process(cluster: Cluster, tiny_s
     ).strip()
     cluster.wait(job, "COMPLETED")
     assert "(1 processes × 8 images" in (tmp_path / "out").read_text()
+
+
+def test_jobs_of_an_array_train_runs_of_a_study(cluster: Cluster, tiny_shards: Path, tmp_path: Path) -> None:
+    bank = ["--bank.num-images", "2", "--bank.num-views", "8"]
+    words = ["conditioning", "demo", "--out", str(tmp_path / "study"), *bank, "--"]
+    options = arguments(tiny_shards, Path("unused"), 5)[3:]
+    line = ["sbatch", "--parsable", *CPU, "--array=1,5", f"--output={tmp_path / 'out-%a'}", "slurm/study.sbatch"]
+    cluster.run(*line, *words, *options)
+    deadline = time.monotonic() + 600
+    while cluster.run("squeue", "--noheader").strip():
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    outputs = [(tmp_path / f"out-{number}").read_text() for number in (1, 5)]
+    assert all(": trained in" in said for said in outputs), outputs
+    assert len(list((tmp_path / "study").glob("*/eval/mrr-default.json"))) == 2
