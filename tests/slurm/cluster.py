@@ -128,7 +128,7 @@ def two_nodes() -> Iterator[Cluster]:
 @contextmanager
 def _daemon(environment: dict[str, str], folder: Path, *command: str) -> Iterator[None]:
     with open(folder / "daemons.log", "a") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:
         yield
     finally:
