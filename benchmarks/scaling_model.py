@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -173,8 +174,19 @@ IMAGES_PER_CORE = 500
 
 def model(recipe: str) -> WorldModel:
     """Return a recipe's model on the meta device, without memory for its parameters."""
+    return meta_model(RECIPES[recipe]())
+
+
+def meta_model(config: Config) -> WorldModel:
     with torch.device("meta"):
-        return WorldModel(RECIPES[recipe]())
+        return WorldModel(config)
+
+
+def vit_g14() -> Config:
+    """Return the configuration of the largest recipe with the encoder of timm's vit_giant_patch14: ViT-g/14."""
+    base = RECIPES["iwm_l16_equi_36x512"]()
+    giant = replace(base.encoder, embed_dim=1408, depth=40, num_heads=16, mlp_ratio=48 / 11, patch_size=14)
+    return replace(base, encoder=giant)
 
 
 def work(recipe: str, target: Target) -> ModelWork:
@@ -204,6 +216,23 @@ def sizes() -> str:
         )
     heads = ["recipe", "encoder + predictor, M", "gradients, MiB", "checkpoint, GB"]
     return table([*heads, "state per GPU, DDP, GB", f"FSDP2 over {GPUS_PER_NODE}, GB"], rows)
+
+
+def host_memory() -> str:
+    """Return the table of state and of checkpoints' copies in host memory, on the GPUs of one node."""
+    b16, l16 = (RECIPES[recipe]() for recipe in TARGETS)
+    rows = []
+    for name, config in {"ViT-B/16, 18×384": b16, "ViT-L/16, 36×512": l16, "ViT-g/14, 36×512": vit_g14()}.items():
+        built = meta_model(config)
+        trained, target = parameters(built, True), parameters(built, False)
+        whole = checkpoint_bytes(trained, target)
+        shard = whole / GPUS_PER_NODE
+        state = [state_bytes(trained, target, shards) for shards in (1, GPUS_PER_NODE)]
+        sizes = [f"{size / 1e9:.1f}" for size in (*state, whole, shard, whole + shard)]
+        rows.append([name, f"{trained / 1e6:,.0f} + {target / 1e6:,.0f}", *sizes])
+    heads = ["model", "trained + target, M", "state per GPU, DDP, GB", f"FSDP2 over {GPUS_PER_NODE}, GB"]
+    copies = ["copy on rank 0, DDP, GB", "copy on each rank, FSDP2, GB", "rank 0 while writing, FSDP2, GB"]
+    return table(heads + copies, rows)
 
 
 def efficiency(each: int | None) -> str:
@@ -254,6 +283,7 @@ def table(heads: list[str], rows: Iterable[list[str]]) -> str:
 
 TABLES = {
     "Sizes": sizes,
+    "Checkpoints": host_memory,
     f"Predicted, {REFERENCE_BATCH} images on each GPU": lambda: efficiency(REFERENCE_BATCH),
     f"Predicted, {PAPER_BATCH} images in all": lambda: efficiency(None),
     "Input": inputs,

@@ -121,6 +121,11 @@ class Checkpoint:
     """Seed and, by rank, the state of every process's pipeline."""
     versions: dict[str, str]
 
+    @classmethod
+    def gathered(cls, content: dict[str, Any], loaders: list[Any]) -> Checkpoint:
+        """Return a checkpoint of all processes: the fields of one process's, and the pipelines' states by rank."""
+        return cls(**{**content, "loader": {**content["loader"], "ranks": loaders}})
+
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that affect a run's results."""

@@ -194,7 +194,7 @@ def _checkpoint_writer(state: TrainState, monitor: MetricLogger, record: RunReco
     log = state.config.log
 
     def write(content: dict[str, Any], loaders: list[Any]) -> None:
-        checkpoint = Checkpoint(**content | {"loader": {**content["loader"], "ranks": loaders}})
+        checkpoint = Checkpoint.gathered(content, loaders)
         checkpoints.save_checkpoint(state.run, checkpoint)
         if record is not None:
             record.update(checkpoint.step)
