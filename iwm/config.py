@@ -167,6 +167,9 @@ class TrainConfig:
     With several processes the step always runs kernel by kernel."""
     priority_stream: bool = True
     """On a GPU: run the step on a CUDA stream of higher priority than that of the pipeline."""
+    collective_timeout: Annotated[float, Range(min=10)] = 600.0
+    """With several processes: time (seconds) after which the run ends if one does not take part in a collective.
+    Just before, the process that all others wait for is named. Validation and compilation must take less."""
     max_nonfinite_steps: int = 10
     """Number of consecutive steps with a non-finite gradient after which the run stops.
     Each such step is skipped and counted.

@@ -32,6 +32,7 @@ from iwm.training.checkpoint import CheckpointError, versions
 from iwm.training.distributed import init_distributed
 from iwm.training.runtime import configure_cpu, device_name, stop_on_signal
 from iwm.training.train_state import run_lock
+from iwm.training.watchdog import Watchdog
 from shards.atomic import write_atomically
 
 
@@ -147,9 +148,12 @@ def train_and_evaluate(name: str, settings: TrainSettings) -> dict[str, Any] | N
     Returns None on other processes, and if a signal stopped the training; rerun the same command to resume.
     """
     start = time.perf_counter()
+    train = TrainConfig(device=settings.device, num_threads=settings.num_threads)
     with (
-        init_distributed(TrainConfig(device=settings.device, num_threads=settings.num_threads), "--") as dist,
+        Watchdog(train.collective_timeout) as watchdog,
+        init_distributed(train, "--", watchdog) as dist,
         stop_on_signal() as stop,
+        watchdog.explaining_losses(),
     ):
         settings.check()
         pretrained = load_pretrained(settings, dist.device)

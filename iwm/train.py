@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 from iwm.ranges import check_ranges
-from iwm.train_options import parse
+from iwm.train_options import TrainOptions, parse
+from iwm.training.watchdog import Watchdog
 from shards.command_line import run_command
 from shards.format import load_manifest
 
@@ -25,6 +26,11 @@ def main(arguments: Sequence[str] | None = None, prog: str = "iwm/train.py") -> 
     command.config.check()
     check_ranges(command)
     load_manifest(command.config.data.shards, command.config.data.train)
+    with Watchdog(command.config.train.collective_timeout) as watchdog:
+        return _train(command, watchdog)
+
+
+def _train(command: TrainOptions, watchdog: Watchdog) -> int:
     # Imported late: torch and DALI take seconds to import, and a mistyped option or path must fail at once.
     from iwm.evaluation.health import health_check
     from iwm.training.distributed import init_distributed
@@ -34,8 +40,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = "iwm/train.py") -> 
     from iwm.training.wandb_logger import check_wandb
 
     with (
-        init_distributed(command.config.train) as dist,
+        init_distributed(command.config.train, watchdog=watchdog) as dist,
         stop_on_signal() as stop,
+        watchdog.explaining_losses(),
         run_lock(command.run_dir) if dist.is_main else nullcontext(),
     ):
         if dist.is_main:

@@ -23,6 +23,7 @@ from iwm.evaluation.settings import BankSize
 from iwm.report.runs import is_up_to_date
 from iwm.training.distributed import cores_per_process
 from iwm.training.runtime import StopFlag
+from iwm.training.watchdog import WATCHED_PID
 from shards.errors import UserError
 
 TRAIN, EVALUATE = (str(Path(__file__).resolve().parents[1] / name) for name in ("train.py", "evaluate.py"))
@@ -206,7 +207,10 @@ def _command(run: PlannedRun, command: tuple[str, ...], environment: dict[str, s
         log.write(f"$ python {' '.join(command)}\n")
         log.flush()
         process = subprocess.Popen(
-            [sys.executable, *command], stdout=log, stderr=log, env={**os.environ, **environment}
+            [sys.executable, *command],
+            stdout=log,
+            stderr=log,
+            env={**os.environ, WATCHED_PID: str(os.getpid()), **environment},
         )
         terminated = False
         while process.poll() is None:

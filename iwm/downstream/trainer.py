@@ -26,6 +26,8 @@ from iwm.training.metric_window import MetricQueue, MetricWindow, WindowMetrics
 from iwm.training.metrics import MetricLogger, memory_gib
 from iwm.training.optim import step_if_finite
 from iwm.training.parallel import gradient_norm, replicate
+from iwm.training.rank_clock import RankClock
+from iwm.training.rank_progress import Phase
 from iwm.training.runtime import StopFlag, manual_gc
 from iwm.training.step import StepResult
 
@@ -44,7 +46,7 @@ def train(plan: TrainPlan, dist: DistEnv, stop: StopFlag, last: dict[str, Any] |
         progress = _restore(plan, last)
     modules = _parallelized(study, dist)
     evaluate_every = max(1, round(plan.validate_every * plan.steps_per_epoch))
-    consensus = StopConsensus(dist)
+    consensus, clock = StopConsensus(dist), RankClock(dist, modules[0])
     if dist.is_main:
         plan.folder.mkdir(parents=True, exist_ok=True)
     loggers = open_files(plan.folder, progress.step, tensorboard=plan.tensorboard) if dist.is_main else []
@@ -59,6 +61,7 @@ def train(plan: TrainPlan, dist: DistEnv, stop: StopFlag, last: dict[str, Any] |
         window, stopped = MetricWindow(device), False
         while progress.step < plan.steps and not stopped:
             share = plan.lr_factor(progress.step)
+            clock.start()
             for optimizer in plan.optimizers:
                 set_lr(optimizer, share)
                 optimizer.zero_grad(set_to_none=True)
@@ -67,6 +70,7 @@ def train(plan: TrainPlan, dist: DistEnv, stop: StopFlag, last: dict[str, Any] |
                 losses += _pass(plan, modules, progress.step * plan.accumulation + part, dist, window)
             window.results.append(StepResult(losses, *_step(plan, norm_buffers)))
             progress.step += 1
+            dist.progress.complete_step(progress.step)
             monitor.set_step(progress.step)
             stopped = consensus.any_rank_stopped(bool(stop))
             ended = progress.step == plan.steps or stopped
@@ -75,7 +79,8 @@ def train(plan: TrainPlan, dist: DistEnv, stop: StopFlag, last: dict[str, Any] |
 
             # A window ends at every evaluation and every last.pt, so that neither loses a part of it.
             if progress.step % plan.log_every == 0 or evaluating or saving:
-                queue.append(window.end(dist, plan.batch_size), _writer(plan, progress, monitor, share, window))
+                write = _writer(plan, progress, monitor, share, window)
+                queue.append(window.end(dist, plan.batch_size, clock), write)
                 window = MetricWindow(device)
                 gc.collect()
             queue.write_ready()
@@ -83,9 +88,11 @@ def train(plan: TrainPlan, dist: DistEnv, stop: StopFlag, last: dict[str, Any] |
             if evaluating or saving:
                 queue.write_all()
             if evaluating:
+                dist.progress.enter(Phase.VALIDATING)
                 _evaluate(plan, progress, monitor, dist)
                 window = MetricWindow(device)
             if saving:
+                dist.progress.enter(Phase.SAVING)
                 window.checkpoint_pause = writer.save(partial(_state, plan, progress))
         if (failure := writer.finish()) is not None:
             raise failure
@@ -122,9 +129,11 @@ def _pass(
 
     A trial's graph is freed before the next one is built, so the peak memory is that of the largest trial.
     """
+    dist.progress.enter(Phase.WAITING)
     start = time.perf_counter()
     batches = [task.get_batch(pass_index) for task in plan.tasks]
     window.waited += time.perf_counter() - start
+    dist.progress.enter(Phase.TRAINING)
     inputs = [inputs for inputs, _ in batches]
     joint = inputs[0] if len(inputs) == 1 else _concatenate(inputs)
     targets = [targets for _, targets in batches]
@@ -192,6 +201,8 @@ def _writer(
     def write(totals: WindowMetrics) -> None:
         for trial, count in enumerate(totals.skipped.sum(dim=0).tolist()):
             progress.skipped[trial] += count
+        if totals.straggler is not None:
+            monitor.print(totals.straggler)
         metrics = _mean_losses(plan.study.names, totals.loss) | totals.speed
         rest = {"lr_factor": lr_factor, "epoch": step / plan.steps_per_epoch, "memory_gib": memory}
         if pause is not None:

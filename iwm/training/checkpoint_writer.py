@@ -15,9 +15,10 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from iwm.training.device_events import DeviceEvent, record_event
 from iwm.training.distributed import DistEnv
 from iwm.training.host_copies import HostCopies
-from iwm.training.metric_window import CheckpointPause, DeviceEvent, record_event
+from iwm.training.metric_window import CheckpointPause
 from iwm.training.shard_gather import gather
 
 
@@ -35,7 +36,7 @@ class CheckpointWriter:
         write: function that writes a content and the values `local` of all ranks, called on rank 0 in the thread; it
         raises OSError where that fails. failed: function that reports such an error, called in the main thread.
         """
-        self._write, self._failed, self._device = write, failed, dist.device
+        self._write, self._failed, self._device, self._progress = write, failed, dist.device, dist.progress
         self._copies = HostCopies(dist.device, sharded_only=not dist.is_main)
         # A group of its own, which only the thread uses: its order does not depend on training's collectives.
         self._group: Any = torch.distributed.new_group(backend="gloo") if dist.size > 1 else None
@@ -73,7 +74,8 @@ class CheckpointWriter:
         ended.synchronize()
         gathered = gather(copied, local, self._group)
         if gathered is not None:
-            self._write(*gathered)
+            with self._progress.writing():
+                self._write(*gathered)
 
     def poll(self) -> None:
         """Report the failure of a write that has ended. Does not wait.

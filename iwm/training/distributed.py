@@ -6,16 +6,21 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed
 from torch import Tensor
+from torch.distributed.distributed_c10d import _get_default_store
 
 from iwm.config import TrainConfig
+from iwm.training.heartbeats import Heartbeats
 from iwm.training.launch import Launch, LaunchError, check_host, find_launch, gpu_index, step_cores
+from iwm.training.rank_progress import RankProgress
 from iwm.training.runtime import configure_cpu, select_device
+from iwm.training.watchdog import Watchdog
 from shards.workers import available_cores
 
 HOST_THREADS = 2
@@ -34,6 +39,8 @@ class DistEnv:
     device: torch.device
     launched_by: str = ""
     """Launcher, nodes, job and restarts in words; empty for a process that nobody launched."""
+    progress: RankProgress = field(default_factory=RankProgress, compare=False, repr=False)
+    """Phase and step of this process, for its watchdog and the other processes."""
 
     @property
     def is_main(self) -> bool:
@@ -68,11 +75,13 @@ class DistEnv:
 
 
 @contextmanager
-def init_distributed(train: TrainConfig, options: str = "train.") -> Iterator[DistEnv]:
+def init_distributed(
+    train: TrainConfig, options: str = "train.", watchdog: Watchdog | None = None
+) -> Iterator[DistEnv]:
     """Join the process group that torchrun or srun describes (NCCL on GPUs, gloo on CPUs); else, a single process.
 
     Raises ConfigError where the device does not exist, LaunchError where the processes cannot meet. options: prefix of
-    the option's name in the message.
+    the option's name in the message. watchdog: the process's, which then exchanges heartbeats with the other processes.
     """
     launch = find_launch(os.environ)
     device = select_device(train.device, f"{options}device", gpu_index(launch, torch.cuda.device_count()))
@@ -87,28 +96,36 @@ def init_distributed(train: TrainConfig, options: str = "train.") -> Iterator[Di
         # By default torchrun limits each process to one thread.
         configure_cpu(train.num_threads or (cores_per_process(launch.local_size) if launch.local_size > 1 else None))
     if launch.size > 1:
-        _join(launch, device)
+        _join(launch, device, timedelta(seconds=train.collective_timeout))
+    progress = RankProgress() if watchdog is None else watchdog.progress
+    if watchdog is not None and launch.size > 1:
+        watchdog.join(Heartbeats(_get_default_store(), launch.rank, launch.size, progress), launch.local_rank)
     try:
         with stream:
-            yield DistEnv(launch.rank, launch.size, launch.local_rank, launch.local_size, device, launch.description)
+            yield DistEnv(
+                launch.rank, launch.size, launch.local_rank, launch.local_size, device, launch.description, progress
+            )
     finally:
         if launch.size > 1:
             torch.distributed.destroy_process_group()
 
 
-def _join(launch: Launch, device: torch.device) -> None:
-    """Join the process group. Raises LaunchError where the processes cannot meet or share a GPU."""
+def _join(launch: Launch, device: torch.device, timeout: timedelta) -> None:
+    """Join the process group, whose collectives fail after `timeout`.
+
+    Raises LaunchError where the processes cannot meet or share a GPU.
+    """
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     own_device = device if device.type == "cuda" else None
     try:
         if launch.rendezvous is None:
-            torch.distributed.init_process_group(backend, device_id=own_device)
+            torch.distributed.init_process_group(backend, timeout=timeout, device_id=own_device)
         else:
             address, port = launch.rendezvous
             check_host(address)
             torch.distributed.init_process_group(
                 backend, init_method=f"tcp://{address}:{port}", rank=launch.rank, world_size=launch.size,
-                device_id=own_device,
+                timeout=timeout, device_id=own_device,
             )  # fmt: skip
     except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
         raise LaunchError(
@@ -153,7 +170,8 @@ class StopConsensus:
     def any_rank_stopped(self, flag: bool) -> bool:
         """Return True where any process had its stop flag set by the previous step.
 
-        flag: stop flag of this process. Call once per step on every process.
+        flag: stop flag of this process. Call once per step on every process. Where a process stops because its launcher
+        is gone, all learn it (progress.launcher_lost).
         """
         if self._dist.size == 1:
             return flag
@@ -161,6 +179,13 @@ class StopConsensus:
         if self._pending is not None:
             self._pending.wait()
             stop = bool(self._flag.item())
-        self._flag = torch.tensor([int(flag)], dtype=torch.int32)
+            if self._flag.item() == _LAUNCHER_LOST:
+                self._dist.progress.launcher_lost = True
+        own = _LAUNCHER_LOST if flag and self._dist.progress.launcher_lost else int(flag)
+        self._flag = torch.tensor([own], dtype=torch.int32)
         self._pending = torch.distributed.all_reduce(self._flag, op=torch.distributed.ReduceOp.MAX, async_op=True)
         return stop
+
+
+_LAUNCHER_LOST = 2
+"""Stop flag of a process whose launcher is gone; 1 is that of a signal."""

@@ -20,6 +20,8 @@ from iwm.training.loggers import open_loggers
 from iwm.training.metric_window import MetricQueue, MetricWindow, WindowMetrics
 from iwm.training.metrics import MetricLogger, memory_gib
 from iwm.training.optim import ScheduleValues
+from iwm.training.rank_clock import RankClock
+from iwm.training.rank_progress import Phase
 from iwm.training.run_record import RunRecord
 from iwm.training.runtime import StopFlag, manual_gc
 from iwm.training.step import prepare_masks, train_step
@@ -45,7 +47,9 @@ def pretrain(
     if dist.is_main:
         write_atomically(s.run / "config.yaml", to_yaml(config).encode())
     flops_share = training_flops(config).total / measure_matmul_flops(dist.device, config.train.precision) / dist.size
-    agreement = StopConsensus(dist)
+    agreement, clock = StopConsensus(dist), RankClock(dist, s.forward_backward.wrapped)
+    # Rank 0 validates alone, but all processes end a window before it.
+    validating = any(dist.all_gather(validate is not None))
     # A finished run records and logs nothing.
     is_active = dist.is_main and s.step < s.schedules.steps
     record = _start_record(s) if is_active else None
@@ -66,41 +70,48 @@ def pretrain(
             writer.reserve(checkpoint_tensors(s))
         while not ended:
             values = s.schedules.values_at(s.step)
+            dist.progress.enter(Phase.WAITING)
+            clock.start()
             waiting = time.perf_counter()
             batches = [next(s.loader) for _ in range(s.accumulation)]
             window.waited += time.perf_counter() - waiting
+            dist.progress.enter(Phase.TRAINING)
             masks = [prepare_masks(config, dist, s.step, part, s.micro_batch) for part in range(s.accumulation)]
             window.results.append(train_step(s.model, s.forward_backward, s.optimizer, batches, masks, values))
             window.keys.append([batch.keys for batch in batches])
             s.step += 1
             s.samples += config.data.global_batch_size
+            dist.progress.complete_step(s.step)
             monitor.set_step(s.step)
             # The processes may see the same error after different steps, but stop after the same one.
             failed = lines.error is not None
             ended = agreement.any_rank_stopped(bool(stop) or failed) or s.step == s.schedules.steps
-            due = s.step % config.log.eval_interval == 0 or s.step == s.schedules.steps
-            measure = validate if due else None
+            due = validating and (s.step % config.log.eval_interval == 0 or s.step == s.schedules.steps)
             saving = s.step % config.log.checkpoint_interval == 0 or ended
 
             # A window ends at every validation and every checkpoint, so that neither loses a part of it.
-            if s.step % config.log.interval == 0 or measure is not None or saving:
-                queue.append(window.end(dist, config.data.global_batch_size), lines.writer(window, values))
+            if s.step % config.log.interval == 0 or due or saving:
+                queue.append(window.end(dist, config.data.global_batch_size, clock), lines.writer(window, values))
                 window = MetricWindow(dist.device)
                 gc.collect()
             queue.write_ready()
             writer.poll()
-            if measure is not None or saving:
+            if due or saving:
                 queue.write_all()
                 lines.raise_error()
-            if measure is not None:
-                monitor.log(s.step, measure(s.model))
+            if due:
+                dist.progress.enter(Phase.VALIDATING)
+                if validate is not None:
+                    monitor.log(s.step, validate(s.model))
                 window = MetricWindow(dist.device)
             if saving:
+                dist.progress.enter(Phase.SAVING)
                 window.checkpoint_pause = writer.save(lambda: (vars(to_checkpoint(s)), s.loader.state_dict()))
         if (failure := writer.finish()) is not None:
             _warn(monitor, failure)
         if s.step < s.schedules.steps:
             monitor.print(f"stopped by a signal after step {s.step:,}; rerun the same command to resume")
+        dist.progress.enter(Phase.ENDING)
     if failure is not None:
         raise TrainingError(
             f"{s.run}: the last checkpoint could not be written; free disk space and rerun the same command"
@@ -133,6 +144,8 @@ class _MetricLines:
             self._count(flags, window)
             if self.error is not None:
                 return
+            if metrics.straggler is not None:
+                self._monitor.print(metrics.straggler)
             self._monitor.log(
                 step,
                 {

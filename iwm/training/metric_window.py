@@ -13,53 +13,17 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dali_pipelines.outputs import SampleKeys
+from iwm.training.device_events import DeviceEvent, record_event
 from iwm.training.distributed import DistEnv
+from iwm.training.rank_clock import RankClock, RankTimes
 from iwm.training.step import StepResult
-
-
-class DeviceEvent(Protocol):
-    """Moment in a device's work; the part of torch.cuda.Event that windows need."""
-
-    def query(self) -> bool:
-        """Return True where the device has passed the event."""
-
-    def synchronize(self) -> None:
-        """Wait until the device has passed the event."""
-
-    def elapsed_time(self, end_event: Any) -> float:
-        """Return the device's time (ms) from this event to a later one; both must have completed."""
-
-
-class HostEvent:
-    """Event of a CPU, whose work is done when an operator returns."""
-
-    def __init__(self) -> None:
-        self._time = time.perf_counter()
-
-    def query(self) -> bool:
-        return True
-
-    def synchronize(self) -> None:
-        pass
-
-    def elapsed_time(self, end_event: HostEvent) -> float:
-        return 1e3 * (end_event._time - self._time)
-
-
-def record_event(device: torch.device) -> DeviceEvent:
-    """Record an event after all work queued on the device's current stream."""
-    if device.type != "cuda":
-        return HostEvent()
-    event = torch.cuda.Event(enable_timing=True, blocking=True)
-    event.record()
-    return event
 
 
 def copy_to_host(tensor: Tensor) -> Tensor:
@@ -93,7 +57,9 @@ class WindowMetrics(NamedTuple):
     skipped: Bool[Tensor, "steps *trials"]
     speed: dict[str, float]
     """`images_per_second`, by the device's clock, and `data_wait`: the share of the host's time that it waited for data
-    (0 to 1)."""
+    (0 to 1). With several processes also what RankTimes.metrics returns."""
+    straggler: str | None = None
+    """Sentence on a rank that all others wait for, None without one."""
 
 
 @dataclass
@@ -106,12 +72,25 @@ class EndedWindow:
     ended: DeviceEvent
     images: int
     data_wait: float
+    ranks: RankTimes | None = None
+    """Times of all processes; None with a single one."""
 
-    def read(self) -> WindowMetrics:
-        """Return the metrics. Waits for the device unless `ended` has completed."""
+    @property
+    def is_complete(self) -> bool:
+        """True where `read` does not wait."""
+        return self.ended.query() and (self.ranks is None or self.ranks.is_complete)
+
+    def read(self, *, without_others: bool = False) -> WindowMetrics:
+        """Return the metrics. Waits for the device and the other processes' times unless `is_complete`.
+
+        without_others: leave out times of the other processes that have not arrived.
+        """
         self.ended.synchronize()
         seconds = self.began.elapsed_time(self.ended) / 1e3
-        return WindowMetrics(*self.tensors, {"images_per_second": self.images / seconds, "data_wait": self.data_wait})
+        speed, straggler = {"images_per_second": self.images / seconds, "data_wait": self.data_wait}, None
+        if self.ranks is not None and (self.ranks.is_complete or not without_others):
+            speed, straggler = speed | self.ranks.metrics(), self.ranks.straggler()
+        return WindowMetrics(*self.tensors, speed, straggler)
 
 
 @dataclass
@@ -131,20 +110,23 @@ class MetricWindow:
     def __post_init__(self) -> None:
         self._began, self._host_began = record_event(self.device), time.perf_counter()
 
-    def end(self, dist: DistEnv, batch: int) -> EndedWindow:
+    def end(self, dist: DistEnv, batch: int, clock: RankClock | None = None) -> EndedWindow:
         """Average over processes and start to copy the metrics to the host, without waiting for the device.
 
-        batch: number of images per step. Every process must end the same windows in the same order.
+        batch: number of images per step. Every process must end the same windows in the same order. clock: times of
+        this process's steps, which all processes then exchange.
         """
         loss, norm, skipped = (torch.stack(values) for values in zip(*self.results, strict=True))
         loss = dist.mean(loss)
         tensors = copy_to_host(loss), copy_to_host(norm), copy_to_host(skipped)
+        data_wait = self.waited / (time.perf_counter() - self._host_began)
         return EndedWindow(
             tensors,
             self._began,
             record_event(self.device),
             len(self.results) * batch,
-            self.waited / (time.perf_counter() - self._host_began),
+            data_wait,
+            clock.exchange(data_wait) if clock is not None else None,
         )
 
 
@@ -163,17 +145,17 @@ class MetricQueue:
 
     def write_ready(self) -> None:
         """Write the windows whose metrics have arrived. Does not wait."""
-        while self._windows and self._windows[0][0].ended.query():
+        while self._windows and self._windows[0][0].is_complete:
             self._write_oldest()
 
-    def write_all(self) -> None:
-        """Wait for the metrics of all windows and write them."""
+    def write_all(self, *, without_others: bool = False) -> None:
+        """Wait for the metrics of all windows and write them. without_others: as in EndedWindow.read."""
         while self._windows:
-            self._write_oldest()
+            self._write_oldest(without_others)
 
-    def _write_oldest(self) -> None:
+    def _write_oldest(self, without_others: bool = False) -> None:
         window, write = self._windows[0]
-        metrics = window.read()
+        metrics = window.read(without_others=without_others)
         self._windows.popleft()
         write(metrics)
 
@@ -183,4 +165,5 @@ class MetricQueue:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.write_all()
+        # After an exception, other processes may be gone.
+        self.write_all(without_others=value is not None)

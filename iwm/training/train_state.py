@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import os
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -241,27 +243,49 @@ RESUMABLE_CHANGES = (
     "train.cuda_graph",
     "train.priority_stream",
     "train.deterministic",
+    "train.collective_timeout",
     "log.",
 )
 """Fields that may change on resume, in the form of config_io.split_changes. They change the model by rounding at most;
 another data.micro_batch_size, data.backend or train.device also restarts the epoch."""
 
 
+LOCK_WAIT = 15.0
+"""Time (seconds) that a run waits for the lock of its folder. The processes of a killed launcher end within it."""
+
+
 @contextmanager
 def run_lock(run: Path, option: str = "--run-dir") -> Iterator[None]:
-    """Lock a run folder against other processes that train in it.
+    """Lock a run folder against other processes that train in it. The lock ends with the process, however it ends.
 
-    Raises ConfigError, which names `option`, where another process holds the lock.
+    Waits up to LOCK_WAIT for a process that is ending, and says so. Raises ConfigError, which names `option` and the
+    holder, where another process keeps the lock.
     """
     run.mkdir(parents=True, exist_ok=True)
-    with open(run / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(
-                f"{run} is in use by another training process; wait for it or choose another {option}"
-            ) from error
+    with open(run / ".lock", "a+") as file:
+        until = time.monotonic() + LOCK_WAIT
+        waiting = False
+        while not _try_lock(file):
+            file.seek(0)
+            holder = file.read().strip() or "another training process"
+            if time.monotonic() > until:
+                raise ConfigError(f"{run} is in use by {holder}; wait for it or choose another {option}")
+            if not waiting:
+                print(f"waiting up to {LOCK_WAIT:.0f} s for {holder} to leave {run}", flush=True)
+            waiting = True
+            time.sleep(0.2)
+        file.truncate(0)
+        file.write(f"another training process ({os.getpid()} on host {socket.gethostname()})\n")
+        file.flush()
         yield
+
+
+def _try_lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def find_resume_checkpoint(run: Path, config: Config) -> tuple[Checkpoint | None, list[str]]:

@@ -5,7 +5,9 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,6 +18,7 @@ import torch
 
 from iwm.config import ConfigError, LogConfig, OptimConfig
 from iwm.training import checkpoint as checkpoints
+from iwm.training import train_state
 from iwm.training.checkpoint import CheckpointError, load_world_model
 from iwm.training.runtime import StopFlag
 from iwm.training.train_state import build_train_state, find_resume_checkpoint, run_lock
@@ -136,9 +139,31 @@ def test_a_finished_run_is_left_as_it_is(tiny_shards: Path, tmp_path: Path) -> N
     assert {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()} == before
 
 
-def test_two_trainings_cannot_share_a_folder(tmp_path: Path) -> None:
-    with run_lock(tmp_path), pytest.raises(ConfigError, match="in use by another training process"), run_lock(tmp_path):
+def test_two_trainings_cannot_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_state, "LOCK_WAIT", 0.0)
+    refused = rf"in use by another training process \({os.getpid()} on host {socket.gethostname()}\); wait for it"
+    with run_lock(tmp_path), pytest.raises(ConfigError, match=refused), run_lock(tmp_path):
         pass
+    with run_lock(tmp_path):
+        pass
+
+
+def test_a_training_waits_for_one_that_is_ending(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    held = threading.Event()
+    release = threading.Event()
+
+    def hold() -> None:
+        with run_lock(tmp_path):
+            held.set()
+            release.wait(60)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait(60)
+    threading.Timer(0.5, release.set).start()
+    with run_lock(tmp_path):
+        holder.join(60)
+    assert f"s for another training process ({os.getpid()} on host" in capsys.readouterr().out
 
 
 def test_old_checkpoints_are_deleted_except_those_of_keep_every(tiny_shards: Path, tmp_path: Path) -> None:
