@@ -49,15 +49,15 @@ def test_kill_9_and_sigterm_leave_a_run_that_ends_bit_for_bit_the_same(tiny_shar
     killed.wait()
     assert checkpoints.list_checkpoints(cut), "nothing was saved before the kill"
 
-    stopped = start(command(tiny_shards, cut, steps))
+    stopped = start(command(tiny_shards, cut, steps, "--stop-status", "75"))
     wait_for_step(cut, 60, stopped)
     stopped.send_signal(signal.SIGTERM)
     output = stopped.communicate(timeout=600)[0]
-    assert stopped.returncode == 0, output
+    assert stopped.returncode == 75, output
     assert "stopped by a signal" in output
     assert "resuming from step" in output
 
-    finish(command(tiny_shards, cut, steps))
+    finish(command(tiny_shards, cut, steps, "--stop-status", "75"))
     one, other = checkpoints.load_newest(whole), checkpoints.load_newest(cut)
     assert one is not None
     assert other is not None
