@@ -42,6 +42,8 @@ LOST_AFTER = 60.0
 Heartbeats come from a thread, also while the process computes, compiles, reads or writes."""
 BROKEN = 2.5
 """Time (seconds) without a heartbeat after which a process is the one to which a connection broke."""
+LEAVING = 3.0
+"""Time (seconds) in which a process that found a loss must have left what remains of the process group."""
 SHARE_OF_TIMEOUT = 0.9
 """Share of collective_timeout after which a waiting process speaks, before its collective fails."""
 LONGEST_WRITE = 600.0
@@ -74,6 +76,7 @@ class Watchdog:
         self._speaks = True
         self._looked = time.monotonic()
         self._deadline: float | None = None
+        self._last_words = ""
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Watchdog:
@@ -93,6 +96,8 @@ class Watchdog:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # The command reports the exception from here on. A deadline holds until the process has ended.
+        self._last_words = ""
         if self._heartbeats is not None:
             self._heartbeats.close()
         if self._thread is None:
@@ -133,7 +138,8 @@ class Watchdog:
 
         What is left of the process group may never answer: the watchdog ends the process if leaving it takes long.
         """
-        self._deadline = time.monotonic() + GRACE
+        self._last_words = message if self._speaks else ""
+        self._deadline = time.monotonic() + LEAVING
         if not self._speaks:
             raise SystemExit(1) from cause
         raise LostRankError(message) from cause
@@ -175,6 +181,7 @@ class Watchdog:
                 self._signalled = self._signalled or any(number in STOP_SIGNALS for number in received)
             if self._deadline is not None:
                 if time.monotonic() > self._deadline:
+                    _print_error(self._last_words)
                     os._exit(1)
             elif not self._searching and (reason := self._reason_to_end()) is not None and not self._closed:
                 self._end(reason)
@@ -230,9 +237,15 @@ class Watchdog:
         """Print the reason, if this process is the first to know, tell the others, and end this process."""
         first = self._heartbeats is None or self._heartbeats.failed or self._heartbeats.announce(reason)
         if first or self._speaks:
-            with suppress(OSError):
-                os.write(2, f"iwm: {reason}; the run ends: {RERUN}\n".encode())
+            _print_error(f"{reason}; the run ends: {RERUN}")
         os._exit(1)
+
+
+def _print_error(message: str) -> None:
+    """Print a line on stderr without Python's buffer, which the main thread may hold; nothing for an empty one."""
+    if message:
+        with suppress(OSError):
+            os.write(2, f"iwm: {message}\n".encode())
 
 
 class Launcher:

@@ -22,7 +22,7 @@ def test_a_process_that_gets_little_time_is_the_slowest_rank(
     monkeypatch.setenv("PYTHONPATH", ENVIRONMENT["PYTHONPATH"])
     run, output = tmp_path / "run", tmp_path / "log.txt"
     with open(output, "w") as file:
-        words = arguments(tiny_shards, run, 200, "--data.val", "None", "--log.checkpoint-interval", "1000")
+        words = arguments(tiny_shards, run, 100, "--data.val", "None", "--log.checkpoint-interval", "1000")
         job = KillJob(words, 1, 2, file)
     try:
         deadline = time.monotonic() + 600
