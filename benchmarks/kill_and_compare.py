@@ -45,15 +45,16 @@ class Kill(NamedTuple):
     """Time (seconds) since the start of the job."""
     step: int
     """Step of the last line of metrics before the kill; 0 without one."""
-    left: int
-    """Number of processes left after LIMIT seconds."""
+    left: list[str]
+    """Processes left after LIMIT seconds."""
     seconds: float | None
     """Time until the last process had ended; None if it did not within six times LIMIT."""
 
     @property
     def row(self) -> str:
         seconds = "not ended" if self.seconds is None else f"{self.seconds:.1f}"
-        return f"{self.victim:<10}{self.moment:>10.1f}{self.step:>8}{self.left:>8}{seconds:>12}"
+        row = f"{self.victim:<10}{self.moment:>10.1f}{self.step:>8}{len(self.left):>8}{seconds:>12}"
+        return "  ".join([row, *self.left])
 
 
 HEADER = f"{'kill':<6}{'victim':<10}{'after s':>10}{'step':>8}{'left':>8}{'ended in s':>12}"
@@ -105,7 +106,7 @@ def kill_at_random(
             moment, step = time.monotonic() - began, newest_step(run)
             job.kill(victim, rng.randrange(nodes))
             seconds = job.seconds_until_gone(LIMIT)
-            left = len(job.processes())
+            left = job.names()
             if seconds is None:
                 later = job.seconds_until_gone(5 * LIMIT)
                 seconds = None if later is None else LIMIT + later
@@ -194,7 +195,7 @@ def main() -> int:
         for _ in range(given.kills):
             kill_after_checkpoint(cut, log)
     run_to_end(cut, nodes, given.workers, log)
-    same, left = compare(out / "whole", out / "cut"), sum(kill.left for kill in killed)
+    same, left = compare(out / "whole", out / "cut"), sum(len(kill.left) for kill in killed)
     if nodes:
         print(f"{len(killed)} kills, {left} processes left {LIMIT:.0f} s after them")
     return 0 if same and not left else 1

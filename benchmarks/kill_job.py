@@ -62,6 +62,17 @@ class KillJob:
                     found.append(pid)
         return sorted(found)
 
+    def names(self) -> list[str]:
+        """Return what the processes are that have not ended: `agent 0`, `worker of 1`, or the command of another."""
+        names = []
+        of = {pid: f"worker of {node}" for node in range(len(self.agents)) for pid in self.workers(node)}
+        of |= {agent.pid: f"agent {node}" for node, agent in enumerate(self.agents)}
+        for pid in self.processes():
+            with suppress(FileNotFoundError, ProcessLookupError):
+                words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+                names.append(of.get(pid) or f"{pid}: {' '.join(words)[:80]}")
+        return names
+
     def holds(self, lock: Path) -> bool:
         """Return True where a process of the job holds a run's lock, which it takes once all are connected."""
         holder = re.search(r"\((\d+) on host", lock.read_text()) if lock.exists() else None
