@@ -49,6 +49,7 @@ def _train(command: TrainOptions, watchdog: Watchdog) -> int:
             check_wandb(command.config.log)
         state = build_train_state(command.config, command.run_dir, dist)
         pretrain(state, stop, health_check(command.config, dist))
+        watchdog.leave()
         # A launcher may end all processes once one has ended with another status than 0: the main one must be done.
         dist.wait_for_all()
         return 0 if state.step == state.schedules.steps else command.stop_status

@@ -113,6 +113,12 @@ class Watchdog:
         if self._thread is None:
             self._start()
 
+    def leave(self) -> None:
+        """Stop the heartbeats. Call it before `DistEnv.wait_for_all`: under srun their store ends with rank 0."""
+        self.progress.enter(Phase.ENDING)
+        if self._heartbeats is not None:
+            self._heartbeats.close()
+
     @contextmanager
     def explaining_losses(self) -> Iterator[None]:
         """Raise LostRankError in place of a collective's error where another process is gone; use around all training.
