@@ -23,7 +23,8 @@ pytestmark = [
     pytest.mark.skipif(REASON is not None, reason=f"no Slurm cluster can be started here: {REASON}"),
 ]
 
-STEPS = 800
+STEPS = 2_400
+"""Long enough that Slurm, which looks for time limits every 30 s, finds the run at work."""
 CPU = ("--gpus-per-node=0", "--cpus-per-task=1")
 """Options that replace those of the project's files for GPUs."""
 
