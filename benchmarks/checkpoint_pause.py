@@ -37,7 +37,7 @@ from iwm.training import checkpoint as checkpoints
 from iwm.training.checkpoint import Checkpoint
 from iwm.training.checkpoint_writer import CheckpointWriter
 from iwm.training.distributed import init_distributed
-from iwm.training.train_state import TrainState, checkpoint_tensors, to_checkpoint
+from iwm.training.train_state import TrainState, checkpoint_parts, checkpoint_tensors
 from shards.command_line import run_command
 
 HOST = torch.device("cpu")
@@ -87,7 +87,7 @@ def measure_turn(state: TrainState, writer: CheckpointWriter, batches: Sequence[
     def collect() -> tuple[dict[str, Any], Any]:
         nonlocal collecting
         began = time.perf_counter()
-        parts = vars(to_checkpoint(state)), state.loader.state_dict()
+        parts = checkpoint_parts(state)
         collecting = time.perf_counter() - began
         return parts
 

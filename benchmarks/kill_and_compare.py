@@ -12,6 +12,7 @@ By default one process is killed once, soon after its first checkpoint. With --n
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import subprocess
 import sys
@@ -64,7 +65,7 @@ def newest_step(run: Path) -> int:
     """Return the number of the last whole line of metrics.jsonl, as a step; 0 without one."""
     file = run / "metrics.jsonl"
     lines = file.read_text().split("\n")[:-1] if file.exists() else []
-    return int(lines[-1].split('"step": ')[1].split(",")[0]) if lines else 0
+    return int(json.loads(lines[-1])["step"]) if lines else 0
 
 
 def run_to_end(words: list[str], nodes: int, workers: int, log: Path) -> tuple[float, float, float]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
+from torch.utils._pytree import tree_iter, tree_map_only
 
 BLOCK = 256 * 2**20
 """Size of an allocation that buffers share (bytes). torch rounds pinned allocations up to a power of two: up to twice
@@ -36,12 +37,12 @@ class HostShard:
 def local_part(tensor: Tensor) -> Tensor:
     """Return this process's part of a tensor: its shard where it is sharded, else all of it. Nothing is communicated.
 
-    Raises NotImplementedError for shards along another dimension than rows, and for a mesh of several dimensions.
+    Raises ValueError for shards other than those of parallel.py: rows, over a mesh of one dimension.
     """
     if not isinstance(tensor, DTensor):
         return tensor
     if not (is_sharded(tensor) or all(placement.is_replicate() for placement in tensor.placements)):
-        raise NotImplementedError(f"a checkpoint of a tensor with placements {tensor.placements}")
+        raise ValueError(f"a tensor with placements {tensor.placements}: shards must be rows over one dimension")
     return tensor.to_local()
 
 
@@ -89,22 +90,16 @@ class HostCopies:
             if self._is_copied(tensor) and (size := local_part(tensor).nbytes):
                 missing[size] += 1
         self._allocate([size for size, count in missing.items() for _ in range(count - len(self._free[size]))])
-        return self._copy(content)
+        return tree_map_only(Tensor, self._copy_leaf, content)
 
     def _is_copied(self, tensor: Tensor) -> bool:
         return not self._sharded_only or is_sharded(tensor)
 
-    def _copy(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            if not self._is_copied(value):
-                return None
-            copied = self._copy_tensor(local_part(value))
-            return HostShard(copied, value.shape) if is_sharded(value) else copied
-        if isinstance(value, dict):
-            return {key: self._copy(entry) for key, entry in value.items()}
-        if isinstance(value, list | tuple):
-            return type(value)([self._copy(entry) for entry in value])
-        return value
+    def _copy_leaf(self, tensor: Tensor) -> Tensor | HostShard | None:
+        if not self._is_copied(tensor):
+            return None
+        copied = self._copy_tensor(local_part(tensor))
+        return HostShard(copied, tensor.shape) if is_sharded(tensor) else copied
 
     def _copy_tensor(self, tensor: Tensor) -> Tensor:
         if not tensor.nbytes:
@@ -141,11 +136,4 @@ def _blocks(sizes: list[int]) -> Iterator[list[int]]:
 
 def tensors_of(content: Any) -> Iterator[Tensor]:
     """Yield the tensors of a nested container, in order."""
-    if isinstance(content, Tensor):
-        yield content
-    elif isinstance(content, dict):
-        for entry in content.values():
-            yield from tensors_of(entry)
-    elif isinstance(content, list | tuple):
-        for entry in content:
-            yield from tensors_of(entry)
+    return (leaf for leaf in tree_iter(content) if isinstance(leaf, Tensor))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -25,7 +26,7 @@ from iwm.training.rank_progress import Phase
 from iwm.training.run_record import RunRecord
 from iwm.training.runtime import StopFlag, manual_gc
 from iwm.training.step import prepare_masks, train_step
-from iwm.training.train_state import TrainState, checkpoint_tensors, to_checkpoint
+from iwm.training.train_state import TrainState, checkpoint_parts, checkpoint_tensors
 from shards.atomic import write_atomically
 from shards.errors import UserError
 
@@ -106,7 +107,7 @@ def pretrain(
                 window = MetricWindow(dist.device)
             if saving:
                 dist.progress.enter(Phase.SAVING)
-                window.checkpoint_pause = writer.save(lambda: (vars(to_checkpoint(s)), s.loader.state_dict()))
+                window.checkpoint_pause = writer.save(partial(checkpoint_parts, s))
         if (failure := writer.finish()) is not None:
             _warn(monitor, failure)
         if s.step < s.schedules.steps:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.utils._pytree import tree_iter, tree_map_only
 
 from iwm.training.host_copies import HostShard
 
@@ -22,7 +22,7 @@ def gather(content: Any, local: Any, group: ProcessGroup | None) -> tuple[Any, l
     """
     if group is None:
         return content, [local]
-    shards = list(_shards(content))
+    shards = [leaf for leaf in tree_iter(content) if isinstance(leaf, HostShard)]
     rows = [len(shard.rows) for shard in shards]
     if group.rank() > 0:
         torch.distributed.gather_object((local, rows), None, dst=0, group=group)
@@ -34,9 +34,8 @@ def gather(content: Any, local: Any, group: ProcessGroup | None) -> tuple[Any, l
         return None
     parts: list[Any] = [None] * group.size()
     torch.distributed.gather_object((local, rows), parts, dst=0, group=group)
-    by_shard = zip(*(rows for _, rows in parts), strict=True)
-    whole = [_join(shard, counts, group) for shard, counts in zip(shards, by_shard, strict=True)]
-    joined = _replace(content, iter(whole))
+    counts = zip(*(rows for _, rows in parts), strict=True)
+    joined = tree_map_only(HostShard, lambda shard: _join(shard, next(counts), group), content)
     torch.distributed.barrier(group)
     return joined, [local for local, _ in parts]
 
@@ -52,25 +51,3 @@ def _join(shard: HostShard, counts: tuple[int, ...], group: ProcessGroup) -> Ten
         elif len(rows):
             torch.distributed.recv(rows, rank, group)
     return whole
-
-
-def _shards(content: Any) -> Iterator[HostShard]:
-    if isinstance(content, HostShard):
-        yield content
-    elif isinstance(content, dict):
-        for entry in content.values():
-            yield from _shards(entry)
-    elif isinstance(content, list | tuple):
-        for entry in content:
-            yield from _shards(entry)
-
-
-def _replace(content: Any, whole: Iterator[Tensor]) -> Any:
-    """Return the content with the next whole tensor in place of each HostShard."""
-    if isinstance(content, HostShard):
-        return next(whole)
-    if isinstance(content, dict):
-        return {key: _replace(entry, whole) for key, entry in content.items()}
-    if isinstance(content, list | tuple):
-        return type(content)([_replace(entry, whole) for entry in content])
-    return content

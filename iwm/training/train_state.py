@@ -198,22 +198,24 @@ def _open_loader(
         return open_with(seed, None), seed, [change]
 
 
-def to_checkpoint(state: TrainState) -> Checkpoint:
-    """Return the current state as a checkpoint, whose `loader` lacks `ranks`, the states of all processes' pipelines.
+def checkpoint_parts(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a checkpoint's fields, whose `loader` lacks `ranks`, and the state of this process's pipeline.
 
-    Its tensors are the live ones, which the next step changes: sharded under FSDP, and on the device.
+    Checkpoint.gathered makes a checkpoint of them and of the other processes' pipelines. The tensors are the live ones,
+    which the next step changes: sharded under FSDP, and on the device.
     """
-    return Checkpoint(
+    fields = Checkpoint(
         config=state.config,
         step=state.step,
         samples=state.samples,
         skipped=state.skipped,
-        model=state.model.state_dict(),
+        model=dict(state.model.state_dict()),
         optimizer=optimizer_state_dict(state.optimizer),
         rng=checkpoints.rng_state(),
         loader={"seed": state.loader_seed},
         versions=checkpoints.versions(),
     )
+    return vars(fields), state.loader.state_dict()
 
 
 def checkpoint_tensors(state: TrainState) -> list[torch.Tensor]:
