@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -45,6 +46,24 @@ def submit(cluster: Cluster, file: str, output: Path, words: list[str], *options
     tasks = ["--ntasks-per-node=1"] if file == "srun" else []
     line = ["sbatch", "--parsable", *CPU, *tasks, f"--output={output}", *options, f"slurm/{file}.sbatch", *words]
     return cluster.run(*line).strip()
+
+
+class Submitted(NamedTuple):
+    """A job that trains, and its files."""
+
+    number: str
+    run: Path
+    output: Path
+
+
+def submit_and_train(
+    cluster: Cluster, file: str, shards: Path, folder: Path, *options: str, steps: int = STEPS
+) -> Submitted:
+    """Submit a training by one of the project's files; return the job once it is in mid-epoch."""
+    run, output = folder / "run", folder / "out"
+    number = submit(cluster, file, output, training(shards, run, steps), *options)
+    wait_for_steps(run, output)
+    return Submitted(number, run, output)
 
 
 def wait_for_steps(run: Path, output: Path) -> None:
@@ -100,9 +119,7 @@ def assert_ends_like(whole: Path, run: Path) -> None:
 def test_a_requeued_job_resumes_exactly(
     cluster: Cluster, whole: Path, tiny_shards: Path, tmp_path: Path, file: str
 ) -> None:
-    run, output = tmp_path / "run", tmp_path / "out"
-    job = submit(cluster, file, output, training(tiny_shards, run))
-    wait_for_steps(run, output)
+    job, run, output = submit_and_train(cluster, file, tiny_shards, tmp_path)
     cluster.run("scontrol", "requeue", job)
     wait_for_requeue(cluster, job, output)
     ended = cluster.wait(job, "COMPLETED")
@@ -118,9 +135,7 @@ def test_a_requeued_job_resumes_exactly(
 def test_a_job_near_its_time_limit_saves_and_requeues_itself(
     cluster: Cluster, whole: Path, tiny_shards: Path, tmp_path: Path, file: str
 ) -> None:
-    run, output = tmp_path / "run", tmp_path / "out"
-    job = submit(cluster, file, output, training(tiny_shards, run))
-    wait_for_steps(run, output)
+    job, run, output = submit_and_train(cluster, file, tiny_shards, tmp_path)
     # The file's --signal asks for 120 s before the limit, which is now.
     cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=2")
     wait_for_requeue(cluster, job, output)
@@ -132,9 +147,8 @@ def test_a_job_near_its_time_limit_saves_and_requeues_itself(
 
 
 def test_a_preempted_job_resumes_exactly(cluster: Cluster, whole: Path, tiny_shards: Path, tmp_path: Path) -> None:
-    run, output = tmp_path / "run", tmp_path / "out"
-    job = submit(cluster, "srun", output, training(tiny_shards, run), "--partition=low", "--exclusive")
-    wait_for_steps(run, output)
+    options = ("--partition=low", "--exclusive")
+    job, run, output = submit_and_train(cluster, "srun", tiny_shards, tmp_path, *options)
     cluster.run("srun", "--partition=high", "--nodes=2", "--exclusive", "hostname")
     wait_for_requeue(cluster, job, output)
     ended = cluster.wait(job, "COMPLETED")
@@ -146,9 +160,7 @@ def test_a_preempted_job_resumes_exactly(cluster: Cluster, whole: Path, tiny_sha
 
 
 def test_a_cancelled_job_is_not_requeued(cluster: Cluster, tiny_shards: Path, tmp_path: Path) -> None:
-    run, output = tmp_path / "run", tmp_path / "out"
-    job = submit(cluster, "srun", output, training(tiny_shards, run, 100_000))
-    wait_for_steps(run, output)
+    job, _, output = submit_and_train(cluster, "srun", tiny_shards, tmp_path, steps=100_000)
     cluster.run("scancel", job)
     assert cluster.wait(job, "CANCELLED")["Restarts"] == "0"
     deadline = time.monotonic() + 300
@@ -159,9 +171,7 @@ def test_a_cancelled_job_is_not_requeued(cluster: Cluster, tiny_shards: Path, tm
 
 
 def test_one_torchrun_trains_on_a_node(cluster: Cluster, tiny_shards: Path, tmp_path: Path) -> None:
-    run, output = tmp_path / "run", tmp_path / "out"
-    job = submit(cluster, "one-node", output, training(tiny_shards, run, 100_000))
-    wait_for_steps(run, output)
+    job, _, output = submit_and_train(cluster, "one-node", tiny_shards, tmp_path, steps=100_000)
     cluster.run("scancel", "--signal=USR1", "--batch", job)
     wait_for_requeue(cluster, job, output)
     cluster.run("scancel", job)
