@@ -5,11 +5,12 @@ validation_loader.py has the loaders of one ordered pass.
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from jaxtyping import Float, Int64, UInt8
@@ -31,6 +32,7 @@ from dali_pipelines.photometric_kernels import apply_views
 from dali_pipelines.pipelines import labelled_crops, segmentation_crops, two_views
 from dali_pipelines.reader import open_source
 from dali_pipelines.seeds import derive_seed
+from dali_pipelines.staging import stage
 from shards.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,7 +41,16 @@ if TYPE_CHECKING:
 
 SettingsT = TypeVar("SettingsT", bound="DataclassInstance")
 """Dataclass with the settings of the samples, e.g. Views."""
-BatchT = TypeVar("BatchT")
+
+
+class Batch(Protocol):
+    """Batch with the keys of its samples."""
+
+    @property
+    def keys(self) -> SampleKeys: ...
+
+
+BatchT = TypeVar("BatchT", bound=Batch)
 """Type of a batch, e.g. ViewBatch."""
 
 
@@ -124,13 +135,21 @@ class ResumableLoader(ABC, Generic[SettingsT, BatchT]):
             "dali": dali_version,
             **self.graph,
         }
+        checkpoint = None if state is None else self._check_state(state)
+        self._batches: int = state.get("batches", 0) if state else 0
+        order = {"shuffle_buffer": min(shuffle_buffer, source.samples), "shuffle_seed": derive_seed(seed)}
+        self._staged = stage(
+            source, **order, batch_size=batch_size, prefetch=prefetch_queue_depth, batches=self._batches
+        )
+        if self._staged:
+            weakref.finalize(self, self._staged.stop)
+            self._staged.wait_for(self._batches)
         self._pipeline = self.pipeline(
             source,
             settings,
-            shuffle_buffer=min(shuffle_buffer, source.samples),
-            shuffle_seed=derive_seed(seed),
+            **order,
             seed=derive_seed(seed, rank),
-            checkpoint=None if state is None else self._check_state(state),
+            checkpoint=checkpoint,
             **{**options, **self.graph},
         )
         build_pipeline(self._pipeline, folder)
@@ -143,11 +162,17 @@ class ResumableLoader(ABC, Generic[SettingsT, BatchT]):
         return self
 
     def __next__(self) -> BatchT:
-        return self.batch(run_pipeline(self._pipeline, self._source.folder))
+        if self._staged:
+            self._staged.wait_for(self._batches)
+        batch = self.batch(run_pipeline(self._pipeline, self._source.folder))
+        if self._staged:
+            self._staged.check(batch.keys.tars())
+        self._batches += 1
+        return batch
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state to resume with the batch after the last one returned: plain values and bytes (3 KB)."""
-        return {**self._identity, "pipeline": self._pipeline.checkpoint()}
+        return {**self._identity, "batches": self._batches, "pipeline": self._pipeline.checkpoint()}
 
     def _check_state(self, state: dict[str, Any]) -> bytes:
         """Return the pipeline's part of `state`. Raise LoaderStateError where its settings differ from this loader's.
@@ -163,6 +188,12 @@ class ResumableLoader(ABC, Generic[SettingsT, BatchT]):
                 f"the saved state of the data loader belongs to other settings: {changes}. "
                 "Use the same settings to continue mid-epoch, or start a new epoch without the saved state",
                 set(different),
+            )
+        if self._source.cache and "batches" not in state:
+            raise LoaderStateError(
+                "the saved state of the data loader is that of an older version, which did not count batches: shards "
+                "at a URL cannot be staged for it. Continue on a local folder, or start a new epoch without the state",
+                {"batches"},
             )
         pipeline: bytes = state["pipeline"]
         return pipeline

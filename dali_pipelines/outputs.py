@@ -42,6 +42,11 @@ class SampleKeys(Sequence[str]):
     def __len__(self) -> int:
         return len(self._source_info)
 
+    def tars(self) -> set[str]:
+        """Return the file names of the tars that the samples are from."""
+        infos = (bytes(info).rstrip(b"\0").decode() for info in self._source_info.numpy())
+        return {info.rsplit(":", 2)[0].rpartition("/")[2] for info in infos}
+
     def __repr__(self) -> str:
         return f"SampleKeys({list(self)})"
 

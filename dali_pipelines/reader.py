@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from dali_pipelines.dali import fn
 from dali_pipelines.photometric import DataNode
+from shards.cache import SplitCache, source_of
 from shards.errors import ShardError
 from shards.format import Column, Manifest, load_manifest
 from shards.verify import check_quick
@@ -36,6 +37,8 @@ class DataSource:
     """True where the segmentation mask is read with the image, in place of a label."""
     rank: int
     world_size: int
+    cache: SplitCache | None = None
+    """Cache in `folder`, whose shards are staged as they are needed; None for shards that are all there."""
 
     @property
     def component(self) -> str | None:
@@ -73,8 +76,9 @@ def open_source(
     """
     if masks and label is not None:
         raise ValueError("a pipeline reads labels or masks, not both")
-    manifest = load_manifest(folder, split)
-    check_quick(folder, manifest)
+    manifest, url = load_manifest(folder, split), source_of(folder)
+    if url is None:
+        check_quick(folder, manifest)
     if len(manifest.shards) < world_size:
         raise ShardError(
             f"{folder}: split '{split}' has {len(manifest.shards)} shards for {world_size} processes; remake it "
@@ -86,7 +90,8 @@ def open_source(
             "(iwm shards --help), or use another split"
         )
     column = manifest.column(label) if label is not None else None
-    return DataSource(folder, manifest, column, masks, rank, world_size)
+    cache = SplitCache(folder, url, manifest) if url else None
+    return DataSource(folder, manifest, column, masks, rank, world_size, cache)
 
 
 class EncodedSample(NamedTuple):
@@ -127,6 +132,8 @@ def read(source: DataSource, *, shuffle_buffer: int, seed: int, prefetch: int) -
         num_shards=source.world_size,
         pad_last_batch=True,
         prefetch_queue_depth=prefetch,
+        # A tar that may be evicted is not mapped: its samples are copied when they are read.
+        dont_use_mmap=source.cache is not None and source.cache.limit is not None,
         **order,
     )
     if source.component is None:

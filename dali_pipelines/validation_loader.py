@@ -11,12 +11,10 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from dali_pipelines.decoder import DECODER, Decoder
-from dali_pipelines.outputs import SampleKeys, parse_labels, pipeline_options, run_pipeline
-from dali_pipelines.pipelines import (
-    centre_crops,
-    full_images,
-)
+from dali_pipelines.outputs import SampleKeys, parse_labels, pipeline_options
+from dali_pipelines.pipelines import centre_crops, full_images
 from dali_pipelines.reader import open_source
+from dali_pipelines.staging import ordered_outputs
 
 
 class ValidationBatch(NamedTuple):
@@ -61,16 +59,17 @@ class ValidationLoader:
         self._batch_size = batch_size
         self.samples = self._source.samples
         """Number of this rank's samples."""
-        self._build = lambda: centre_crops(self._source, size, **options)
+        self._outputs = lambda: ordered_outputs(
+            self._source, lambda: centre_crops(self._source, size, **options), batch_size, prefetch_queue_depth
+        )
 
     def __len__(self) -> int:
         """Return the number of batches of one pass on this rank."""
         return -(-self.samples // self._batch_size)
 
     def __iter__(self) -> Iterator[ValidationBatch]:
-        pipeline = self._build()
-        for start in range(0, self.samples, self._batch_size):
-            images, source_info, *codes = run_pipeline(pipeline, self._source.folder)
+        starts = range(0, self.samples, self._batch_size)
+        for start, (images, source_info, *codes) in zip(starts, self._outputs(), strict=False):
             valid = min(self._batch_size, self.samples - start)
             keys, labels = SampleKeys(source_info[:valid]), None
             if codes:
@@ -112,14 +111,14 @@ class FullImageLoader:
             decoder=decoder,
         )
         self._source = open_source(folder, split, masks=True, rank=rank, world_size=world_size)
-        self._build = lambda: full_images(self._source, **options)
+        self._outputs = lambda: ordered_outputs(
+            self._source, lambda: full_images(self._source, **options), 1, prefetch_queue_depth
+        )
 
     def __len__(self) -> int:
         """Return the number of images of one pass on this rank."""
         return self._source.samples
 
     def __iter__(self) -> Iterator[FullImage]:
-        pipeline = self._build()
-        for _ in range(len(self)):
-            image, mask, source_info = run_pipeline(pipeline, self._source.folder)
+        for _, (image, mask, source_info) in zip(range(len(self)), self._outputs(), strict=False):
             yield FullImage(image[0], mask[0, ..., 0], SampleKeys(source_info)[0])

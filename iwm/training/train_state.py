@@ -152,7 +152,7 @@ def split_batch(batch: int, most: int | None, processes: int, names: tuple[str, 
     return micro_batch, share // micro_batch
 
 
-LOADER_RESET_FIELDS = {"batch_size", "world_size", "rank", "device", "backend", "decoder", "dali"}
+LOADER_RESET_FIELDS = {"batches", "batch_size", "world_size", "rank", "device", "backend", "decoder", "dali"}
 """Loader settings that may change on resume; the epoch restarts."""
 
 

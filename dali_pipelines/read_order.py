@@ -1,0 +1,93 @@
+"""Order in which DALI's reader visits a split's tars, so that they can be staged before it reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+from dali_pipelines.dali import fn, pipeline_def
+from shards.format import Entry, format_index
+
+
+class Stretch(NamedTuple):
+    """Part of a tar that a rank reads in one go."""
+
+    shard: int
+    """Number of the tar in the manifest."""
+    samples: int
+
+
+class ReadOrder:
+    """Order of the samples of one rank, as stretches of tars, epoch by epoch.
+
+    The reader's shuffle is DALI's own. A second reader, of tars with one empty sample each, tells the order.
+    """
+
+    def __init__(self, samples: list[int], rank: int, world_size: int, shuffle_seed: int | None) -> None:
+        """Store the arguments.
+
+        samples: number of samples of each tar. shuffle_seed: seed of the reader's `shuffle_after_epoch_seed`; None: the
+        order of the manifest in every epoch.
+        """
+        self._samples, self._seed = samples, shuffle_seed
+        total = sum(samples)
+        self._first, self._end = total * rank // world_size, total * (rank + 1) // world_size
+
+    @property
+    def samples(self) -> int:
+        """Number of this rank's samples in an epoch."""
+        return self._end - self._first
+
+    def stretches(self, epoch: int) -> Iterator[Stretch]:
+        """Yield the stretches from the beginning of an epoch, and those of the following epochs, endlessly."""
+        for tars in self._epochs(epoch):
+            place = 0
+            for shard in tars:
+                begin, end = max(place, self._first), min(place + self._samples[shard], self._end)
+                if begin < end:
+                    yield Stretch(shard, end - begin)
+                place += self._samples[shard]
+
+    def _epochs(self, epoch: int) -> Iterator[list[int]]:
+        """Yield the order of the tars in an epoch and the following ones."""
+        if self._seed is None:
+            while True:
+                yield list(range(len(self._samples)))
+        with TemporaryDirectory() as folder:
+            pipeline = _order_pipeline(Path(folder), len(self._samples), self._seed)
+            for _ in range(epoch):
+                pipeline.run()
+            while True:
+                (infos,) = pipeline.run()
+                yield [int(bytes(row).rstrip(b"\0").rpartition(b":")[2].partition(b".")[0]) for row in infos.as_array()]
+
+
+def _order_pipeline(folder: Path, shards: int, seed: int) -> Any:
+    """Return a built pipeline whose runs give an epoch's order each, as the names of its samples."""
+    tar = folder / "empty.tar"
+    tar.write_bytes(bytes(1024))
+    indexes = []
+    for number in range(shards):
+        index = folder / f"{number}.idx"
+        index.write_bytes(format_index([[Entry("jpg", 512, 1, f"{number}.jpg")]]))
+        indexes.append(str(index))
+
+    @pipeline_def(batch_size=shards, num_threads=1, device_id=None, prefetch_queue_depth=1)
+    def order() -> Any:
+        sample = fn.readers.webdataset(
+            paths=[str(tar)] * shards,
+            index_paths=indexes,
+            ext=["jpg"],
+            missing_component_behavior="error",
+            random_shuffle=True,
+            initial_fill=1,
+            shuffle_after_epoch=True,
+            shuffle_after_epoch_seed=seed,
+        )
+        return fn.pad(fn.get_property(sample, key="source_info"), fill_value=0)
+
+    pipeline = order()
+    pipeline.build()
+    return pipeline

@@ -1,0 +1,206 @@
+"""Local copies of the shards of a folder at a URL, for all processes of a machine.
+
+    CACHE/NAME-HASH/   manifest.json  SPLIT-000000.tar .idx …  staged/SPLIT-000000.tar  download.lock  use.lock
+
+HASH is that of the manifest, so shards that were made again get a folder of their own. A tar has its full size from the
+beginning, without content: DALI opens all tars of a split before it reads the first one. Its content counts once its
+SHA-256 is the manifest's: then `staged` has a file of its name, whose time is that of its last use.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Event
+from typing import NamedTuple
+
+from shards.atomic import write_atomically
+from shards.errors import ShardError
+from shards.format import MANIFEST, Manifest, Shard
+from shards.shard_locks import ShardLocks
+from shards.urls import BLOCK, is_url, join, read_file, read_range
+from shards.writer import explain_write_errors
+
+STAGED = "staged"
+"""Folder in a cache with an empty file for each staged tar."""
+INDEX_REQUESTS = 16
+"""Number of indexes that are fetched at the same time."""
+
+
+class Source(NamedTuple):
+    """URL of a cache's shards, and the bytes that its tars may take; None: no limit."""
+
+    url: str
+    limit: float | None
+
+
+_SOURCES: dict[Path, Source] = {}
+"""Caches that this process has opened, by folder."""
+
+
+def local_folder(location: str, cache: Path, limit_gb: float | None) -> Path:
+    """Return the folder of the shards at a location: a path, or a URL, whose shards will be staged below `cache`.
+
+    Of a URL the manifest is fetched. Raise ShardError where that fails.
+    """
+    if not is_url(location):
+        return Path(location)
+    for folder, source in _SOURCES.items():
+        if source.url == location and folder.parent == cache:
+            return folder
+    manifest = read_file(join(location, MANIFEST))
+    name = "".join(c if c.isalnum() or c in "-_" else "-" for c in location.rstrip("/").rpartition("/")[2])
+    folder = cache / f"{name}-{_digest(manifest)[:16]}"
+    with explain_write_errors(folder):
+        (folder / STAGED).mkdir(parents=True, exist_ok=True)
+        if not (folder / MANIFEST).exists():
+            write_atomically(folder / MANIFEST, manifest)
+    _SOURCES[folder] = Source(location, None if limit_gb is None else limit_gb * 1e9)
+    return folder
+
+
+def source_of(folder: Path) -> Source | None:
+    """Return the source of a folder that local_folder has returned for a URL; None for any other folder."""
+    return _SOURCES.get(folder)
+
+
+class Stopped(Exception):
+    """Staging that its owner stopped."""
+
+
+class SplitCache:
+    """Local copies of one split's shards. Every loader has its own."""
+
+    def __init__(self, folder: Path, source: Source, manifest: Manifest) -> None:
+        """Open the split's part of a cache and fetch its indexes. Raise ShardError where that fails."""
+        self.folder, self.url, self.limit, self.shards = folder, source.url, source.limit, manifest.shards
+        self._downloads = ShardLocks(folder / f"{manifest.split}.download.lock")
+        self._uses = ShardLocks(folder / f"{manifest.split}.use.lock")
+        self._used: set[int] = set()
+        with ThreadPoolExecutor(INDEX_REQUESTS) as requests:
+            for _ in requests.map(self._prepare, range(len(self.shards))):
+                pass
+
+    def is_staged(self, number: int) -> bool:
+        """Return True where the shard is here, verified."""
+        return self._mark(number).exists()
+
+    def use(self, number: int, stop: Event) -> int:
+        """Stage the shard unless it is here, and keep it from being evicted; return the bytes fetched.
+
+        Only one process fetches a shard, the others wait for it. A shard with another hash than the manifest's is
+        fetched once more. Raise ShardError where it differs again or cannot be fetched, Stopped once `stop` is set.
+        """
+        self._uses.share(number)
+        self._used.add(number)
+        self._downloads.hold(number)
+        try:
+            if self.is_staged(number):
+                os.utime(self._mark(number))
+                return 0
+            with explain_write_errors(self.folder):
+                return self._fetch(number, stop)
+        finally:
+            self._downloads.release(number)
+
+    def done_with(self, number: int) -> None:
+        """Allow the shard to be evicted, as far as this loader is concerned."""
+        self._used.discard(number)
+        self._uses.release(number)
+
+    def make_room(self, number: int, fetching: int) -> bool:
+        """Evict shards that no loader uses, the least recently used first, until the shard fits into the limit.
+
+        Return False where it does not fit. fetching: bytes of shards that are being staged.
+        """
+        if self.limit is None or self.is_staged(number):
+            return True
+        staged = {mark.name: mark.stat().st_mtime for mark in (self.folder / STAGED).iterdir()}
+        size = fetching + sum((self.folder / name).stat().st_size for name in staged)
+        evictable = [i for i, shard in enumerate(self.shards) if shard.name in staged and i not in self._used]
+        evictable.sort(key=lambda i: staged[self.shards[i].name], reverse=True)
+        while size + self.shards[number].bytes > self.limit:
+            if not evictable:
+                return False
+            evicted = evictable.pop()
+            size -= self.shards[evicted].bytes if self._evict(evicted) else 0
+        return True
+
+    def close(self) -> None:
+        """Give up all shards in use."""
+        self._uses.close()
+        self._downloads.close()
+
+    def _mark(self, number: int) -> Path:
+        return self.folder / STAGED / self.shards[number].name
+
+    def _prepare(self, number: int) -> None:
+        """Fetch the index of a shard, and give its tar its size."""
+        shard = self.shards[number]
+        index, tar = self.folder / shard.index, self.folder / shard.name
+        self._downloads.hold(number)
+        try:
+            with explain_write_errors(self.folder):
+                if not (index.exists() and _digest(index.read_bytes()) == shard.index_sha256):
+                    write_atomically(index, self._verified_index(shard))
+                if not (tar.exists() and tar.stat().st_size == shard.bytes):
+                    self._mark(number).unlink(missing_ok=True)
+                    with open(tar, "ab") as file:
+                        file.truncate(shard.bytes)
+        finally:
+            self._downloads.release(number)
+
+    def _verified_index(self, shard: Shard) -> bytes:
+        url = join(self.url, shard.index)
+        for _ in range(2):
+            content = read_file(url)
+            if _digest(content) == shard.index_sha256:
+                return content
+        raise _wrong(url)
+
+    def _fetch(self, number: int, stop: Event) -> int:
+        shard = self.shards[number]
+        for _ in range(2):
+            if self._download(shard, stop) == shard.sha256:
+                self._mark(number).touch()
+                return shard.bytes
+        raise _wrong(join(self.url, shard.name))
+
+    def _download(self, shard: Shard, stop: Event) -> str:
+        """Write the content of a tar where its placeholder is; return its SHA-256."""
+        url, digest = join(self.url, shard.name), hashlib.sha256()
+        with open(self.folder / shard.name, "r+b") as tar:
+            for start in range(0, shard.bytes, BLOCK):
+                if stop.is_set():
+                    raise Stopped
+                block = read_range(url, start, min(start + BLOCK, shard.bytes))
+                digest.update(block)
+                tar.write(block)
+            tar.flush()
+            os.fsync(tar.fileno())
+        return digest.hexdigest()
+
+    def _evict(self, number: int) -> bool:
+        """Take the content of a shard from the disk; leave one that a loader uses, and return False."""
+        if not self._uses.try_to_hold(number):
+            return False
+        try:
+            self._mark(number).unlink(missing_ok=True)
+            for size in (0, self.shards[number].bytes):
+                os.truncate(self.folder / self.shards[number].name, size)
+        finally:
+            self._uses.release(number)
+        return True
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _wrong(url: str) -> ShardError:
+    return ShardError(
+        f"{url} is not the file of the manifest (its SHA-256 differs, twice): "
+        "upload the shards again, manifest.json last"
+    )
