@@ -128,7 +128,7 @@ def loader_setup(options: TuneOptions, console: Console) -> LoaderSetup:
     config = lookup("--recipe", options.recipe or GPU_RECIPE, RECIPES)()
     if options.scenario:
         config = with_scenario(config, options.scenario)
-    own = config.data.shards if options.recipe else None
+    own = config.data.folder if options.recipe else None
     folder = options.shards or own or generated_shards(console)
     share = min(
         config.data.micro_batch_size or config.data.global_batch_size,

@@ -108,7 +108,7 @@ def training_rates(
     """
     config = replace(RECIPES[recipe](), views=work.views)
     data = replace(
-        config.data, shards=work.folder, train=work.split, val=None, global_batch_size=work.batch_size,
+        config.data, shards=str(work.folder), train=work.split, val=None, global_batch_size=work.batch_size,
         micro_batch_size=None,
     )  # fmt: skip
     with init_distributed(config.train) as dist:

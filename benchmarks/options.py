@@ -266,7 +266,7 @@ def default_options(kind: type[StepOptionsT], arguments: Sequence[str]) -> StepO
     most = BATCH_EACH * int(os.environ.get("WORLD_SIZE", 1))
     data = replace(
         config.data,
-        shards=chosen.shards or GENERATED / "shards",
+        shards=str(chosen.shards or GENERATED / "shards"),
         global_batch_size=min(config.data.global_batch_size, most),
         val=None,
     )

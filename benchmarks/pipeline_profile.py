@@ -219,7 +219,7 @@ def pipeline_limits(config: Config, device: torch.device, threads: int, console:
     """
     cores = sorted(os.sched_getaffinity(0))[:threads]
     batch, backend = min(config.data.global_batch_size, BATCH), kind(device)
-    work = LoaderWork(config.data.shards, config.data.train, config.views, batch, len(cores))
+    work = LoaderWork(config.data.folder, config.data.train, config.views, batch, len(cores))
     others = measured_loaders(work, backend, ("torchvision", "decode"), console)
     limits = {}
     for name in [name for name in others if name != "dali"]:
@@ -243,7 +243,7 @@ def pipeline_stages(
     backend = select_backend(config.data.backend, device, config.views, "data.backend")
     with console.status("the pipeline's operators"):
         return stage_times(
-            config.data.shards,
+            config.data.folder,
             config.data.train,
             config.views,
             backend=backend,

@@ -92,10 +92,10 @@ def prepare_shards(data: DataConfig, dist: DistEnv, console: Console) -> None:
 
     Raises BenchmarkError where the shards have fewer images than one step needs.
     """
-    if dist.is_main and data.shards == GENERATED / "shards":
+    if dist.is_main and data.folder == GENERATED / "shards":
         generated_shards(console)
     dist.all_gather("shards generated")
-    samples = load_manifest(data.shards, data.train).samples
+    samples = load_manifest(data.folder, data.train).samples
     if samples < data.global_batch_size:
         raise BenchmarkError(
             f"--data.global-batch-size {data.global_batch_size}: "

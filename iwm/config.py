@@ -15,6 +15,7 @@ from dali_pipelines.decoder import DECODER, Decoder, DecoderDevice
 from iwm.model_config import ActionConfig, EncoderConfig, LossConfig, MaskingConfig, PredictorConfig
 from iwm.ranges import ConfigError as ConfigError
 from iwm.ranges import Range, check_ranges
+from shards.cache import local_folder
 
 EncoderName = Literal["teacher", "student"]
 """EMA target encoder (teacher) or trained context encoder (student), as the paper's tables name them."""
@@ -28,8 +29,15 @@ PipelineBackend = Literal["auto", ViewBackend]
 class DataConfig:
     """Data, batch size and input pipeline."""
 
-    shards: Path = Path("data/imagenet")
-    """Folder of shards, made by `iwm shards`."""
+    shards: str = "data/imagenet"
+    """Folder of shards, made by `iwm shards`, or its URL: s3://, gs://, hf://, https://, …
+    Shards at a URL are copied to `cache` in the order in which they are needed."""
+    cache: Path | None = None
+    """Local folder for shards of URLs, which all processes of a machine and later runs share.
+    None: iwm in $XDG_CACHE_HOME, else ~/.cache/iwm."""
+    cache_gb: Annotated[float | None, Range(above=0)] = None
+    """Size (GB) that the shards of one URL may take in `cache`: those not used for longest make room for others.
+    Shards that are needed at once are copied in any case. None: no limit."""
     train: str = "train"
     """Split used for training."""
     val: str | None = "val"
@@ -63,6 +71,14 @@ class DataConfig:
     decoder_height_hint: Annotated[int, Range(min=0)] = DECODER.height_hint
     """On a GPU: image height (pixels) for which decoder memory is allocated in advance.
     `iwm bench tune` prints the fastest backend, decoder, threads and queue depth."""
+
+    @property
+    def folder(self) -> Path:
+        """Local folder of the shards; of a URL, that of its cache, to which shards are copied as they are needed.
+
+        Raises ShardError where the manifest of a URL cannot be fetched.
+        """
+        return local_folder(self.shards, self.cache, self.cache_gb)
 
     @property
     def decoder(self) -> Decoder:

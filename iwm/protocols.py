@@ -34,6 +34,7 @@ from iwm.training.runtime import configure_cpu, device_name, stop_on_signal
 from iwm.training.train_state import run_lock
 from iwm.training.watchdog import Watchdog
 from shards.atomic import write_atomically
+from shards.cache import location_of
 
 
 def evaluate(name: str, settings: EvalSettings) -> dict[str, Any]:
@@ -166,7 +167,7 @@ def train_and_evaluate(name: str, settings: TrainSettings) -> dict[str, Any] | N
         precision = "bf16" if pretrained.bf16 else "fp32"
         figures = {
             "checkpoint": str(pretrained.checkpoint),
-            "data": {"shards": str(pretrained.shards), "split": pretrained.val},
+            "data": {"shards": location_of(pretrained.shards), "split": pretrained.val},
             **figures,
             "processes": dist.size,
         }

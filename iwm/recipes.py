@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 from dali_pipelines.augmentations import SCENARIOS, Views
 from iwm.config import Config, DataConfig, LogConfig, OptimConfig, ScheduleConfig, TrainConfig
@@ -23,7 +22,7 @@ VIT_L = EncoderConfig(embed_dim=1024, depth=24, num_heads=16)
 def demo() -> Config:
     """Demo on tiles of scikit-image's photographs at 32 px: small, yet large enough to learn actions."""
     return Config(
-        data=DataConfig(shards=Path("data/demo/shards"), global_batch_size=64),
+        data=DataConfig(shards="data/demo/shards", global_batch_size=64),
         views=Views(size=32),
         encoder=EncoderConfig(embed_dim=128, depth=4, num_heads=2, patch_size=8, init="xavier"),
         predictor=PredictorConfig(embed_dim=96, depth=6, num_heads=3),
@@ -39,7 +38,7 @@ def cpu_small() -> Config:
     base = demo()
     return replace(
         base,
-        data=replace(base.data, shards=Path("data/photos/shards")),
+        data=replace(base.data, shards="data/photos/shards"),
         views=Views(size=64),
         encoder=EncoderConfig(embed_dim=192, depth=6, num_heads=3, patch_size=8, init="xavier"),
         predictor=PredictorConfig(embed_dim=128, depth=6, num_heads=4),

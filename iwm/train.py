@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "iwm/train.py") -> 
     command = parse(sys.argv[1:] if arguments is None else arguments, __doc__, prog)
     command.config.check()
     check_ranges(command)
-    load_manifest(command.config.data.shards, command.config.data.train)
+    load_manifest(command.config.data.folder, command.config.data.train)
     with Watchdog(command.config.train.collective_timeout) as watchdog:
         return _train(command, watchdog)
 

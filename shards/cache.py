@@ -40,13 +40,15 @@ _SOURCES: dict[Path, Source] = {}
 """Caches that this process has opened, by folder."""
 
 
-def local_folder(location: str, cache: Path, limit_gb: float | None) -> Path:
+def local_folder(location: str, cache: Path | None, limit_gb: float | None) -> Path:
     """Return the folder of the shards at a location: a path, or a URL, whose shards will be staged below `cache`.
 
-    Of a URL the manifest is fetched. Raise ShardError where that fails.
+    Of a URL the manifest is fetched. Raise ShardError where that fails. cache: None for the user's cache folder.
+    limit_gb: size that the tars of the URL may take (10⁹ bytes); None: no limit.
     """
     if not is_url(location):
         return Path(location)
+    cache = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "iwm")
     for folder, source in _SOURCES.items():
         if source.url == location and folder.parent == cache:
             return folder
@@ -64,6 +66,12 @@ def local_folder(location: str, cache: Path, limit_gb: float | None) -> Path:
 def source_of(folder: Path) -> Source | None:
     """Return the source of a folder that local_folder has returned for a URL; None for any other folder."""
     return _SOURCES.get(folder)
+
+
+def location_of(folder: Path) -> str:
+    """Return where the shards of a folder are from: the URL of a cache, else the folder itself."""
+    source = source_of(folder)
+    return source.url if source else str(folder)
 
 
 class Stopped(Exception):

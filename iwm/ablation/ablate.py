@@ -130,11 +130,11 @@ def _checked(
         if not is_finished(run):
             needed.add(command.config.data)
     for data in needed:
-        load_manifest(data.shards, data.train)
+        load_manifest(data.folder, data.train)
         if held_out_split(data) is None:
             raise ConfigError(
                 f"--data.val {data.val}: a study is evaluated on held-out images; name a split of {data.shards} "
-                f"({', '.join(list_splits(data.shards))}) with -- --data.val NAME, or make the shards with "
+                f"({', '.join(list_splits(data.folder))}) with -- --data.val NAME, or make the shards with "
                 "--val-fraction 0.05"
             )
     return runs

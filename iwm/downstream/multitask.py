@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 from iwm.config import ConfigError
@@ -27,6 +26,7 @@ from iwm.downstream.trials import FinetunedPredictor, MultitaskPredictor
 from iwm.evaluation.result_table import ResultTable
 from iwm.models.predictor_backbone import PredictorBackbone
 from iwm.training.runtime import StopFlag
+from shards.cache import local_folder
 
 
 def run_multitask(context: RunContext, settings: MultitaskSettings, stop: StopFlag) -> dict[str, Any] | None:
@@ -109,7 +109,7 @@ def _columns(context: RunContext, settings: MultitaskSettings) -> list[LabelColu
     for task in settings.tasks:
         folder, _, label = task.rpartition(":")
         column = replace(column_of(context, label, task), option="--tasks")
-        columns.append(replace(column, shards=Path(folder)) if folder else column)
+        columns.append(replace(column, shards=local_folder(folder, settings.data.cache, None)) if folder else column)
     return columns
 
 

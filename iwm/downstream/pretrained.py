@@ -17,6 +17,7 @@ from iwm.models.external.loading import ExternalCheckpointError, MaeDecoder, NoD
 from iwm.models.predictor import Predictor
 from iwm.training.checkpoint import CheckpointError, load_world_model, resolve, run_dir_of
 from iwm.training.runtime import configure_cpu
+from shards.cache import local_folder
 from shards.hold_out import VAL
 
 
@@ -37,6 +38,7 @@ class Pretrained:
     config: Config | None
     """Configuration of the run; None for an external encoder."""
     shards: Path
+    """Local folder; of a URL, that of its cache."""
     train: str
     """Training split."""
     val: str
@@ -104,7 +106,7 @@ def _load_run(settings: TrainSettings, device: torch.device) -> Pretrained:
         encoders={"teacher": frozen_backbone(model.target_encoder), "student": frozen_backbone(model.encoder)},
         predictor=model.predictor,
         config=config,
-        shards=data.shards or config.data.shards,
+        shards=local_folder(data.shards or config.data.shards, data.cache or config.data.cache, config.data.cache_gb),
         train=data.train or config.data.train,
         val=data.split or config.data.val or VAL,
         bf16=config.train.bf16_autocast if settings.precision == "auto" else settings.precision == "bf16",
@@ -142,7 +144,7 @@ def _load_external(settings: TrainSettings, device: torch.device) -> Pretrained:
         encoders={"teacher": backbone},
         predictor=encoder.decoder,
         config=None,
-        shards=data.shards,
+        shards=local_folder(data.shards, data.cache, None),
         train=data.train or "train",
         val=data.split or VAL,
         bf16=settings.precision != "fp32",

@@ -24,6 +24,7 @@ from iwm.downstream.study import Study
 from iwm.downstream.trials import pad_to_patches
 from iwm.models.heads import IGNORE_INDEX, upsample
 from iwm.training.distributed import DistEnv
+from shards.cache import location_of
 
 
 class SegmentationTask:
@@ -137,7 +138,7 @@ class SegmentationTask:
 
     def metadata(self) -> dict[str, Any]:
         return {
-            "shards": str(self._shards),
+            "shards": location_of(self._shards),
             "train": self._train,
             "split": self._val,
             "label": "masks",

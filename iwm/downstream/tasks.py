@@ -27,6 +27,7 @@ from iwm.downstream.study import FrozenEncoders, SharedInputs, Study
 from iwm.evaluation.features import match_classes
 from iwm.packing import copy_to_device
 from iwm.training.distributed import DistEnv
+from shards.cache import location_of
 
 TOP_K = (1, 5)
 """Values of k for top-k accuracy."""
@@ -122,7 +123,7 @@ class ClassificationTask:
 def task_metadata(column: LabelColumn, classes: Classes, train_images: int) -> dict[str, Any]:
     """Return the entries of a result that describe a column."""
     return {
-        "shards": str(column.shards),
+        "shards": location_of(column.shards),
         "train": column.train,
         "split": column.val,
         "label": column.label,

@@ -61,7 +61,7 @@ def health_images(config: Config, dist: DistEnv) -> UInt8[Tensor, "b h w 3"] | N
         return None
     most = max(config.log.eval_images, NUM_FEATURE_IMAGES)
     size, device = config.views.size, dist.device
-    return first_images(config.data.shards, split, size=size, most=most, device=device)[0]
+    return first_images(config.data.folder, split, size=size, most=most, device=device)[0]
 
 
 def measure_health(model: WorldModel, images: UInt8[Tensor, "b h w 3"]) -> dict[str, float]:

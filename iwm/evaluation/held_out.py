@@ -14,6 +14,7 @@ import torch
 from dali_pipelines.reader import DataSource
 from iwm.config import ConfigError, DataConfig
 from iwm.evaluation.settings import EvalData
+from shards.cache import local_folder, location_of
 from shards.format import MANIFEST, list_splits, load_manifest
 from shards.hold_out import VAL
 
@@ -40,6 +41,7 @@ class EvalSplit:
     """Split of a shard folder whose images are evaluated."""
 
     shards: Path
+    """Local folder; of a URL, that of its cache."""
     split: str
     held_out: bool = True
     """False where the model was trained on these images."""
@@ -48,7 +50,7 @@ class EvalSplit:
 
     def record(self) -> dict[str, Any]:
         """Return the field `data` of a result: shards, split, held_out and, if there is one, the note."""
-        fields = {"shards": str(self.shards), "split": self.split, "held_out": self.held_out}
+        fields = {"shards": location_of(self.shards), "split": self.split, "held_out": self.held_out}
         return fields if self.note is None else {**fields, "note": self.note}
 
 
@@ -58,7 +60,7 @@ def choose_split(given: EvalData, data: DataConfig, checkpoint: Path) -> EvalSpl
     given: options of the command. data: configuration of the run. checkpoint: file of its model. Raises ConfigError for
     a split of --data.split that does not exist and where no split can be chosen, ShardError without shards.
     """
-    shards = given.shards or data.shards
+    shards = local_folder(given.shards or data.shards, given.cache or data.cache, data.cache_gb)
     splits = list_splits(shards)
     if not splits:
         load_manifest(shards, data.train)  # raises the error that names the missing manifest
@@ -87,7 +89,7 @@ def _was_trained_on(shards: Path, split: str, data: DataConfig, checkpoint: Path
     trained = {state["shards"] for state in loader["ranks"]} if loader else set()
     if trained:
         return DataSource(shards, load_manifest(shards, split), None, False, 0, 1).fingerprint in trained
-    return split == data.train and shards.resolve() == data.shards.resolve()
+    return split == data.train and shards.resolve() == data.folder.resolve()
 
 
 def require_images(found: int, at_least: int, shards: Path, split: str) -> None:

@@ -33,8 +33,10 @@ MAX_VALUES = 7
 class EvalData:
     """Images that the model is evaluated on."""
 
-    shards: Path | None = None
-    """Shard folder made by `iwm shards`. Default: the run's own (data.shards)."""
+    shards: str | None = None
+    """Shard folder made by `iwm shards`, or its URL. Default: the run's own (data.shards)."""
+    cache: Path | None = None
+    """Local folder for shards of a URL. Default: the run's own (data.cache)."""
     split: str | None = None
     """Split of that folder.
     Default: the run's validation split (data.val, or `val`); where there is none, its training split (data.train).

@@ -17,6 +17,7 @@ from iwm.export.model import build_model, read_checkpoint
 from iwm.export.model_card import model_card
 from iwm.training.checkpoint import CheckpointError, file_digest, list_checkpoints, resolve, run_dir_of
 from shards.format import MANIFEST, load_manifest
+from shards.urls import is_url
 
 
 @dataclass(frozen=True)
@@ -96,5 +97,7 @@ def _encoder_of(head: TrainedHead | None, head_folder: Path | None, encoder: Enc
 
 def _training_images(config: Config) -> int | None:
     """Return the number of images of the run's training data; None where its shards are not found."""
-    shards = config.data.shards
-    return load_manifest(shards, config.data.train).samples if (shards / MANIFEST).exists() else None
+    data = config.data
+    # Shards at a URL are not asked for: an export does not need a network.
+    found = not is_url(data.shards) and (Path(data.shards) / MANIFEST).exists()
+    return load_manifest(Path(data.shards), data.train).samples if found else None

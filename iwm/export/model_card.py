@@ -20,6 +20,7 @@ from iwm.export.folder import HEAD_DESCRIPTION, TIMM_CONFIG
 from iwm.export.graphs import GraphFormat, file_names
 from iwm.export.model import PretrainedModel
 from iwm.training.export_files import DESCRIPTION, ENCODER, HEAD, PREDICTOR
+from shards.urls import is_url
 
 ENVIRONMENT = Environment(
     loader=PackageLoader("iwm.export"),
@@ -135,7 +136,7 @@ def _mrr(result: dict[str, Any], which: str) -> dict[str, Any]:
         "control": f"{control['mean']:.3f} ± {control['standard_error']:.3f}",
         "chance": f"{result['chance']:.3f}",
         "split": result["data"]["split"],
-        "shards": _short(Path(result["data"]["shards"])),
+        "shards": _short(result["data"]["shards"]),
         "held_out": result["data"].get("held_out", True),
     }
 
@@ -172,7 +173,7 @@ def _head_row(name: str, task: TaskInfo, metric: str) -> list[str]:
         f"{100 * task.scores[metric]:.1f}",
         _percent(data.get("chance")),
         f"{data['val_images']:,} of split `{data['split']}`",
-        f"{data['train_images']:,} of split `{data['train']}`, `{_short(Path(data['shards']))}`",
+        f"{data['train_images']:,} of split `{data['train']}`, `{_short(data['shards'])}`",
     ]
 
 
@@ -220,9 +221,9 @@ def _contents(model: PretrainedModel, formats: Sequence[GraphFormat]) -> list[tu
     return rows
 
 
-def _short(shards: Path) -> str:
-    """Return the last two parts of a path, which identify the data."""
-    return "/".join(shards.parts[-2:])
+def _short(shards: str) -> str:
+    """Return a URL, or the last two parts of a path, which identify the data."""
+    return shards if is_url(shards) else "/".join(Path(shards).parts[-2:])
 
 
 def _example(model: PretrainedModel) -> str:

@@ -43,7 +43,7 @@ def _last(run: RunResults, name: str) -> float | None:
 def _data(run: RunResults, config: Config) -> str:
     samples, epoch = _last(run, "samples"), _last(run, "epoch")
     images = run.record["images"] if run.record else round(samples / epoch) if samples and epoch else None
-    name = short_path(str(config.data.shards))
+    name = short_path(config.data.shards)
     return f"{name}, split '{config.data.train}'" + ("" if images is None else f": {images:,} images")
 
 

@@ -11,7 +11,7 @@ def held_out_split(data: DataConfig) -> str | None:
 
     Raises ConfigError where the shards lack a split other than the default.
     """
-    splits = list_splits(data.shards)
+    splits = list_splits(data.folder)
     if data.val is None or data.val in splits:
         return data.val
     if data.val == DataConfig.val:

@@ -169,7 +169,7 @@ def _open_loader(
 
     def open_with(seed: int, state: dict[str, Any] | None) -> ViewLoader:
         return ViewLoader(
-            config.data.shards,
+            config.data.folder,
             config.data.train,
             config.views,
             batch_size=micro_batch,
@@ -226,6 +226,7 @@ def checkpoint_tensors(state: TrainState) -> list[torch.Tensor]:
 
 RESUMABLE_CHANGES = (
     "data.shards",
+    "data.cache",
     "data.val",
     "data.backend",
     "data.num_threads",
