@@ -33,6 +33,7 @@ from dali_pipelines.pipelines import labelled_crops, segmentation_crops, two_vie
 from dali_pipelines.reader import open_source
 from dali_pipelines.seeds import derive_seed
 from dali_pipelines.staging import stage
+from shards.cache import SplitCache
 from shards.errors import UserError
 
 if TYPE_CHECKING:
@@ -169,6 +170,11 @@ class ResumableLoader(ABC, Generic[SettingsT, BatchT]):
             self._staged.check(batch.keys.tars())
         self._batches += 1
         return batch
+
+    @property
+    def cache(self) -> SplitCache | None:
+        """Cache to which the shards are copied as they are needed; None unless they are at a URL."""
+        return self._source.cache
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state to resume with the batch after the last one returned: plain values and bytes (3 KB)."""

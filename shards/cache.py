@@ -95,6 +95,18 @@ class SplitCache:
         """Return True where the shard is here, verified."""
         return self._mark(number).exists()
 
+    @property
+    def description(self) -> str:
+        """One line on what is copied from where to where."""
+        size = sum(shard.bytes for shard in self.shards) / 1e9
+        limit = "" if self.limit is None else f", at most {self.limit / 1e9:g} GB at a time"
+        return f"shards of {self.url} ({size:,.3g} GB) are copied to {self.folder} as they are needed{limit}"
+
+    def staged_share(self) -> float:
+        """Return the share of the split's shards that are here (0 to 1)."""
+        names = {mark.name for mark in (self.folder / STAGED).iterdir()}
+        return sum(shard.name in names for shard in self.shards) / len(self.shards)
+
     def use(self, number: int, stop: Event) -> int:
         """Stage the shard unless it is here, and keep it from being evicted; return the bytes fetched.
 

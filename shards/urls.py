@@ -96,7 +96,7 @@ def upload(path: Path, url: str) -> None:
     """Write a file to a URL. Raise ShardError where that fails, or where the file there has another size afterwards."""
 
     def put() -> None:
-        _call(url, "put_file", before=str(path), limit=None)
+        _call(url, "put_file", before=str(path), limited=False)
         size = _call(url, "info").get("size")
         if size != path.stat().st_size:
             raise ConnectionError(f"{size} bytes arrived in place of {path.stat().st_size}")
@@ -135,18 +135,18 @@ def file_system(url: str) -> tuple[Any, str]:
     return system, path
 
 
-def _call(url: str, method: str, *, before: str | None = None, limit: float | None = TIME_LIMIT, **options: Any) -> Any:
-    """Call a method of fsspec on the URL's path, with a time limit (seconds) where the file system has one.
+def _call(url: str, method: str, *, before: str | None = None, limited: bool = True, **options: Any) -> Any:
+    """Call a method of fsspec on the URL's path, with TIME_LIMIT if `limited` and where the file system has one.
 
     before: argument before the path.
     """
     system, path = file_system(url)
     system.invalidate_cache()
     arguments = [path] if before is None else [before, path]
-    if not system.async_impl or limit is None:
+    if not (system.async_impl and limited):
         return getattr(system, method)(*arguments, **options)
     sync = importlib.import_module("fsspec.asyn").sync
-    return sync(system.loop, getattr(system, f"_{method}"), *arguments, timeout=limit, **options)
+    return sync(system.loop, getattr(system, f"_{method}"), *arguments, timeout=TIME_LIMIT, **options)
 
 
 ResultT = TypeVar("ResultT")

@@ -86,5 +86,5 @@ def test_the_skypilot_task_trains_on_what_it_mounts() -> None:
     assert {"resources", "num_nodes", "file_mounts", "setup", "run"} <= task.keys()
     command = parse(trained(task["run"].replace("\\\n", " ")))
     mounts = [Path(mount) for mount in task["file_mounts"]]
-    assert command.config.data.shards in mounts
+    assert Path(command.config.data.shards) in mounts
     assert command.run_dir.parent in mounts

@@ -35,12 +35,12 @@ class EvalData:
 
     shards: str | None = None
     """Shard folder made by `iwm shards`, or its URL. Default: the run's own (data.shards)."""
-    cache: Path | None = None
-    """Local folder for shards of a URL. Default: the run's own (data.cache)."""
     split: str | None = None
     """Split of that folder.
     Default: the run's validation split (data.val, or `val`); where there is none, its training split (data.train).
     Results on images that the model was trained on say so."""
+    cache: Path | None = None
+    """Local folder for shards of a URL. Default: the run's own (data.cache)."""
 
 
 @dataclass(frozen=True)

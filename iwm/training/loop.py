@@ -138,6 +138,7 @@ class _MetricLines:
         s = self._state
         step, samples, memory = s.step, s.samples, memory_gib(s.dist.device)
         pause = window.checkpoint_pause
+        staged = s.loader.cache.staged_share() if s.loader.cache else None
 
         def write(metrics: WindowMetrics) -> None:
             flags = metrics.skipped.tolist()
@@ -161,6 +162,7 @@ class _MetricLines:
                     "epoch": samples / s.loader.samples_per_epoch,
                     "skipped": s.skipped,
                     "memory_gib": memory,
+                    **({"staged": staged} if staged is not None else {}),
                     **({"checkpoint_pause": pause.seconds()} if pause is not None else {}),
                 },
             )

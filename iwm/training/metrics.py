@@ -24,6 +24,7 @@ DISPLAY_FORMATS = {
     "mfu": "{:.1%}",
     "data_wait": "{:.1%}",
     "data_wait_max": "{:.1%}",
+    "staged": "{:.0%}",
     "rank_ms_max": "{:.1f}",
     "slowest_rank": "{:.0f}",
     "memory_gib": "{:.2f} GiB",

@@ -96,6 +96,7 @@ def build_train_state(config: Config, run: Path, dist: DistEnv) -> TrainState:
         f"context encoder {encoder:.2f} M parameters, predictor {predictor:.2f} M, {config.action.conditioning} "
         "conditioning",
         f"attention: {attention} (torch {torch.__version__}); forward and backward passes {issued}",
+        *([loader.cache.description] if loader.cache else []),
         *([f"launched by {dist.launched_by}"] if dist.launched_by else []),
         *advice,
         *origin,

@@ -63,7 +63,7 @@ def small() -> Config:
     """Return the configuration of a very small run at 32 px, 16 patches."""
     return replace(
         demo(),
-        data=DataConfig(shards=Path("nowhere")),
+        data=DataConfig(shards="nowhere"),
         encoder=EncoderConfig(embed_dim=32, depth=4, num_heads=2, patch_size=8, init="xavier"),
         predictor=PredictorConfig(embed_dim=16, depth=4, num_heads=2),
         train=replace(TrainConfig(), compile=False, precision="fp32", num_threads=1),
@@ -73,7 +73,7 @@ def small() -> Config:
 @pytest.fixture
 def run(tmp_path: Path, boxes: Path, small: Config) -> Path:
     """Return the folder of an untrained run."""
-    return untrained(tmp_path / "run", replace(small, data=DataConfig(shards=boxes)))
+    return untrained(tmp_path / "run", replace(small, data=DataConfig(shards=str(boxes))))
 
 
 def untrained(folder: Path, config: Config) -> Path:

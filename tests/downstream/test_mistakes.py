@@ -210,7 +210,7 @@ def test_what_a_foreign_encoder_has_not_is_told(told: Told, vit: Path, boxes: Pa
 def test_actions_cannot_be_drawn_for_a_predictor_that_is_told_none(
     told: Told, tmp_path: Path, boxes: Path, small: Config
 ) -> None:
-    config = replace(small, data=DataConfig(shards=boxes), action=ActionConfig(conditioning="none"))
+    config = replace(small, data=DataConfig(shards=str(boxes)), action=ActionConfig(conditioning="none"))
     folder = untrained(tmp_path / "plain", config)
     line = told("finetune-predictor", "--checkpoint", folder, *SHORT, "--actions", "random")
     assert "--actions random: this predictor takes no action; use --actions null" in line
@@ -228,7 +228,7 @@ def test_other_settings_than_those_of_the_folders_training_are_named(
     # A checkpoint with the same name and other weights.
     torch.manual_seed(5)
     shutil.rmtree(run / "checkpoints")
-    model = replace(small, data=DataConfig(shards=boxes), encoder=replace(small.encoder, embed_dim=64))
+    model = replace(small, data=DataConfig(shards=str(boxes)), encoder=replace(small.encoder, embed_dim=64))
     untrained(run, model)
     assert "checkpoint step-000000007.pt" in told("linear", "--checkpoint", run, *short, "--lrs", 1)
 

@@ -111,7 +111,7 @@ def test_an_encoder_without_a_predictor_gets_a_random_one(leverage: Leverage, tm
     options: dict[str, Any] = {
         "checkpoint": file,
         "external": ExternalModel(format="timm", name="vit_tiny_patch16_224", image_size=48),
-        "data": DataSettings(shards=boxes, num_threads=1),
+        "data": DataSettings(shards=str(boxes), num_threads=1),
         "random_predictor": PredictorConfig(embed_dim=24, depth=1, num_heads=3),
         "steps": 2,
     }
@@ -146,7 +146,7 @@ def test_maes_decoder_is_its_predictor_and_a_file_without_it_gets_a_random_one(
             name,
             checkpoint=file,
             external=ExternalModel(format="mae", image_size=32),
-            data=DataSettings(shards=boxes, num_threads=1),
+            data=DataSettings(shards=str(boxes), num_threads=1),
             random_predictor=PredictorConfig(embed_dim=24, depth=4, num_heads=3),
             **options | {"steps": 1, "batch_size": 8},
         )

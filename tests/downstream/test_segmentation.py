@@ -118,7 +118,7 @@ def test_ids_that_are_no_class_are_told_before_anything_is_learnt(leverage: Leve
 
 def test_shards_without_masks_are_told(leverage: Leverage, tiny_shards: Path) -> None:
     with pytest.raises(ShardError, match="mask"):
-        leverage("segmentation", data=DataSettings(shards=tiny_shards, num_threads=1))
+        leverage("segmentation", data=DataSettings(shards=str(tiny_shards), num_threads=1))
 
 
 def test_a_class_that_occurs_nowhere_is_left_out_of_the_mean(leverage: Leverage, run: Path) -> None:

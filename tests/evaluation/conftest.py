@@ -34,7 +34,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def config(shards: Path) -> Config:
     return Config(
-        data=DataConfig(shards=shards),
+        data=DataConfig(shards=str(shards)),
         views=Views(size=32),
         encoder=EncoderConfig(embed_dim=48, depth=1, num_heads=2, patch_size=8),
         predictor=PredictorConfig(embed_dim=48, depth=1, num_heads=2),

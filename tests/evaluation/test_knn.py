@@ -21,7 +21,7 @@ from tests.evaluation.conftest import untrained
 def labelled_run(tiny_shards: Path, config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on shards with a train split of 100 images and 24 held-out ones, of two classes."""
     folder = tmp_path_factory.mktemp("knn") / "run"
-    return untrained(folder, replace(config, data=replace(config.data, shards=tiny_shards)))
+    return untrained(folder, replace(config, data=replace(config.data, shards=str(tiny_shards))))
 
 
 @pytest.mark.parametrize("temperature", [0.07, 1.0])

@@ -41,7 +41,7 @@ BANK = BankSettings(num_images=3, num_views=16, batch_size=7)
 @pytest.fixture(scope="module")
 def two_classes(tiny_shards: Path, config: Config) -> Config:
     """A run on shards with a train split and labels."""
-    return replace(config, data=replace(config.data, shards=tiny_shards))
+    return replace(config, data=replace(config.data, shards=str(tiny_shards)))
 
 
 def test_each_size_is_the_mean_of_the_first_predictions(config: Config) -> None:
@@ -210,7 +210,7 @@ def test_one_class_alone_is_refused_with_the_remedy_and_leaves_the_label_free_pa
             ),
             Console(quiet=True),
         )
-    run = untrained(tmp_path / "run", replace(config, data=replace(config.data, shards=tmp_path / "shards")))
+    run = untrained(tmp_path / "run", replace(config, data=replace(config.data, shards=str(tmp_path / "shards"))))
     context = load_eval_context(MarginalisationSettings(checkpoint=run, device="cpu"))
     with pytest.raises(MissingDataError, match=r"all 2 images of split 'train' have one class.*--probe.label"):
         linear_accuracy(context, LinearSettings(), lambda images: images.float().mean((1, 2, 3))[:, None, None], "a", 0)

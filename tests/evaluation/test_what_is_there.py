@@ -90,7 +90,7 @@ def bare_run(tmp_path: Path, config: Config, bare: Path) -> Path:
 
 
 def _run(folder: Path, config: Config, shards: Path, val: str | None = "val") -> Path:
-    return untrained(folder, replace(config, data=replace(config.data, shards=shards, val=val)))
+    return untrained(folder, replace(config, data=replace(config.data, shards=str(shards), val=val)))
 
 
 def _only(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
@@ -274,10 +274,10 @@ def test_images_count_as_held_out_where_the_model_was_trained_on_others(
     _trained_on(run, own)
     own.rename(moved)
     cases: list[tuple[EvalData, bool]] = [
-        (EvalData(moved), False),
-        (EvalData(moved, "train"), False),
-        (EvalData(bare), True),
-        (EvalData(bare, "train"), True),
+        (EvalData(str(moved)), False),
+        (EvalData(str(moved), "train"), False),
+        (EvalData(str(bare)), True),
+        (EvalData(str(bare), "train"), True),
     ]
     for given, held_out in cases:
         data = load_eval_context(EvalSettings(run, data=given, device="cpu")).data
@@ -290,7 +290,7 @@ def test_the_only_split_of_other_shards_is_evaluated_and_several_need_a_choice(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = _shards(tmp_path, "holidays", 2)
-    data = load_eval_context(EvalSettings(run, data=EvalData(other), device="cpu")).data
+    data = load_eval_context(EvalSettings(run, data=EvalData(str(other)), device="cpu")).data
     assert (data.split, data.held_out) == ("holidays", True)
     assert data.note == f"{other} has no split 'val': evaluated on split 'holidays'"
     _shards(tmp_path, "work", 2)
@@ -300,7 +300,7 @@ def test_the_only_split_of_other_shards_is_evaluated_and_several_need_a_choice(
 
 def test_a_training_split_that_is_named_gives_the_same_scores_and_the_warning(bare_run: Path, bare: Path) -> None:
     by_default = evaluate("mrr", replace(FEW["mrr"], checkpoint=bare_run))
-    named = evaluate("mrr", replace(FEW["mrr"], checkpoint=bare_run, data=EvalData(bare, "train")))
+    named = evaluate("mrr", replace(FEW["mrr"], checkpoint=bare_run, data=EvalData(str(bare), "train")))
     assert by_default["mrr"] == named["mrr"]
     assert named["data"]["note"].startswith("evaluated on split 'train', on which the model was trained")
 

@@ -104,7 +104,7 @@ def test_the_loaded_model_says_what_the_trained_arm_said(
 def test_predictors_of_every_conditioning_are_built_again(
     trained: Callable[..., Asked], small: Config, boxes: Path, tmp_path: Path, conditioning: Literal["none", "sequence"]
 ) -> None:
-    config = replace(small, data=DataConfig(shards=boxes), action=replace(small.action, conditioning=conditioning))
+    config = replace(small, data=DataConfig(shards=str(boxes)), action=replace(small.action, conditioning=conditioning))
     run = untrained(tmp_path / "other", config)
     trial = trained("finetune-predictor", checkpoint=run)
     model = exported(run, "finetune-predictor", tmp_path / "model")
@@ -235,7 +235,7 @@ def test_one_line_tells_what_cannot_be_exported(leverage: Leverage, run: Path, t
         "finetune-predictor",
         checkpoint=file,
         external=ExternalModel(format="timm", name="vit_tiny_patch16_224", image_size=48),
-        data=DataSettings(shards=boxes, num_threads=1),
+        data=DataSettings(shards=str(boxes), num_threads=1),
         random_predictor=PredictorConfig(embed_dim=24, depth=1, num_heads=3),
         steps=1,
     )

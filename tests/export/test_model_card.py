@@ -100,7 +100,7 @@ def test_a_linear_heads_export_is_a_classifier_on_the_hub(leverage: Leverage, ru
 
 
 def test_where_the_shards_are_gone_the_card_says_so(small: Config, tmp_path: Path) -> None:
-    run = untrained(tmp_path / "run", replace(small, data=DataConfig(shards=tmp_path / "gone")))
+    run = untrained(tmp_path / "run", replace(small, data=DataConfig(shards=str(tmp_path / "gone"))))
     assert "the number of images is not known" in exported(run, tmp_path / "model")[0]
 
 

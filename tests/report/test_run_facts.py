@@ -54,7 +54,7 @@ def test_a_run_of_an_older_version_says_what_its_files_do_not_record(tmp_path: P
 
 def test_other_settings_than_the_recipes_are_named(tmp_path: Path) -> None:
     base = demo()
-    changed = replace(base, optim=replace(base.optim, lr=0.001), data=replace(base.data, shards=Path("/a/b/c/photos")))
+    changed = replace(base, optim=replace(base.optim, lr=0.001), data=replace(base.data, shards="/a/b/c/photos"))
     shown = dict(facts(read_run(_run(tmp_path / "run", to_yaml(changed)))))
     assert shown["settings"] == "recipe demo, with data.shards …/c/photos, optim.lr 0.001"
 
