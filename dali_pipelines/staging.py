@@ -16,7 +16,7 @@ from torch import Tensor
 from dali_pipelines.outputs import run_pipeline
 from dali_pipelines.read_order import ReadOrder
 from dali_pipelines.reader import DataSource
-from shards.cache import SplitCache, Stopped
+from shards.cache import SplitCache, StagingStopped
 from shards.errors import ShardError
 
 DOWNLOADS = 4
@@ -94,7 +94,7 @@ class StagedShards:
 
         Raise ShardError where the cache's limit is below what the reader needs at the same time.
         """
-        self._cache, self._order, self._reading = cache, order, reading
+        self._cache, self._order, self._reading, self._first = cache, order, reading, batches
         self._read, self._needed = self._positions(batches)
         self._check_limit()
         self._plan = self._stagings(batches)
@@ -121,7 +121,9 @@ class StagedShards:
         """
         with self._changed:
             self._read, self._needed = self._positions(batch)
-            self._release()
+            # Before its first batch DALI has read nothing.
+            if batch > self._first:
+                self._release()
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._error is not None or self._first_missing() >= self._needed)
             if self._error is not None:
@@ -198,7 +200,7 @@ class StagedShards:
                     self._here.add(self._cache.shards[staging.shard].name)
                     self._fetched += fetched
                     self._changed.notify_all()
-        except Stopped:
+        except StagingStopped:
             return
         # Whatever ends a thread ends the training, which would wait for the shard for ever.
         except Exception as error:

@@ -30,7 +30,7 @@ class DataConfig:
     """Data, batch size and input pipeline."""
 
     shards: str = "data/imagenet"
-    """Folder of shards, made by `iwm shards`, or its URL: s3://, gs://, hf://, https://, …
+    """Folder of shards, made by `iwm shards`, or its URL (s3://, gs://, hf://, https:// and others).
     Shards at a URL are copied to `cache` in the order in which they are needed."""
     cache: Path | None = None
     """Local folder for shards of URLs, which all processes of a machine and later runs share.

@@ -13,7 +13,7 @@ import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Event
+from threading import Event, Lock
 from typing import NamedTuple
 
 from shards.atomic import write_atomically
@@ -74,7 +74,7 @@ def location_of(folder: Path) -> str:
     return source.url if source else str(folder)
 
 
-class Stopped(Exception):
+class StagingStopped(Exception):
     """Staging that its owner stopped."""
 
 
@@ -87,6 +87,8 @@ class SplitCache:
         self._downloads = ShardLocks(folder / f"{manifest.split}.download.lock")
         self._uses = ShardLocks(folder / f"{manifest.split}.use.lock")
         self._used: set[int] = set()
+        # Locks of the kernel do not exclude the threads of one loader from each other.
+        self._evicting = Lock()
         with ThreadPoolExecutor(INDEX_REQUESTS) as requests:
             for _ in requests.map(self._prepare, range(len(self.shards))):
                 pass
@@ -110,11 +112,12 @@ class SplitCache:
     def use(self, number: int, stop: Event) -> int:
         """Stage the shard unless it is here, and keep it from being evicted; return the bytes fetched.
 
-        Only one process fetches a shard, the others wait for it. A shard with another hash than the manifest's is
-        fetched once more. Raise ShardError where it differs again or cannot be fetched, Stopped once `stop` is set.
+        Only one process fetches a shard, the others wait for it. One with another hash than the manifest's is fetched
+        once more. Raise ShardError where it differs again or cannot be fetched, StagingStopped once `stop` is set.
         """
-        self._uses.share(number)
-        self._used.add(number)
+        with self._evicting:
+            self._uses.share(number)
+            self._used.add(number)
         self._downloads.hold(number)
         try:
             if self.is_staged(number):
@@ -127,8 +130,9 @@ class SplitCache:
 
     def done_with(self, number: int) -> None:
         """Allow the shard to be evicted, as far as this loader is concerned."""
-        self._used.discard(number)
-        self._uses.release(number)
+        with self._evicting:
+            self._used.discard(number)
+            self._uses.release(number)
 
     def make_room(self, number: int, fetching: int) -> bool:
         """Evict shards that no loader uses, the least recently used first, until the shard fits into the limit.
@@ -137,11 +141,16 @@ class SplitCache:
         """
         if self.limit is None or self.is_staged(number):
             return True
+        with self._evicting:
+            return self._evict_for(self.shards[number].bytes + fetching)
+
+    def _evict_for(self, needed: int) -> bool:
+        """Evict shards until so many bytes more are within the limit; return False where they cannot be."""
         staged = {mark.name: mark.stat().st_mtime for mark in (self.folder / STAGED).iterdir()}
-        size = fetching + sum((self.folder / name).stat().st_size for name in staged)
+        size = sum((self.folder / name).stat().st_size for name in staged)
         evictable = [i for i, shard in enumerate(self.shards) if shard.name in staged and i not in self._used]
         evictable.sort(key=lambda i: staged[self.shards[i].name], reverse=True)
-        while size + self.shards[number].bytes > self.limit:
+        while self.limit is not None and size + needed > self.limit:
             if not evictable:
                 return False
             evicted = evictable.pop()
@@ -194,7 +203,7 @@ class SplitCache:
         with open(self.folder / shard.name, "r+b") as tar:
             for start in range(0, shard.bytes, BLOCK):
                 if stop.is_set():
-                    raise Stopped
+                    raise StagingStopped
                 block = read_range(url, start, min(start + BLOCK, shard.bytes))
                 digest.update(block)
                 tar.write(block)
