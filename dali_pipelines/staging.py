@@ -171,7 +171,8 @@ class StagedShards:
     def _check_limit(self) -> None:
         shards, limit = self._cache.shards, self._cache.limit
         sample = sum(shard.bytes for shard in shards) / sum(shard.samples for shard in shards)
-        needed = (self._needed - self._read) * sample + 2 * max(shard.bytes for shard in shards)
+        at_once = self._needed - self._read + self._reading.shuffle_buffer
+        needed = at_once * sample + 2 * max(shard.bytes for shard in shards)
         if limit is not None and needed > limit:
             raise ShardError(
                 f"data.cache_gb {limit / 1e9:g}: a process reads from up to {needed / 1e9:.3g} GB of shards at the "

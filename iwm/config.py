@@ -37,7 +37,8 @@ class DataConfig:
     None: iwm in $XDG_CACHE_HOME, else ~/.cache/iwm."""
     cache_gb: Annotated[float | None, Range(above=0)] = None
     """Size (GB) that the shards of one URL may take in `cache`: those not used for longest make room for others.
-    Shards that are needed at once are copied in any case. None: no limit."""
+    Those that are needed at once are copied in any case: up to 84,000 images when a process resumes in mid-epoch.
+    None: no limit."""
     train: str = "train"
     """Split used for training."""
     val: str | None = "val"

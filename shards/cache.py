@@ -89,6 +89,7 @@ class SplitCache:
         self._used: set[int] = set()
         # Locks of the kernel do not exclude the threads of one loader from each other.
         self._evicting = Lock()
+        self._fetching = [Lock() for _ in self.shards]
         with ThreadPoolExecutor(INDEX_REQUESTS) as requests:
             for _ in requests.map(self._prepare, range(len(self.shards))):
                 pass
@@ -118,15 +119,12 @@ class SplitCache:
         with self._evicting:
             self._uses.share(number)
             self._used.add(number)
-        self._downloads.hold(number)
-        try:
+        with self._fetching[number], self._downloads.held(number):
             if self.is_staged(number):
                 os.utime(self._mark(number))
                 return 0
             with explain_write_errors(self.folder):
                 return self._fetch(number, stop)
-        finally:
-            self._downloads.release(number)
 
     def done_with(self, number: int) -> None:
         """Allow the shard to be evicted, as far as this loader is concerned."""
@@ -169,17 +167,13 @@ class SplitCache:
         """Fetch the index of a shard, and give its tar its size."""
         shard = self.shards[number]
         index, tar = self.folder / shard.index, self.folder / shard.name
-        self._downloads.hold(number)
-        try:
-            with explain_write_errors(self.folder):
-                if not (index.exists() and _digest(index.read_bytes()) == shard.index_sha256):
-                    write_atomically(index, self._verified_index(shard))
-                if not (tar.exists() and tar.stat().st_size == shard.bytes):
-                    self._mark(number).unlink(missing_ok=True)
-                    with open(tar, "ab") as file:
-                        file.truncate(shard.bytes)
-        finally:
-            self._downloads.release(number)
+        with self._downloads.held(number), explain_write_errors(self.folder):
+            if not (index.exists() and _digest(index.read_bytes()) == shard.index_sha256):
+                write_atomically(index, self._verified_index(shard))
+            if not (tar.exists() and tar.stat().st_size == shard.bytes):
+                self._mark(number).unlink(missing_ok=True)
+                with open(tar, "ab") as file:
+                    file.truncate(shard.bytes)
 
     def _verified_index(self, shard: Shard) -> bytes:
         url = join(self.url, shard.index)

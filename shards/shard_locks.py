@@ -8,6 +8,8 @@ from __future__ import annotations
 import fcntl
 import os
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -21,9 +23,14 @@ class ShardLocks:
         """Hold the shard together with others. Waits while one holds it alone."""
         self._lock(fcntl.F_RDLCK, shard, wait=True)
 
-    def hold(self, shard: int) -> None:
-        """Hold the shard alone. Waits while others hold it."""
+    @contextmanager
+    def held(self, shard: int) -> Iterator[None]:
+        """Hold the shard alone in the context. Waits while others hold it."""
         self._lock(fcntl.F_WRLCK, shard, wait=True)
+        try:
+            yield
+        finally:
+            self.release(shard)
 
     def try_to_hold(self, shard: int) -> bool:
         """Hold the shard alone; return False where others hold it."""

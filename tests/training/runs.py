@@ -42,7 +42,7 @@ TINY = {
 }
 
 
-def arguments(shards: Path, run: Path, steps: int, *more: str) -> list[str]:
+def arguments(shards: Path | str, run: Path, steps: int, *more: str) -> list[str]:
     """Return the arguments of iwm/train.py for a tiny run."""
     tiny = [word for key, value in TINY.items() for word in (f"--{key}", str(value))]
     fixed = ["demo", "--run-dir", str(run), "--data.shards", str(shards), "--schedule.steps", str(steps)]
@@ -54,7 +54,7 @@ def tiny_config(shards: Path, steps: int, **sections: Any) -> Config:
     return replace(parse(arguments(shards, Path("unused"), steps)).config, **sections)
 
 
-def command(shards: Path, run: Path, steps: int, *more: str, processes: int = 0) -> list[str]:
+def command(shards: Path | str, run: Path, steps: int, *more: str, processes: int = 0) -> list[str]:
     """Return the command line of a tiny run; with `processes`, under torchrun."""
     head = [sys.executable]
     if processes:
