@@ -19,6 +19,7 @@ from torch.utils.dlpack import from_dlpack
 from dali_pipelines.decoder import Decoder
 from dali_pipelines.photometric import Backend
 from dali_pipelines.reader import DataSource
+from shards.cache import location_of
 from shards.errors import ShardError
 
 
@@ -107,7 +108,7 @@ def _translate_errors(folder: Path) -> Iterator[None]:
             ) from error
         raise ShardError(
             f"{folder}: DALI could not make a batch: {_reason(error)}. If a sample is damaged, "
-            f"'iwm verify {folder}' names it"
+            f"'iwm verify {location_of(folder)}' names it"
         ) from error
 
 
