@@ -16,17 +16,19 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from shards.errors import ShardError
 from shards.make import ShardingOptions, make_shards
+from shards.urls import is_url
 from shards.verify import verify_shards
+from shards.verify_remote import verify_remote
 
 
 @dataclass(frozen=True)
 class VerifyShards:
     """Check a shard folder against its manifest: hashes, indices, counts, labels, keys, and every image."""
 
-    out: Positional[Annotated[Path, arg(metavar="OUT")]]
-    """The shard folder."""
+    out: Positional[Annotated[str, arg(metavar="OUT")]]
+    """The shard folder, or its URL (s3://, gs://, hf://, https://)."""
     quick: bool = False
-    """Skip the decoding of images."""
+    """Skip the decoding of images. At a URL, compare sizes with the manifest and read no shard."""
     workers: int | None = None
     """Number of worker processes; None for one per core."""
 
@@ -51,7 +53,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "make_shards.py") -
     try:
         if arguments[:1] == ["verify"]:
             options = tyro.cli(VerifyShards, prog=f"{prog} verify", args=arguments[1:])
-            problems = verify_shards(options.out, decode=not options.quick, workers=options.workers, console=console)
+            problems = _verify(options, console)
             for problem in problems:
                 errors.print(f"error: {_printable(problem)}")
             return 1 if problems else 0
@@ -63,6 +65,12 @@ def main(arguments: Sequence[str] | None = None, prog: str = "make_shards.py") -
         errors.print("stopped; finished shards are kept; rerun the same command to resume")
         return 128 + stop.number
     return 0
+
+
+def _verify(options: VerifyShards, console: Console) -> list[str]:
+    if is_url(options.out):
+        return verify_remote(options.out, quick=options.quick, workers=options.workers, console=console)
+    return verify_shards(Path(options.out), decode=not options.quick, workers=options.workers, console=console)
 
 
 def _printable(text: str) -> str:

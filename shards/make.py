@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,25 +17,26 @@ from rich.console import Console
 from tyro.conf import Positional, arg
 
 from shards.errors import ShardError
+from shards.existing_split import find_existing, known_columns
 from shards.few_images import few_images_advice
 from shards.format import (
-    MANIFEST,
     REJECTED,
-    Column,
     Manifest,
-    list_splits,
-    load_manifest,
-    remove_split,
     save_manifest,
     save_rejections,
 )
 from shards.hold_out import TRAIN, VAL, hold_out
 from shards.images import CONVERTED, RESIZED, ImageOptions
 from shards.plan import ShardPlan, ShardSize, Subset, plan_shards, read_subset
+from shards.remote_folder import RemoteFolder
+from shards.remote_options import RemoteOptions, check_remote_options
 from shards.sources.detect import SourceKind, SourceOptions, detect, list_source
-from shards.verify import check_quick
+from shards.sources.remote_tars import find_tars, is_remote
+from shards.sources.staged_tars import StagingFolder
+from shards.upload import SplitUpload, default_work_dir, discard_local, remove_unused
+from shards.urls import is_url
 from shards.workers import available_cores, run_tasks, show_progress
-from shards.writer import ShardJob, ShardTask, SplitWorkdir, explain_write_errors, write_shard
+from shards.writer import ShardJob, ShardTask, SplitWorkdir, explain_write_errors, warn_of_small_disk, write_shard
 
 MAX_PIXELS = 178_956_970
 """Largest image that Pillow opens (pixels)."""
@@ -53,9 +53,11 @@ class ShardingOptions:
     """Images: a folder of images at any depth, with one folder per class or not, or an ImageNet tar.
     Lists: a .txt file of paths, a CSV file (columns path, label, further labels, mask; all but path may be missing).
     COCO annotations in a .json file.
-    WebDataset tars: their folder, a brace pattern or a glob."""
-    out: Positional[Annotated[Path, arg(metavar="OUT")]]
-    """The shard folder, created where it does not exist. It can hold several splits."""
+    WebDataset tars: their folder, a brace pattern or a glob, on a disk or at URLs (s3://, gs://, hf://, https://).
+    Commands that print tars: pipe:COMMAND, also with a brace pattern."""
+    out: Positional[Annotated[str | Path, arg(metavar="OUT", constructor=str)]]
+    """The shard folder, created where it does not exist. It can hold several splits.
+    At a URL (s3://, gs://) the shards are made in a work folder and uploaded."""
     split: str = TRAIN
     """Name of the split, for example train or val. The shards are named SPLIT-000000.tar and so on."""
     val_fraction: float | None = None
@@ -77,6 +79,12 @@ class ShardingOptions:
     Splits of one folder always share their classes."""
     overwrite: bool = False
     """If OUT holds a split to be made with other settings, or damaged, delete the split and make it again."""
+    remote: RemoteOptions = field(default_factory=RemoteOptions)
+
+    @property
+    def folder(self) -> Path:
+        """The shard folder on a disk."""
+        return Path(self.out)
 
 
 def make_shards(options: ShardingOptions, console: Console) -> dict[str, Manifest]:
@@ -86,15 +94,43 @@ def make_shards(options: ShardingOptions, console: Console) -> dict[str, Manifes
     final names only when they are complete, so a run can resume after any interruption.
     """
     _check_options(options)
+    url = str(options.out)
+    if not is_url(url):
+        return _make_from_source(options, None, console)
+    work = options.remote.work_dir or default_work_dir(url)
+    remote = RemoteFolder(url, work / ".remote")
+    try:
+        remote.fetch()
+        return _make_from_source(replace(options, out=work), remote, console)
+    finally:
+        remove_unused(work, remote)
+
+
+def _make_from_source(options: ShardingOptions, remote: RemoteFolder | None, console: Console) -> dict[str, Manifest]:
+    """Make the splits in a local folder, from a source on a disk or from staged copies of its tars."""
+    if not is_remote(options.src):
+        return _make_splits(options, None, remote, console)
+    with console.status(f"listing {options.src}"):
+        tars = find_tars(options.src)
+    staging = StagingFolder((options.remote.staging or options.folder) / f".{options.split}.source")
+    with staging.lock():
+        manifests = _make_splits(options, staging.stage(tars, console), remote, console)
+        staging.remove()
+    return manifests
+
+
+def _make_splits(
+    options: ShardingOptions, staged: list[Path] | None, remote: RemoteFolder | None, console: Console
+) -> dict[str, Manifest]:
     with console.status(f"listing {options.src}"), _explain_read_errors(options.src):
         kind = detect(options.src, options.extra) if options.source == "auto" else options.source
-        listing = list_source(options.src, kind, options.extra)
+        listing = list_source(options.src, kind, options.extra, staged)
         subset = read_subset(options.subset) if options.subset else None
         if subset:
             listing = subset.of(listing, options.src)
         fraction = options.val_fraction if listing.samples else None
         parts = {options.split: listing} if fraction is None else hold_out(listing, fraction)
-        known = _known_columns(options, parts)
+        known = known_columns(options.classes_from, [options.folder, *([remote.mirror] if remote else [])], parts)
         plans = {
             split: plan_shards(part, known, options.seed, options.image.resize, options.shard)
             for split, part in parts.items()
@@ -108,16 +144,25 @@ def make_shards(options: ShardingOptions, console: Console) -> dict[str, Manifes
                 f"{len(plan.rejections):,} of them rejected "
                 f"without reading them, {plan.hidden:,} hidden files ignored; {plan.shards} shards to make"
             )
-            workspace, settings = SplitWorkdir(options.out, split), _settings(options, kind, subset, plan)
+            workspace, settings = SplitWorkdir(options.folder, split), _settings(options, kind, subset, plan)
             locks.enter_context(workspace.lock())
-            runs.append((workspace, plan, settings, _existing_split(workspace, settings, options.overwrite)))
+            upload = locks.enter_context(SplitUpload(workspace, remote)) if remote else None
+            whole = upload.existing_split(settings, options.overwrite) if upload else None
+            existing = whole or find_existing(workspace, settings, options.overwrite)
+            runs.append((workspace, plan, settings, existing, upload if not whole else None))
         manifests = {}
-        for workspace, plan, settings, existing in runs:
+        for workspace, plan, settings, existing, upload in runs:
             if existing:
                 console.print(
-                    f"{options.out} already has the split '{workspace.split}' with the same settings: nothing to do"
+                    f"{remote.url if remote and not upload else options.folder} already has the split "
+                    f"'{workspace.split}' with the same settings: nothing to {'make' if upload else 'do'}"
                 )
-            manifests[workspace.split] = existing or _make(options, workspace, plan, settings, console)
+            manifest = existing or _make(options, workspace, plan, settings, upload, console)
+            if upload:
+                upload.finish(manifest, console)
+            if remote and not options.remote.keep_local:
+                discard_local(workspace)
+            manifests[workspace.split] = manifest
     if TRAIN in manifests:
         for line in few_images_advice(manifests[TRAIN].samples):
             console.print(line)
@@ -125,32 +170,38 @@ def make_shards(options: ShardingOptions, console: Console) -> dict[str, Manifes
 
 
 def _make(
-    options: ShardingOptions, workspace: SplitWorkdir, plan: ShardPlan, settings: dict[str, Any], console: Console
+    options: ShardingOptions,
+    workspace: SplitWorkdir,
+    plan: ShardPlan,
+    settings: dict[str, Any],
+    upload: SplitUpload | None,
+    console: Console,
 ) -> Manifest:
-    with explain_write_errors(options.out):
+    with explain_write_errors(workspace.out):
         workspace.remove_partials()
         workspace.save_settings(settings)
     todo = [number for number in range(plan.shards) if workspace.load_record(number) is None]
     if len(todo) < plan.shards:
         console.print(f"{workspace.split}: resuming: {plan.shards - len(todo)} of {plan.shards} shards are finished")
-    _warn_of_small_disk(options.out, plan.estimated_bytes * len(todo) // plan.shards, console)
+    warn_of_small_disk(workspace.out, plan.estimated_bytes * len(todo) // plan.shards, console)
     reports = run_tasks(
         partial(write_shard, ShardJob(workspace, plan.columns, options.image)),
         (ShardTask(number, plan.shard(number)) for number in todo),
         workers=min(options.workers or available_cores(), max(len(todo), 1)),
         name=lambda task: f"shard {workspace.shard_name(task.number)}",
     )
+    reports = upload.beside(reports) if upload else reports
     try:
         with closing(reports):
             show_progress(reports, sum(len(plan.shard(number)) for number in todo), console)
     finally:
         workspace.remove_partials()
-    with explain_write_errors(options.out):
+    with explain_write_errors(workspace.out):
         manifest = _finish(options.seed, workspace, plan, settings)
     console.print(
         f"{workspace.split}: read {manifest.read:,} = written {manifest.samples:,} + rejected {manifest.rejected:,}"
-        f"{f' (see {options.out / REJECTED})' if manifest.rejected else ''}; "
-        f"{len(manifest.shards)} shards, {manifest.bytes / 1e6:,.1f} MB in {options.out}"
+        f"{f' (see {workspace.out / REJECTED})' if manifest.rejected else ''}; "
+        f"{len(manifest.shards)} shards, {manifest.bytes / 1e6:,.1f} MB in {workspace.out}"
     )
     return manifest
 
@@ -211,28 +262,15 @@ def _check_options(options: ShardingOptions) -> None:
             raise ShardError(f"{option} must be {requirement}")
     if options.val_fraction is not None and options.split != TRAIN:
         raise ShardError(f"--val-fraction makes the splits '{TRAIN}' and '{VAL}': omit --split {options.split}")
-    for name, folder in (("SRC", Path(options.src)), ("--masks", options.extra.masks)):
-        if folder and folder.is_dir() and options.out.resolve().is_relative_to(folder.resolve()):
+    check_remote_options(options.remote, options.src, options.out)
+    if options.source not in ("auto", "webdataset") and is_remote(options.src):
+        raise ShardError(f"--source {options.source} is for files on a disk: copy {options.src} there")
+    source = None if is_remote(options.src) else Path(options.src)
+    for name, folder in (("SRC", source), ("--masks", options.extra.masks)):
+        if not folder or not folder.is_dir() or is_url(str(options.out)):
+            continue
+        if options.folder.resolve().is_relative_to(folder.resolve()):
             raise ShardError(f"OUT ({options.out}) is inside {name} ({folder}): use a folder outside the source")
-
-
-def _known_columns(options: ShardingOptions, made: Collection[str]) -> list[Column] | None:
-    """Return the label columns that `classes_from` and OUT's other splits than those `made` now have; None without."""
-    if options.classes_from and not list_splits(options.classes_from):
-        raise ShardError(f"--classes-from: {options.classes_from} has no {MANIFEST}; use a folder of finished shards")
-    known: list[Column] | None = None
-    for folder in filter(None, (options.classes_from, options.out)):
-        for split in list_splits(folder):
-            if folder == options.out and split in made:
-                continue
-            columns = load_manifest(folder, split).columns
-            if known is not None and columns != known:
-                raise ShardError(
-                    f"split '{split}' of {folder} has other classes than {options.classes_from} (--classes-from); "
-                    "omit the option, or use another OUT"
-                )
-            known = columns
-    return known
 
 
 def _settings(options: ShardingOptions, kind: str, subset: Subset | None, plan: ShardPlan) -> dict[str, Any]:
@@ -248,56 +286,6 @@ def _settings(options: ShardingOptions, kind: str, subset: Subset | None, plan: 
         "encoding": {"resized": RESIZED, "converted": CONVERTED},
         "software": {"pillow": PIL.__version__, "simplejpeg": simplejpeg.__version__, "numpy": np.__version__},
     }
-
-
-def _existing_split(workspace: SplitWorkdir, settings: dict[str, Any], overwrite: bool) -> Manifest | None:
-    """Return the manifest of a split that is finished; None for one that is to be started or resumed.
-
-    Raise ShardError where OUT has the split with other settings or damaged; with `overwrite`, delete it instead.
-    """
-    out, split = workspace.out, workspace.split
-    try:
-        if split in list_splits(out):
-            manifest = load_manifest(out, split)
-            # Other codec versions give other bytes, but the finished shards stay valid.
-            made_with = {**manifest.settings, "software": settings["software"]}
-            _compare(made_with, settings, f"{out} has split '{split}'")
-            check_quick(out, manifest)
-            workspace.clear()
-            return manifest
-        begun = workspace.load_settings()
-        if begun is not None:
-            _compare(begun, settings, f"{out} has an interrupted run for split '{split}'")
-        elif workspace.shard_files():
-            raise ShardError(f"{workspace.shard_files()[0]} belongs to no manifest")
-    except ShardError as error:
-        if not overwrite:
-            raise ShardError(f"{error}; use another OUT, or --overwrite to replace the split") from None
-        if split in list_splits(out):
-            remove_split(out, split)
-        for path in workspace.shard_files():
-            path.unlink()
-        workspace.clear()
-    return None
-
-
-def _compare(old: dict[str, Any], new: dict[str, Any], whose: str) -> None:
-    for name in sorted(old.keys() | new.keys(), key=lambda name: name == "contents"):
-        if old.get(name) != new.get(name):
-            if name == "contents":
-                raise ShardError(
-                    f"{whose} made from other contents: files or labels of the source have changed since, "
-                    "or --labels is another"
-                )
-            raise ShardError(f"{whose} made with {name} = {old.get(name)}, this run has {new.get(name)}")
-
-
-def _warn_of_small_disk(out: Path, needed: int, console: Console) -> None:
-    free = shutil.disk_usage(out).free
-    if needed > free:
-        console.print(
-            f"about {needed / 1e9:.1f} GB to write, only {free / 1e9:.1f} GB free on the disk of {out}", style="yellow"
-        )
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
 from shards.errors import ShardError, one_line
 
@@ -24,6 +24,8 @@ BLOCK = 8 * 2**20
 """Size of the range of a file that one request reads (bytes)."""
 PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0)
 """Pauses between the attempts at a request (seconds)."""
+REQUESTS_AT_ONCE = 16
+"""Number of requests about files that are made at the same time."""
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://.")
 
@@ -31,6 +33,11 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://.")
 def is_url(location: str) -> bool:
     """Return True for a URL, which has a protocol: s3://bucket/folder. Everything else is a path."""
     return _URL.match(location) is not None
+
+
+def is_web(url: str) -> bool:
+    """Return True for the URL of a web server, most of which cannot list a folder and take no files."""
+    return url.startswith(("http://", "https://"))
 
 
 def join(url: str, name: str) -> str:
@@ -44,6 +51,8 @@ class RemoteFile(NamedTuple):
     url: str
     size: int
     """Size (bytes)."""
+    checksum: str = ""
+    """Tag of the content that the store tells (an ETag, a hash), which changes with it; empty where it tells none."""
 
 
 def read_range(url: str, start: int, end: int) -> bytes:
@@ -81,6 +90,12 @@ def file_size(url: str) -> int:
     return int(info["size"])
 
 
+def describe_file(url: str) -> tuple[int | None, str]:
+    """Return size (bytes; None where the server does not tell it) and checksum of a file, as RemoteFile has them."""
+    info = _retry(url, lambda: _call(url, "info"), "read")
+    return info.get("size"), _checksum(info)
+
+
 def list_files(url: str) -> list[RemoteFile]:
     """Return the files in the folder at `url`, in order of their names, without those of its subfolders.
 
@@ -89,7 +104,70 @@ def list_files(url: str) -> list[RemoteFile]:
     entries = _retry(url, lambda: _call(url, "ls", detail=True), "list")
     files = [entry for entry in entries if entry["type"] == "file"]
     names = {entry["name"].rstrip("/").rpartition("/")[2]: entry for entry in files}
-    return [RemoteFile(join(url, name), int(names[name]["size"] or 0)) for name in sorted(names) if name]
+    return [
+        RemoteFile(join(url, name), int(names[name]["size"] or 0), _checksum(names[name]))
+        for name in sorted(names)
+        if name
+    ]
+
+
+_CHECKSUMS = ("ETag", "md5Hash", "etag", "Content-MD5", "blob_id", "oid")
+"""Names of checksums in the answers of file systems, S3's first."""
+
+
+def _checksum(info: dict[str, Any]) -> str:
+    return next((str(info[name]).strip('"') for name in _CHECKSUMS if info.get(name)), "")
+
+
+def download(url: str, path: Path, report: Callable[[int], None] = lambda added: None) -> None:
+    """Copy a file from a URL to a path. Raise ShardError where it cannot be read.
+
+    A web server sends the file as one stream; where it is cut off, the rest is asked for, or all of it from a server
+    without ranges. Object stores are read by ranges. report: called with the number of bytes that were added to the
+    file, which is negative where they had to be dropped; a ShardError that it raises ends the copy.
+    """
+    system, _ = file_system(url)
+    with open(path, "wb") as file:
+        if is_web(url):
+            _retry(url, lambda: _stream_rest(url, file, report), "read")
+        elif system.async_impl:
+            size = file_size(url)
+            for start in range(0, size, BLOCK):
+                file.write(read_range(url, start, min(start + BLOCK, size)))
+                report(min(BLOCK, size - start))
+        else:
+            _retry(url, lambda: _call(url, "get_file", lpath=str(path)), "read")
+            report(path.stat().st_size)
+
+
+def _stream_rest(url: str, file: BinaryIO, report: Callable[[int], None]) -> None:
+    """Write what follows the file's present content, by one request to a web server."""
+    system, address = file_system(url)
+    importlib.import_module("fsspec.asyn").sync(system.loop, _stream, system, address, file, report)
+
+
+async def _stream(system: Any, address: str, file: BinaryIO, report: Callable[[int], None]) -> None:
+    start = file.tell()
+    options = dict(system.kwargs)
+    headers = {**options.pop("headers", {}), "Accept-Encoding": "identity"}
+    if start:
+        headers["Range"] = f"bytes={start}-"
+    # Streams may take long, pauses in them may not.
+    timeout = importlib.import_module("aiohttp").ClientTimeout(
+        total=None, sock_connect=TIME_LIMIT, sock_read=TIME_LIMIT
+    )
+    session = await system.set_session()
+    async with session.get(system.encode_url(address), headers=headers, timeout=timeout, **options) as answer:
+        if start and answer.status != 206:
+            file.seek(0)
+            file.truncate()
+            report(-start)
+        if answer.status == 416:
+            raise ConnectionError("the server does not send the rest of the file")
+        answer.raise_for_status()
+        async for chunk in answer.content.iter_chunked(2**20):
+            file.write(chunk)
+            report(len(chunk))
 
 
 def upload(path: Path, url: str) -> None:
@@ -173,6 +251,9 @@ _LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectory
 
 
 def _is_permanent(error: Exception) -> bool:
+    # fsspec says "not found" for every failure of a web server's answer about a file.
+    if isinstance(error, FileNotFoundError) and type(error.__cause__).__module__.startswith("aiohttp"):
+        return _is_permanent(cast(Exception, error.__cause__))
     status = getattr(error, "status", None)
     if isinstance(status, int):
         return 400 <= status < 500 and status not in (408, 425, 429)

@@ -9,7 +9,7 @@ import hashlib
 import io
 import os
 import tarfile
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -83,9 +83,21 @@ def verify_shards(folder: Path, *, decode: bool, workers: int | None, console: C
     unlisted files, read = written + rejected, and with `decode` all pixels of every image. Raise ShardError where there
     is no manifest.
     """
+    return verify_splits(folder, partial(check_shard, folder, decode=decode), str(folder), workers, console)
+
+
+ShardCheck = Callable[[list[Column], bool, Shard], Generator[CheckReport, None, None]]
+"""Check of a shard whose split has these label columns, and masks or not."""
+
+
+def verify_splits(folder: Path, check: ShardCheck, place: str, workers: int | None, console: Console) -> list[str]:
+    """Check the splits of the manifest in `folder`, and every shard by `check`; return the problems.
+
+    place: where the shards are, for messages. Raise ShardError where there is no manifest.
+    """
     splits = [load_manifest(folder, split) for split in list_splits(folder)]
     if not splits:
-        raise ShardError(f"{folder} has no manifest.json: correct the folder, or finish a split (iwm shards)")
+        raise ShardError(f"{place} has no manifest.json: correct the folder, or finish a split (iwm shards)")
     problems = [
         f"manifest.json: split '{manifest.split}' has other classes than '{splits[0].split}': remake one of them"
         for manifest in splits
@@ -96,7 +108,7 @@ def verify_shards(folder: Path, *, decode: bool, workers: int | None, console: C
         before = len(problems)
         problems += _check_totals(folder, manifest)
         reports = run_tasks(
-            partial(_check_shard, folder, manifest.columns, manifest.masks, decode),
+            partial(check, manifest.columns, manifest.masks),
             manifest.shards,
             min(workers or available_cores(), max(len(manifest.shards), 1)),
             name=lambda shard: shard.name,
@@ -146,8 +158,8 @@ def _check_totals(folder: Path, manifest: Manifest) -> list[str]:
     return problems
 
 
-def _check_shard(
-    folder: Path, columns: list[Column], masks: bool, decode: bool, shard: Shard
+def check_shard(
+    folder: Path, columns: list[Column], masks: bool, shard: Shard, *, decode: bool
 ) -> Generator[CheckReport, None, None]:
     """Check one shard, in a worker process; yield progress with the problems found."""
     tar, index = folder / shard.name, folder / shard.index

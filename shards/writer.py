@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import tarfile
 import time
 from collections.abc import Generator, Iterator
@@ -19,6 +20,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
+
+from rich.console import Console
 
 from shards.atomic import sync_folder, write_atomically
 from shards.errors import ShardError
@@ -34,6 +37,11 @@ class ShardRecord:
 
     shard: Shard | None
     rejections: list[RejectionRecord]
+
+
+def shard_file_pattern(split: str) -> re.Pattern[str]:
+    """Return the pattern of the names of a split's tars and indices."""
+    return re.compile(rf"{re.escape(split)}-\d{{6}}\.(tar|idx)")
 
 
 @dataclass(frozen=True)
@@ -101,7 +109,7 @@ class SplitWorkdir:
 
     def shard_files(self) -> list[Path]:
         """Return the paths of all tars and indices in `out` named after this split, from any run."""
-        pattern = re.compile(rf"{re.escape(self.split)}-\d{{6}}\.(tar|idx)")
+        pattern = shard_file_pattern(self.split)
         return sorted(path for path in self.out.iterdir() if pattern.fullmatch(path.name))
 
     def clear(self) -> None:
@@ -121,6 +129,16 @@ def explain_write_errors(folder: Path) -> Iterator[None]:
         else:
             remedy = "fix this, then rerun the same command: finished shards are kept"
         raise ShardError(f"cannot write to {error.filename or folder}: {error.strerror}; {remedy}") from error
+
+
+def warn_of_small_disk(folder: Path, needed: int, console: Console, remedy: str = "") -> None:
+    """Print a warning where the disk of the folder has less than `needed` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        console.print(
+            f"about {needed / 1e9:.1f} GB to write, only {free / 1e9:.1f} GB free on the disk of {folder}{remedy}",
+            style="yellow",
+        )
 
 
 REPORT_EVERY = 0.2

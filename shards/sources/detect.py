@@ -11,6 +11,7 @@ from typing import Literal
 from shards.errors import ShardError
 from shards.listing import Labels, SampleList, list_members
 from shards.sources import file_lists, image_folder, imagenet, webdataset
+from shards.sources.remote_tars import is_remote
 
 SourceKind = Literal["folder", "imagenet-train", "imagenet-val", "csv", "list", "coco", "masks", "webdataset"]
 
@@ -45,10 +46,16 @@ class SourceOptions:
     Samples without the default field have no label."""
 
 
-def list_source(source: str, kind: SourceKind, extra: SourceOptions) -> SampleList:
-    """List the samples of a source as references. Raise ShardError where it cannot be read or is not of that kind."""
+def list_source(source: str, kind: SourceKind, extra: SourceOptions, staged: list[Path] | None = None) -> SampleList:
+    """List the samples of a source as references. Raise ShardError where it cannot be read or is not of that kind.
+
+    staged: copies of the tars of a remote source; None for one on a disk.
+    """
     _check_source_options(source, kind, extra)
-    listing = _list(source, kind, extra)
+    if staged is None:
+        listing = _list(source, kind, extra)
+    else:
+        listing = webdataset.list_tars(staged, extra.label_field, extra.labels)
     if listing.labelling:
         return listing
     classes = ", ".join(f"{column.name} ({len(column.classes):,} classes)" for column in listing.columns)
@@ -97,6 +104,8 @@ def _check_source_options(source: str, kind: SourceKind, extra: SourceOptions) -
 
 def detect(source: str, extra: SourceOptions) -> SourceKind:
     """Detect the kind of a source from its path, its content and the additional files."""
+    if is_remote(source):
+        return "webdataset"
     path = Path(source)
     if path.is_dir():
         if extra.masks is not None:
