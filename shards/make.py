@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -27,10 +26,11 @@ from shards.format import (
 )
 from shards.hold_out import TRAIN, VAL, hold_out
 from shards.images import CONVERTED, RESIZED, ImageOptions
-from shards.plan import ShardPlan, ShardSize, Subset, plan_shards, read_subset
+from shards.plan import ShardPlan, ShardSize, plan_shards, read_subset
 from shards.remote_folder import RemoteFolder
-from shards.remote_options import RemoteOptions, check_remote_options
-from shards.sources.detect import SourceKind, SourceOptions, detect, list_source
+from shards.remote_options import MIRROR, RemoteOptions, check_remote_options
+from shards.source_record import find_finished, identify, save_record
+from shards.sources.detect import SourceKind, SourceOptions, detect, explain_read_errors, list_source
 from shards.sources.remote_tars import find_tars, is_remote
 from shards.sources.staged_tars import StagingFolder
 from shards.upload import SplitUpload, default_work_dir, discard_local, remove_unused
@@ -98,7 +98,7 @@ def make_shards(options: ShardingOptions, console: Console) -> dict[str, Manifes
     if not is_url(url):
         return _make_from_source(options, None, console)
     work = options.remote.work_dir or default_work_dir(url)
-    remote = RemoteFolder(url, work / ".remote")
+    remote = RemoteFolder(url, work / MIRROR)
     try:
         remote.fetch()
         return _make_from_source(replace(options, out=work), remote, console)
@@ -112,17 +112,34 @@ def _make_from_source(options: ShardingOptions, remote: RemoteFolder | None, con
         return _make_splits(options, None, remote, console)
     with console.status(f"listing {options.src}"):
         tars = find_tars(options.src)
+    subset = read_subset(options.subset).description if options.subset else None
+    source = identify(tars, options.split, options.val_fraction, subset, options.extra, options.classes_from)
+    finished = find_finished(
+        options.folder,
+        remote,
+        source,
+        [options.split] if options.val_fraction is None else [VAL, TRAIN],
+        lambda contents: _settings(options, "webdataset", subset, contents),
+        options.overwrite,
+    )
+    if finished:
+        console.print(f"{remote.url if remote else options.folder} has {' and '.join(finished)}: nothing to do")
+        return finished
     staging = StagingFolder((options.remote.staging or options.folder) / f".{options.split}.source")
     with staging.lock():
-        manifests = _make_splits(options, staging.stage(tars, console), remote, console)
+        manifests = _make_splits(options, staging.stage(tars, console), remote, console, source)
         staging.remove()
     return manifests
 
 
 def _make_splits(
-    options: ShardingOptions, staged: list[Path] | None, remote: RemoteFolder | None, console: Console
+    options: ShardingOptions,
+    staged: list[Path] | None,
+    remote: RemoteFolder | None,
+    console: Console,
+    source: str | None = None,
 ) -> dict[str, Manifest]:
-    with console.status(f"listing {options.src}"), _explain_read_errors(options.src):
+    with console.status(f"listing {options.src}"), explain_read_errors(options.src):
         kind = detect(options.src, options.extra) if options.source == "auto" else options.source
         listing = list_source(options.src, kind, options.extra, staged)
         subset = read_subset(options.subset) if options.subset else None
@@ -136,6 +153,7 @@ def _make_splits(
             for split, part in parts.items()
         }
     console.print(listing.labelling)
+    description = subset.description if subset else None
     with ExitStack() as locks:
         runs = []
         for split, plan in plans.items():
@@ -144,8 +162,13 @@ def _make_splits(
                 f"{len(plan.rejections):,} of them rejected "
                 f"without reading them, {plan.hidden:,} hidden files ignored; {plan.shards} shards to make"
             )
-            workspace, settings = SplitWorkdir(options.folder, split), _settings(options, kind, subset, plan)
+            workspace, settings = (
+                SplitWorkdir(options.folder, split),
+                _settings(options, kind, description, plan.digest),
+            )
             locks.enter_context(workspace.lock())
+            if source:
+                save_record(remote.mirror if remote else options.folder, split, source, plan.digest)
             upload = locks.enter_context(SplitUpload(workspace, remote)) if remote else None
             whole = upload.existing_split(settings, options.overwrite) if upload else None
             existing = whole or find_existing(workspace, settings, options.overwrite)
@@ -262,9 +285,7 @@ def _check_options(options: ShardingOptions) -> None:
             raise ShardError(f"{option} must be {requirement}")
     if options.val_fraction is not None and options.split != TRAIN:
         raise ShardError(f"--val-fraction makes the splits '{TRAIN}' and '{VAL}': omit --split {options.split}")
-    check_remote_options(options.remote, options.src, options.out)
-    if options.source not in ("auto", "webdataset") and is_remote(options.src):
-        raise ShardError(f"--source {options.source} is for files on a disk: copy {options.src} there")
+    check_remote_options(options.remote, options.src, options.source, options.out)
     source = None if is_remote(options.src) else Path(options.src)
     for name, folder in (("SRC", source), ("--masks", options.extra.masks)):
         if not folder or not folder.is_dir() or is_url(str(options.out)):
@@ -273,25 +294,16 @@ def _check_options(options: ShardingOptions) -> None:
             raise ShardError(f"OUT ({options.out}) is inside {name} ({folder}): use a folder outside the source")
 
 
-def _settings(options: ShardingOptions, kind: str, subset: Subset | None, plan: ShardPlan) -> dict[str, Any]:
+def _settings(options: ShardingOptions, kind: str, subset: str | None, contents: str) -> dict[str, Any]:
     """Return everything that the shards' bytes depend on."""
     return {
         "source": kind,
-        "subset": subset.description if subset else None,
+        "subset": subset,
         "val_fraction": options.val_fraction,
-        "contents": plan.digest,
+        "contents": contents,
         "seed": options.seed,
         **asdict(options.image),
         **asdict(options.shard),
         "encoding": {"resized": RESIZED, "converted": CONVERTED},
         "software": {"pillow": PIL.__version__, "simplejpeg": simplejpeg.__version__, "numpy": np.__version__},
     }
-
-
-@contextmanager
-def _explain_read_errors(source: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        path = error.filename or source
-        raise ShardError(f"cannot read {path}: {error.strerror}; correct the path or the permissions") from error

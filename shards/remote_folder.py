@@ -129,6 +129,8 @@ class RemoteFolder:
             for name in filter(shard_file_pattern(manifest.split).fullmatch, files.keys() - listed):
                 delete(join(self.url, name))
             self.fetch()
+            if (self.mirror / record_name(manifest.split)).exists():
+                upload(self.mirror / record_name(manifest.split), join(self.url, record_name(manifest.split)))
             upload(save_rejections(self.mirror, manifest.split, rejections), join(self.url, REJECTED))
             upload(save_manifest(self.mirror, manifest), join(self.url, MANIFEST))
 
@@ -138,6 +140,11 @@ class RemoteFolder:
         with open(self.mirror / "publish.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+
+
+def record_name(split: str) -> str:
+    """Return the name of the hidden file in a shard folder that describes the remote source of a split."""
+    return f".{split}.source.json"
 
 
 def size_problems(url: str, manifest: Manifest, files: dict[str, RemoteFile]) -> list[str]:

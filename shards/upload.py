@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import shutil
+import time
 from collections.abc import Generator
 from contextlib import closing, suppress
 from multiprocessing.pool import AsyncResult, ThreadPool
@@ -23,7 +24,7 @@ from rich.console import Console
 from shards.format import MANIFEST, REJECTED, Manifest, Shard, list_splits, load_rejections, remove_split
 from shards.remote_folder import RemoteFolder
 from shards.transfer_progress import TransferProgress
-from shards.urls import describe_file, join, upload
+from shards.urls import RemoteFile, describe_file, join, upload
 from shards.workers import ProgressCount
 from shards.writer import SplitWorkdir
 
@@ -41,7 +42,7 @@ class SplitUpload:
         self.remote = remote
         self._journal = remote.mirror / f"uploaded-{workspace.split}.jsonl"
         self._arrived = self._read_journal()
-        self._files = remote.files()
+        self._files: dict[str, RemoteFile] = {}
         self._pool = ThreadPool(UPLOADS_AT_ONCE)
         self._results: dict[str, AsyncResult[int]] = {}
         self._records: set[Path] = set()
@@ -58,7 +59,10 @@ class SplitUpload:
     def existing_split(self, settings: dict[str, Any], overwrite: bool) -> Manifest | None:
         """Return the manifest of a split that is whole at the URL; see RemoteFolder.existing_split."""
         made = self.workspace.load_settings() is not None or self.workspace.split in list_splits(self.workspace.out)
-        return self.remote.existing_split(self.workspace.split, settings, made or bool(self._arrived), overwrite)
+        begun = made or bool(self._arrived)
+        manifest = self.remote.existing_split(self.workspace.split, settings, begun, overwrite)
+        self._files = self.remote.files()
+        return manifest
 
     def beside(self, reports: Generator[ProgressCount, None, None]) -> Generator[ProgressCount, None, None]:
         """Yield the reports of making shards, and upload the shards that are finished meanwhile.
@@ -81,11 +85,9 @@ class SplitUpload:
             self._add(shard)
         total = sum(shard.bytes + shard.index_bytes for shard in manifest.shards)
         with TransferProgress("uploading", len(manifest.shards), total, console) as progress:
-            for shard in manifest.shards:
-                while not self._results[shard.name].ready():
-                    progress.update(sum(self._uploaded()), len(self._uploaded()))
-                    self._results[shard.name].wait(0.2)
-            self._uploaded()
+            while len(sizes := self._uploaded()) < len(self._results):
+                progress.update(sum(sizes), len(sizes))
+                time.sleep(0.1)
         self.remote.publish(manifest, load_rejections(self.workspace.out, manifest.split))
         self._journal.unlink(missing_ok=True)
         console.print(f"{manifest.split}: uploaded to {self.remote.url}")
@@ -147,10 +149,11 @@ def discard_local(workspace: SplitWorkdir) -> None:
 
 
 def remove_unused(work: Path, remote: RemoteFolder) -> None:
-    """Delete the work folder where it has nothing from which a run could resume, and no shards to keep."""
-    journals = list(remote.mirror.glob("uploaded-*"))
-    if not journals and work.exists() and all(path == remote.mirror for path in work.iterdir()):
-        shutil.rmtree(work)
+    """Delete what no run can resume from, also the work folder where nothing else is in it."""
+    if work.exists() and not [*remote.mirror.glob("uploaded-*"), *work.glob(".*.unfinished")]:
+        shutil.rmtree(remote.mirror, ignore_errors=True)
+        if not any(work.iterdir()):
+            work.rmdir()
 
 
 def default_work_dir(url: str) -> Path:

@@ -6,12 +6,13 @@ is repeated with growing pauses. All errors are ShardErrors of one line.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from shards.errors import ShardError, one_line
 
@@ -26,6 +27,8 @@ PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0)
 """Pauses between the attempts at a request (seconds)."""
 REQUESTS_AT_ONCE = 16
 """Number of requests about files that are made at the same time."""
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a disk that has no room."""
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://.")
 
@@ -52,7 +55,7 @@ class RemoteFile(NamedTuple):
     size: int
     """Size (bytes)."""
     checksum: str = ""
-    """Tag of the content that the store tells (an ETag, a hash), which changes with it; empty where it tells none."""
+    """Tag of the content, which changes with it: the store's ETag, hash or time; empty where it tells none."""
 
 
 def read_range(url: str, start: int, end: int) -> bytes:
@@ -111,8 +114,8 @@ def list_files(url: str) -> list[RemoteFile]:
     ]
 
 
-_CHECKSUMS = ("ETag", "md5Hash", "etag", "Content-MD5", "blob_id", "oid")
-"""Names of checksums in the answers of file systems, S3's first."""
+_CHECKSUMS = ("ETag", "md5Hash", "etag", "Content-MD5", "blob_id", "Last-Modified", "mtime")
+"""Names of checksums in the answers of file systems, and of times of change for stores that have none."""
 
 
 def _checksum(info: dict[str, Any]) -> str:
@@ -136,7 +139,7 @@ def download(url: str, path: Path, report: Callable[[int], None] = lambda added:
                 file.write(read_range(url, start, min(start + BLOCK, size)))
                 report(min(BLOCK, size - start))
         else:
-            _retry(url, lambda: _call(url, "get_file", lpath=str(path)), "read")
+            _retry(url, lambda: _call(url, "get_file", after=str(path)), "read")
             report(path.stat().st_size)
 
 
@@ -174,7 +177,9 @@ def upload(path: Path, url: str) -> None:
     """Write a file to a URL. Raise ShardError where that fails, or where the file there has another size afterwards."""
 
     def put() -> None:
-        _call(url, "put_file", before=str(path), limited=False)
+        if not file_system(url)[0].async_impl:  # not an object store: its folders must exist
+            _call(url.rpartition("/")[0], "makedirs", exist_ok=True)
+        _call(url, "put_file", before=str(path), limit=None)
         size = _call(url, "info").get("size")
         if size != path.stat().st_size:
             raise ConnectionError(f"{size} bytes arrived in place of {path.stat().st_size}")
@@ -213,18 +218,26 @@ def file_system(url: str) -> tuple[Any, str]:
     return system, path
 
 
-def _call(url: str, method: str, *, before: str | None = None, limited: bool = True, **options: Any) -> Any:
-    """Call a method of fsspec on the URL's path, with TIME_LIMIT if `limited` and where the file system has one.
+def _call(
+    url: str,
+    method: str,
+    *,
+    before: str | None = None,
+    after: str | None = None,
+    limit: float | None = TIME_LIMIT,
+    **options: Any,
+) -> Any:
+    """Call a method of fsspec on the URL's path, with a time limit (seconds) where the file system has one.
 
-    before: argument before the path.
+    before, after: arguments before and after the path.
     """
     system, path = file_system(url)
     system.invalidate_cache()
-    arguments = [path] if before is None else [before, path]
-    if not (system.async_impl and limited):
+    arguments = [argument for argument in (before, path, after) if argument is not None]
+    if not system.async_impl or limit is None:
         return getattr(system, method)(*arguments, **options)
     sync = importlib.import_module("fsspec.asyn").sync
-    return sync(system.loop, getattr(system, f"_{method}"), *arguments, timeout=TIME_LIMIT, **options)
+    return sync(system.loop, getattr(system, f"_{method}"), *arguments, timeout=limit, **options)
 
 
 ResultT = TypeVar("ResultT")
@@ -232,16 +245,22 @@ ResultT = TypeVar("ResultT")
 
 
 def _retry(url: str, request: Callable[[], ResultT], verb: str) -> ResultT:
-    """Make a request until it succeeds. Raise ShardError after the last attempt, or for an error that stays."""
+    """Make a request until it succeeds. Raise ShardError after the last attempt, or for an error that stays.
+
+    An OSError about a full disk of this machine is raised as it is.
+    """
     for pause in (*PAUSES, None):
         try:
             return request()
         except ShardError:
             raise
         # Every file system raises errors of its own libraries, which have no common class.
-        except Exception as error:
+        except Exception as raised:
+            if isinstance(raised, OSError) and raised.errno in DISK_FULL:
+                raise
+            error = _cause(raised)
             if pause is None or _is_permanent(error):
-                raise ShardError(f"cannot {verb} {url}: {_describe(error)}; {_remedy(error)}") from error
+                raise ShardError(f"cannot {verb} {url}: {_describe(error, verb)}; {_remedy(error)}") from raised
             time.sleep(pause)
     raise AssertionError("unreachable: the last attempt returns or raises")
 
@@ -250,25 +269,40 @@ _LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectory
 """Errors that another attempt does not change."""
 
 
+def _cause(error: Exception) -> Exception:
+    """Return the answer of a server for which a file system says that the file does not exist, unless it says so."""
+    cause = error.__cause__
+    if not isinstance(error, FileNotFoundError) or not isinstance(cause, Exception) or _status(cause) == 404:
+        return error
+    return cause if _status(cause) or type(cause).__module__.startswith("aiohttp") else error
+
+
 def _is_permanent(error: Exception) -> bool:
-    # fsspec says "not found" for every failure of a web server's answer about a file.
-    if isinstance(error, FileNotFoundError) and type(error.__cause__).__module__.startswith("aiohttp"):
-        return _is_permanent(cast(Exception, error.__cause__))
-    status = getattr(error, "status", None)
-    if isinstance(status, int):
+    status = _status(error)
+    if status is not None:
         return 400 <= status < 500 and status not in (408, 425, 429)
-    return isinstance(error, _LASTING) or "credentials" in str(error).lower()
+    return isinstance(error, _LASTING) or _lacks_credentials(error)
 
 
-def _describe(error: Exception) -> str:
+def _status(error: Exception) -> int | None:
+    """Return the HTTP status in an error of aiohttp or the Hub."""
+    status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
+    return status if isinstance(status, int) else None
+
+
+def _lacks_credentials(error: Exception) -> bool:
+    return isinstance(error, PermissionError) or _status(error) in (401, 403) or "credentials" in str(error).lower()
+
+
+def _describe(error: Exception, verb: str) -> str:
     if isinstance(error, FileNotFoundError):
-        return "it does not exist"
+        return "its bucket or folder does not exist" if verb == "write" else "it does not exist"
     return one_line(error) or type(error).__name__
 
 
 def _remedy(error: Exception) -> str:
-    if isinstance(error, PermissionError) or "credentials" in str(error).lower():
-        return "set the store's credentials as its own tools do (for s3 AWS_ACCESS_KEY_ID, AWS_PROFILE, …)"
+    if _lacks_credentials(error):
+        return "set the store's credentials as its own tools do (s3: AWS_ACCESS_KEY_ID, AWS_PROFILE; hf: HF_TOKEN, …)"
     if _is_permanent(error):
         return "correct the URL"
     return "the server did not answer; rerun the same command"

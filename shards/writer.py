@@ -6,7 +6,6 @@ Until the split is complete, OUT has a hidden folder with the settings and one r
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -28,6 +27,7 @@ from shards.errors import ShardError
 from shards.format import Column, Entry, RejectedSample, RejectionRecord, Shard, format_index
 from shards.images import ImageOptions, to_baseline_jpeg, to_png_mask
 from shards.listing import Sample, TarReader
+from shards.urls import DISK_FULL
 from shards.workers import ProgressCount
 
 
@@ -124,7 +124,7 @@ def explain_write_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in DISK_FULL:
             remedy = "free disk space, then rerun the same command: finished shards are kept"
         else:
             remedy = "fix this, then rerun the same command: finished shards are kept"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -139,3 +141,13 @@ def detect(source: str, extra: SourceOptions) -> SourceKind:
     if names[0].endswith(".tar"):
         return "imagenet-train"
     return "imagenet-val" if _VAL_IMAGE.fullmatch(names[0]) else "webdataset"
+
+
+@contextmanager
+def explain_read_errors(source: str) -> Iterator[None]:
+    """Convert an OSError about a source to a ShardError with a remedy."""
+    try:
+        yield
+    except OSError as error:
+        path = error.filename or source
+        raise ShardError(f"cannot read {path}: {error.strerror}; correct the path or the permissions") from error

@@ -12,14 +12,16 @@ import json
 import os
 import select
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing import TimeoutError as NotYet
-from multiprocessing.pool import ThreadPool
+from multiprocessing.pool import AsyncResult, ThreadPool
 from pathlib import Path
 from threading import Event, Lock
 from types import TracebackType
+from typing import Any
+from uuid import uuid4
 
 from rich.console import Console
 
@@ -58,6 +60,8 @@ class StagingFolder:
                 ) from None
             yield
         finally:
+            with suppress(OSError):  # not empty: it has tars to resume from; or removed
+                self.path.rmdir()
             os.close(descriptor)
 
     def stage(self, tars: list[RemoteTar], console: Console) -> list[Path]:
@@ -116,21 +120,17 @@ class StagingFolder:
         total = None if any(tar.size is None for tar in todo) else sum(tar.size or 0 for tar in todo)
         with (
             TransferProgress("copying", len(todo), total, console) as progress,
-            open(self.path / _JOURNAL, "a") as journal,
             ThreadPool(min(COPIES_AT_ONCE, len(todo))) as pool,
             TarCopies(self.path) as copies,
         ):
-            results, finished = pool.imap_unordered(copies.copy, todo), 0
-            while finished < len(todo):
-                try:
-                    tar, size = results.next(timeout=0.2)
-                except NotYet:
-                    pass
-                else:
-                    finished += 1
-                    journal.write(json.dumps([*tar, size]) + "\n")
-                    journal.flush()
-                progress.update(copies.bytes, finished)
+            results = [pool.apply_async(copies.copy, (tar,)) for tar in todo]
+            ready: list[AsyncResult[None]] = []
+            while len(ready) < len(results):
+                time.sleep(0.1)
+                ready = [result for result in results if result.ready()]
+                for result in ready:
+                    result.get()
+                progress.update(copies.bytes, len(ready))
 
 
 class TarCopies:
@@ -142,6 +142,7 @@ class TarCopies:
         """Number of bytes copied so far."""
         self._ended = Event()
         self._lock = Lock()
+        self._commands: set[Any] = set()
 
     def __enter__(self) -> TarCopies:
         return self
@@ -150,11 +151,14 @@ class TarCopies:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._ended.set()
+        for pipe in set(self._commands):
+            pipe.proc.kill()
 
-    def copy(self, tar: RemoteTar) -> tuple[RemoteTar, int]:
-        """Copy a tar under a temporary name, check it, and rename it; return it with its size (bytes)."""
+    def copy(self, tar: RemoteTar) -> None:
+        """Copy a tar under a temporary name, check it, rename it, and write it into the journal."""
         path = self.folder / tar.name
-        partial = path.with_name(f"{path.name}.partial")
+        partial = path.with_name(f"{path.name}.{uuid4().hex[:8]}.partial")
+        self._report(0)
         with explain_write_errors(self.folder):
             path.parent.mkdir(exist_ok=True)
             if tar.location.startswith(PIPE):
@@ -170,7 +174,8 @@ class TarCopies:
             with open(partial, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(partial, path)
-        return tar, size
+            with self._lock, open(self.folder / _JOURNAL, "a") as journal:
+                journal.write(json.dumps([*tar, size]) + "\n")
 
     def _report(self, added: int) -> None:
         if self._ended.is_set():
@@ -181,6 +186,7 @@ class TarCopies:
     def _run(self, location: str, path: Path) -> None:
         """Write a command's output to a file. Raise ShardError where it ends with another status than 0."""
         pipe = importlib.import_module("webdataset.gopen").gopen(location, bufsize=0)
+        self._commands.add(pipe)
         try:
             with open(path, "wb") as file:
                 while True:
@@ -198,6 +204,7 @@ class TarCopies:
             pipe.proc.kill()
             pipe.stream.close()
             pipe.proc.wait()
+            self._commands.remove(pipe)
         if status != 0:
             raise ShardError(
                 f"{location} ended with status {status} after {path.stat().st_size:,} bytes; correct the command, "

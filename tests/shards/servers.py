@@ -21,6 +21,8 @@ class WebServer:
     requests: list[str] = field(default_factory=list)
     """Requests as METHOD NAME, those for the rest of a file as METHOD NAME FIRST-."""
     url: str = ""
+    status: int | None = None
+    """Status of every answer; None for the true one."""
 
 
 @contextmanager
@@ -37,6 +39,8 @@ def web_server(folder: Path, **options: object) -> Iterator[WebServer]:
             name = self.path.partition("?")[0].strip("/")
             wanted = self.headers.get("Range", "")
             server.requests.append(f"GET {name} {wanted.removeprefix('bytes=')}".strip())
+            if server.status:
+                return self.send_error(server.status)
             if not (folder / name).is_file():
                 return super().do_GET()
             data = (folder / name).read_bytes()
@@ -53,6 +57,9 @@ def web_server(folder: Path, **options: object) -> Iterator[WebServer]:
             else:
                 self.wfile.write(data)
             return None
+
+        def do_HEAD(self) -> None:
+            return self.send_error(server.status) if server.status else super().do_HEAD()
 
         def log_message(self, *arguments: object) -> None:
             """Print nothing."""

@@ -12,12 +12,16 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from rich.console import Console
 from servers import web_server
-from shard_sources import ROOT, class_folders, contents, jpeg, make, tar_of
+from shard_sources import ROOT, class_folders, jpeg, make, tar_of
 
 from shards import urls
 from shards.errors import ShardError
+from shards.make import ShardingOptions, make_shards
+from shards.remote_options import RemoteOptions
 from shards.sources.remote_tars import find_tars
+from tests.disks import small_disk
 
 SHARDS = {"min_shards": 3}
 
@@ -50,6 +54,11 @@ def local(tars: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, byt
     manifest = make(f"{tars}/imagenet1k-train-{{0000..0002}}.tar", out, **SHARDS)
     assert (manifest.read, manifest.rejected, len(manifest.column("label").classes)) == (19, 1, 7)
     return contents(out)
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """Return the content of every file of a shard folder but the record of its remote source, by name."""
+    return {path.name: path.read_bytes() for path in out.iterdir() if not path.name.endswith(".source.json")}
 
 
 @pytest.fixture
@@ -85,6 +94,25 @@ def test_the_output_of_commands_gives_the_shards_of_the_same_tars_on_a_disk(tars
     assert contents(tmp_path / "out") == local
 
 
+def test_a_finished_split_is_recognised_without_its_source_and_another_source_is_refused(tars, local, tmp_path):
+    folder = shutil.copytree(tars, tmp_path / "source")
+    with web_server(folder) as server:
+        source = f"{server.url}/imagenet1k-train-{{0000..0002}}.tar"
+        make(source, tmp_path / "out", **SHARDS)
+        server.requests.clear()
+        make(source, tmp_path / "out", **SHARDS)
+        assert not server.requests
+        with pytest.raises(ShardError, match="made with seed = 0, this run has 1; use another OUT, or --overwrite"):
+            make(source, tmp_path / "out", **SHARDS, seed=1)
+        assert not server.requests
+        with pytest.raises(ShardError, match="made from other contents"):
+            make(source.replace("0002}", "0001}"), tmp_path / "out", **SHARDS)
+        assert make(source, tmp_path / "out", **SHARDS, seed=1, overwrite=True).seed == 1
+        shutil.copy(folder / "imagenet1k-validation-00.tar", folder / "imagenet1k-train-0002.tar")
+        with pytest.raises(ShardError, match="made from other contents"):
+            make(source, tmp_path / "out", **SHARDS, seed=1)
+
+
 def test_shards_of_this_project_at_a_url_keep_their_class_names(tmp_path):
     make(class_folders(tmp_path / "src", {"owl": 5, "elk": 4}), tmp_path / "first")
     make(tmp_path / "first", tmp_path / "local")
@@ -116,12 +144,13 @@ def test_a_body_that_always_breaks_off_is_refused_and_whole_tars_are_kept(tars, 
         with pytest.raises(ShardError, match=r"cannot read http://127.0.0.1:\d+/imagenet1k-train-0001.tar: "):
             make(source, tmp_path / "out", **SHARDS)
         server.cuts.clear()
-        whole = {path.name for path in (tmp_path / "out" / ".train.source").glob("*.tar")}
-        assert "imagenet1k-train-0001.tar" not in whole
+        journal = tmp_path / "out" / ".train.source" / "staged.jsonl"
+        whole = {json.loads(line)[1] for line in journal.read_text().splitlines()} if journal.exists() else set()
         server.requests.clear()
         make(source, tmp_path / "out", **SHARDS)
         fetched = {request.split()[1] for request in server.requests if request.endswith(".tar")}
-        assert fetched == {f"imagenet1k-train-{number:04d}.tar" for number in range(3)} - whole
+        assert "imagenet1k-train-0001.tar" in fetched
+        assert not fetched & whole
     assert contents(tmp_path / "out") == local
 
 
@@ -172,6 +201,26 @@ def test_what_is_not_there_is_refused_before_anything_is_copied(tars, tmp_path, 
     with web_server(tars) as server, pytest.raises(ShardError, match=r"none.tar: it does not exist; correct the URL"):
         make(f"{server.url}/none.tar", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_named_with_its_remedy(tars, tmp_path):
+    with small_disk(tmp_path / "disk", "40k") as disk, web_server(tars) as server:
+        source = f"{server.url}/imagenet1k-train-{{0000..0002}}.tar"
+        console = Console(record=True, width=200)
+        options = ShardingOptions(source, tmp_path / "out", workers=1, remote=RemoteOptions(staging=disk))
+        with pytest.raises(ShardError, match=r"^cannot write to .*disk.*: No space left on device; free disk space"):
+            make_shards(options, console)
+        assert "GB to write, only 0.0 GB free on the disk of" in console.export_text()
+
+
+def test_a_server_that_refuses_asks_for_credentials(tars, tmp_path, short_pauses):
+    with web_server(tars) as server:
+        server.status = 403
+        with pytest.raises(ShardError, match=r"a-0.tar: 403, message='Forbidden'.*; set the store's credentials"):
+            make(f"{server.url}/a-0.tar", tmp_path / "out")
+        server.status = 503
+        with pytest.raises(ShardError, match=r"a-0.tar: 503, .*; the server did not answer; rerun"):
+            make(f"{server.url}/a-0.tar", tmp_path / "out")
 
 
 def test_tars_of_the_same_name_in_two_folders_are_told_apart(tars, tmp_path):
