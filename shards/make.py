@@ -153,7 +153,6 @@ def _make_splits(
             for split, part in parts.items()
         }
     console.print(listing.labelling)
-    description = subset.description if subset else None
     with ExitStack() as locks:
         runs = []
         for split, plan in plans.items():
@@ -162,16 +161,14 @@ def _make_splits(
                 f"{len(plan.rejections):,} of them rejected "
                 f"without reading them, {plan.hidden:,} hidden files ignored; {plan.shards} shards to make"
             )
-            workspace, settings = (
-                SplitWorkdir(options.folder, split),
-                _settings(options, kind, description, plan.digest),
-            )
+            workspace = SplitWorkdir(options.folder, split)
+            settings = _settings(options, kind, subset.description if subset else None, plan.digest)
             locks.enter_context(workspace.lock())
-            if source:
-                save_record(remote.mirror if remote else options.folder, split, source, plan.digest)
             upload = locks.enter_context(SplitUpload(workspace, remote)) if remote else None
             whole = upload.existing_split(settings, options.overwrite) if upload else None
             existing = whole or find_existing(workspace, settings, options.overwrite)
+            if source:
+                save_record(remote.mirror if remote else options.folder, split, source, plan.digest)
             runs.append((workspace, plan, settings, existing, upload if not whole else None))
         manifests = {}
         for workspace, plan, settings, existing, upload in runs:

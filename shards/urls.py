@@ -87,10 +87,10 @@ def exists(url: str) -> bool:
 
 def file_size(url: str) -> int:
     """Return the size of a file (bytes). Raise ShardError where the file does not exist or has no size."""
-    info = _retry(url, lambda: _call(url, "info"), "read")
-    if info.get("size") is None:
+    size, _ = describe_file(url)
+    if size is None:
         raise ShardError(f"{url}: its server does not tell the file's size; copy it to a folder or an object store")
-    return int(info["size"])
+    return size
 
 
 def describe_file(url: str) -> tuple[int | None, str]:

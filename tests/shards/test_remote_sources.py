@@ -14,7 +14,7 @@ import fsspec
 import pytest
 from rich.console import Console
 from servers import web_server
-from shard_sources import ROOT, class_folders, jpeg, make, tar_of
+from shard_sources import ROOT, class_folders, jpeg, make, samples, tar_of
 
 from shards import urls
 from shards.errors import ShardError
@@ -74,7 +74,10 @@ def test_tars_of_a_web_server_give_the_shards_of_the_same_tars_on_a_disk(tars, l
 
 
 @pytest.mark.parametrize("pattern", ["imagenet1k-train-{0000..0002}.tar", "imagenet1k-train-*.tar"])
-def test_tars_of_an_object_store_give_the_shards_of_the_same_tars_on_a_disk(tars, local, tmp_path, s3, pattern):
+def test_tars_of_an_object_store_give_the_shards_of_the_same_tars_on_a_disk(
+    tars, local, tmp_path, s3, pattern, monkeypatch
+):
+    monkeypatch.setattr(urls, "BLOCK", 10_000)  # several requests for each tar
     store = fsspec.filesystem("s3")
     store.put(f"{tars}/", "bucket/wds/", recursive=True)
     make(f"s3://bucket/wds/{pattern}", tmp_path / "out", **SHARDS)
@@ -87,6 +90,16 @@ def test_a_folder_that_the_store_lists_is_read_by_the_hub_s_names(tars, local, t
         store.pipe_file(f"/datasets/timm/{path.name}", path.read_bytes())
     make("memory://datasets/timm", tmp_path / "out", **SHARDS)
     assert contents(tmp_path / "out") == local
+
+
+def test_both_splits_of_imagenet_1k_wds_share_their_classes(tars, tmp_path):
+    store = fsspec.filesystem("memory")
+    for path in sorted(tars.iterdir()):
+        store.pipe_file(f"/both/{path.name}", path.read_bytes())
+    train = make("memory://both/imagenet1k-train-{0000..0002}.tar", tmp_path / "out")
+    val = make("memory://both/imagenet1k-validation-{00..00}.tar", tmp_path / "out", "val")
+    assert (train.samples, val.samples, val.columns) == (18, 6, train.columns)
+    assert samples(tmp_path / "out", val)["n01440764_31"] == {"jpg": jpeg(31), "cls": b"1"}
 
 
 def test_the_output_of_commands_gives_the_shards_of_the_same_tars_on_a_disk(tars, local, tmp_path):

@@ -286,6 +286,6 @@ def test_the_command_of_the_documentation_makes_and_verifies_ade20k(tmp_path):
 def test_every_command_of_the_documentation_is_understood():
     text = (ROOT / "docs" / "datasets.md").read_text().replace("\\\n", " ")
     commands = re.findall(r"^python tools/make_shards\.py (.*)$", text, re.MULTILINE)
-    assert len(commands) == 13
+    assert len(commands) == 15
     for command in commands:
         tyro.cli(OmitArgPrefixes[ShardingOptions], args=shlex.split(command))

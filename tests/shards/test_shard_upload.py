@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -164,6 +165,28 @@ def test_a_kill_during_the_upload_leaves_no_manifest_and_the_same_command_resume
     assert stored(out) == local
     assert set(versions(out).values()) == {1}  # nothing was uploaded twice
     assert all((work / name).stat().st_ino == inode for name, inode in made.items() if name in arrived)
+
+
+@pytest.mark.long
+def test_killed_ten_times_the_upload_is_the_same(source, local, out):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    generator = random.Random(0)
+    for moment in range(1, 11):
+        process = subprocess.Popen(
+            command(source, out, "--workers", "2"), env=environment, stdout=subprocess.PIPE, start_new_session=True
+        )
+        while len(stored(out)) < moment:
+            assert process.poll() is None
+        time.sleep(generator.uniform(0, 0.05))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        arrived = stored(out)
+        assert "manifest.json" not in arrived or arrived == local
+        assert arrived.items() <= local.items()
+    again = run_tool(*command(source, out, "--workers", "2")[2:])
+    assert again.returncode == 0, again.stderr
+    assert stored(out) == local
+    assert not list(Path().iterdir())
 
 
 def test_a_kill_before_the_manifest_is_written_makes_no_shard_again(source, local, out, monkeypatch):
