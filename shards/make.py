@@ -121,12 +121,14 @@ def _make_from_source(options: ShardingOptions, remote: RemoteFolder | None, con
         [options.split] if options.val_fraction is None else [VAL, TRAIN],
         lambda contents: _settings(options, "webdataset", subset, contents),
         options.overwrite,
+        options.remote.keep_local,
     )
-    if finished:
-        console.print(f"{remote.url if remote else options.folder} has {' and '.join(finished)}: nothing to do")
-        return finished
     staging = StagingFolder((options.remote.staging or options.folder) / f".{options.split}.source")
     with staging.lock():
+        if finished:
+            console.print(f"{remote.url if remote else options.folder} has {' and '.join(finished)}: nothing to do")
+            staging.remove()
+            return finished
         manifests = _make_splits(options, staging.stage(tars, console), remote, console, source)
         staging.remove()
     return manifests
@@ -181,7 +183,7 @@ def _make_splits(
             if upload:
                 upload.finish(manifest, console)
             if remote and not options.remote.keep_local:
-                discard_local(workspace)
+                discard_local(workspace, remote)
             manifests[workspace.split] = manifest
     if TRAIN in manifests:
         for line in few_images_advice(manifests[TRAIN].samples):

@@ -14,6 +14,7 @@ from shards.existing_split import find_existing
 from shards.format import Manifest
 from shards.remote_folder import RemoteFolder, record_name
 from shards.sources.remote_tars import RemoteTar
+from shards.upload import discard_local
 from shards.urls import exists, join, read_file
 from shards.writer import SplitWorkdir
 
@@ -40,11 +41,13 @@ def find_finished(
     splits: Collection[str],
     settings_of: Callable[[str], dict[str, Any]],
     overwrite: bool,
+    keep_local: bool,
 ) -> dict[str, Manifest]:
     """Return the manifests of the splits where all of them are finished, from this source; else an empty dictionary.
 
     settings_of: function from contents to settings. Raise ShardError where OUT has a split of this source with other
     settings, or damaged, and `overwrite` is not set.
+    keep_local: keep what a run left in the work folder that ended after its upload.
     """
     manifests: dict[str, Manifest] = {}
     for split in splits:
@@ -59,6 +62,8 @@ def find_finished(
                     if remote
                     else find_existing(workspace, settings, False)
                 )
+                if found and remote and not keep_local:
+                    discard_local(workspace, remote)
         except ShardError:
             if not overwrite:
                 raise

@@ -30,6 +30,8 @@ from shards.writer import SplitWorkdir
 
 UPLOADS_AT_ONCE = 4
 """Number of files that are uploaded at the same time."""
+LOOK_EVERY = 0.2
+"""Time between two looks for finished shards (seconds)."""
 
 _MD5 = re.compile(r"[0-9a-f]{32}")
 
@@ -40,7 +42,7 @@ class SplitUpload:
     def __init__(self, workspace: SplitWorkdir, remote: RemoteFolder) -> None:
         self.workspace = workspace
         self.remote = remote
-        self._journal = remote.mirror / f"uploaded-{workspace.split}.jsonl"
+        self._journal = _journal(workspace, remote)
         self._arrived = self._read_journal()
         self._files: dict[str, RemoteFile] = {}
         self._pool = ThreadPool(UPLOADS_AT_ONCE)
@@ -70,13 +72,12 @@ class SplitUpload:
         Raise ShardError soon after an upload has failed.
         """
         with closing(reports):
+            looked = 0.0
             for report in reports:
-                for path in set(self.workspace.folder.glob("[0-9]*.json")) - self._records:
-                    self._records.add(path)
-                    record = self.workspace.load_record(int(path.stem))
-                    if record and record.shard:
-                        self._add(record.shard)
-                self._uploaded()
+                if time.monotonic() - looked > LOOK_EVERY:
+                    looked = time.monotonic()
+                    self._add_finished()
+                    self._uploaded()
                 yield report
 
     def finish(self, manifest: Manifest, console: Console) -> None:
@@ -91,6 +92,13 @@ class SplitUpload:
         self.remote.publish(manifest, load_rejections(self.workspace.out, manifest.split))
         self._journal.unlink(missing_ok=True)
         console.print(f"{manifest.split}: uploaded to {self.remote.url}")
+
+    def _add_finished(self) -> None:
+        for path in set(self.workspace.folder.glob("[0-9]*.json")) - self._records:
+            self._records.add(path)
+            record = self.workspace.load_record(int(path.stem))
+            if record and record.shard:
+                self._add(record.shard)
 
     def _add(self, shard: Shard) -> None:
         if shard.name not in self._results:
@@ -135,9 +143,14 @@ class SplitUpload:
         return arrived
 
 
-def discard_local(workspace: SplitWorkdir) -> None:
-    """Delete the split's files in the work folder, and the files of all splits where it was the last."""
+def _journal(workspace: SplitWorkdir, remote: RemoteFolder) -> Path:
+    return remote.mirror / f"uploaded-{workspace.split}.jsonl"
+
+
+def discard_local(workspace: SplitWorkdir, remote: RemoteFolder) -> None:
+    """Delete the split's files in the locked work folder, and the files of all splits where it was the last."""
     out = workspace.out
+    _journal(workspace, remote).unlink(missing_ok=True)
     for path in workspace.shard_files():
         path.unlink()
     workspace.clear()

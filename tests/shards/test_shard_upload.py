@@ -21,6 +21,7 @@ from shards import upload, urls
 from shards.errors import ShardError
 from shards.make import ShardingOptions, make_shards
 from shards.plan import ShardSize
+from shards.remote_folder import RemoteFolder
 from shards.remote_options import RemoteOptions
 from shards.verify_remote import verify_remote
 
@@ -205,6 +206,32 @@ def test_a_kill_before_the_manifest_is_written_makes_no_shard_again(source, loca
     assert "already has the split 'train' with the same settings: nothing to make" in console.export_text()
     assert stored(out) == local
     assert set(versions(out).values()) == {1}
+
+
+@pytest.mark.parametrize("remote_source", [False, True])
+def test_a_kill_after_the_manifest_is_written_leaves_nothing_to_do_but_to_clean(
+    source, out, monkeypatch, tmp_path, remote_source
+):
+    make(source, tmp_path / "tars", min_shards=6)
+    with web_server(tmp_path / "tars") as server:
+        place = f"{server.url}/train-{{000000..000005}}.tar" if remote_source else source
+        original = RemoteFolder.publish
+
+        def killed(*arguments: object) -> None:
+            original(*arguments)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(RemoteFolder, "publish", killed)
+            with pytest.raises(KeyboardInterrupt):
+                make(place, out, min_shards=6)
+        before = stored(out)
+        assert "manifest.json" in before
+        assert list(Path().iterdir())
+        make(place, out, min_shards=6)
+    assert stored(out) == before
+    assert set(versions(out).values()) == {1}
+    assert not list(Path().iterdir())
 
 
 def test_shards_of_an_upload_from_elsewhere_are_not_taken_for_ours(source, local, out):
