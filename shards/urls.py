@@ -179,7 +179,7 @@ def upload(path: Path, url: str) -> None:
     def put() -> None:
         if not file_system(url)[0].async_impl:  # not an object store: its folders must exist
             _call(url.rpartition("/")[0], "makedirs", exist_ok=True)
-        _call(url, "put_file", before=str(path), limit=None)
+        _call(url, "put_file", before=str(path), limited=False)
         size = _call(url, "info").get("size")
         if size != path.stat().st_size:
             raise ConnectionError(f"{size} bytes arrived in place of {path.stat().st_size}")
@@ -219,25 +219,19 @@ def file_system(url: str) -> tuple[Any, str]:
 
 
 def _call(
-    url: str,
-    method: str,
-    *,
-    before: str | None = None,
-    after: str | None = None,
-    limit: float | None = TIME_LIMIT,
-    **options: Any,
+    url: str, method: str, *, before: str | None = None, after: str | None = None, limited: bool = True, **options: Any
 ) -> Any:
-    """Call a method of fsspec on the URL's path, with a time limit (seconds) where the file system has one.
+    """Call a method of fsspec on the URL's path, with TIME_LIMIT if `limited` and where the file system has one.
 
     before, after: arguments before and after the path.
     """
     system, path = file_system(url)
     system.invalidate_cache()
     arguments = [argument for argument in (before, path, after) if argument is not None]
-    if not system.async_impl or limit is None:
+    if not (system.async_impl and limited):
         return getattr(system, method)(*arguments, **options)
     sync = importlib.import_module("fsspec.asyn").sync
-    return sync(system.loop, getattr(system, f"_{method}"), *arguments, timeout=limit, **options)
+    return sync(system.loop, getattr(system, f"_{method}"), *arguments, timeout=TIME_LIMIT, **options)
 
 
 ResultT = TypeVar("ResultT")
