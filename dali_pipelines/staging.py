@@ -106,6 +106,7 @@ class StagedShards:
         self._fetched = 0
         self._error: Exception | None = None
         self._stop, self._changed = threading.Event(), threading.Condition()
+        self._running = DOWNLOADS
         for _ in range(DOWNLOADS):
             threading.Thread(target=self._stage, name="staging", daemon=True).start()
 
@@ -122,7 +123,7 @@ class StagedShards:
         with self._changed:
             self._read, self._needed = self._positions(batch)
             # Before its first batch DALI has read nothing.
-            if batch > self._first:
+            if batch > self._first and self._error is None:
                 self._release()
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._error is not None or self._first_missing() >= self._needed)
@@ -184,8 +185,8 @@ class StagedShards:
         return min(staging.begin for staging in (self._next, *self._pending))
 
     def _release(self) -> None:
-        """Allow shards to be evicted that the reader has read. Without a limit it may map them, and nothing is."""
-        while self._cache.limit is not None and self._held and self._held[0].end <= self._read:
+        """Allow shards to be evicted that the reader has read."""
+        while self._held and self._held[0].end <= self._read:
             shard = self._held.popleft().shard
             self._holders[shard] -= 1
             if not self._holders[shard]:
@@ -208,6 +209,11 @@ class StagedShards:
             with self._changed:
                 self._error = self._error or error
                 self._changed.notify_all()
+        finally:
+            with self._changed:
+                self._running -= 1
+                if not self._running:
+                    self._cache.done()
 
     def _take(self) -> Staging | None:
         """Return the next shard once it may be staged; None at the end."""
@@ -217,8 +223,10 @@ class StagedShards:
                 if self._is_due(staging):
                     self._next = next(self._plan)
                     self._pending.add(staging)
-                    self._held.append(staging)
-                    self._holders[staging.shard] += 1
+                    # Without a limit the reader maps shards, and may read them later; nothing is evicted.
+                    if self._cache.limit is not None:
+                        self._held.append(staging)
+                        self._holders[staging.shard] += 1
                     return staging
                 # Other processes make room without telling this one.
                 self._changed.wait(ROOM_CHECK)

@@ -15,7 +15,6 @@ from dali_pipelines.decoder import DECODER, Decoder, DecoderDevice
 from iwm.model_config import ActionConfig, EncoderConfig, LossConfig, MaskingConfig, PredictorConfig
 from iwm.ranges import ConfigError as ConfigError
 from iwm.ranges import Range, check_ranges
-from shards.cache import local_folder
 
 EncoderName = Literal["teacher", "student"]
 """EMA target encoder (teacher) or trained context encoder (student), as the paper's tables name them."""
@@ -79,6 +78,9 @@ class DataConfig:
 
         Raises ShardError where the manifest of a URL cannot be fetched.
         """
+        # Imported late: it needs locks that not every system has on which a trained model is loaded.
+        from shards.cache import local_folder
+
         return local_folder(self.shards, self.cache, self.cache_gb)
 
     @property

@@ -132,6 +132,11 @@ class SplitCache:
             self._used.discard(number)
             self._uses.release(number)
 
+    def done(self) -> None:
+        """Allow all shards to be evicted, as far as this loader is concerned."""
+        for number in list(self._used):
+            self.done_with(number)
+
     def make_room(self, number: int, fetching: int) -> bool:
         """Evict shards that no loader uses, the least recently used first, until the shard fits into the limit.
 
@@ -154,11 +159,6 @@ class SplitCache:
             evicted = evictable.pop()
             size -= self.shards[evicted].bytes if self._evict(evicted) else 0
         return True
-
-    def close(self) -> None:
-        """Give up all shards in use."""
-        self._uses.close()
-        self._downloads.close()
 
     def _mark(self, number: int) -> Path:
         return self.folder / STAGED / self.shards[number].name

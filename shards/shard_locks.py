@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import os
 import struct
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ class ShardLocks:
 
     def __init__(self, path: Path) -> None:
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        weakref.finalize(self, os.close, self._file)
 
     def share(self, shard: int) -> None:
         """Hold the shard together with others. Waits while one holds it alone."""
@@ -42,10 +44,6 @@ class ShardLocks:
 
     def release(self, shard: int) -> None:
         self._lock(fcntl.F_UNLCK, shard, wait=False)
-
-    def close(self) -> None:
-        """Release everything."""
-        os.close(self._file)
 
     def _lock(self, kind: int, shard: int, wait: bool) -> None:
         # struct flock of Linux: type, whence (absolute), start, length, process (must be 0).

@@ -148,7 +148,7 @@ def test_a_tar_of_the_cache_that_was_deleted_or_cut_is_fetched_again(tiny_shards
         cache = opened(server.url, tmp_path)
         for number in range(2):
             cache.use(number, GO_ON)
-        cache.close()
+        cache.done()
         tars = [cache.folder / shard.name for shard in cache.shards]
         tars[0].unlink()
         tars[1].write_bytes(tars[1].read_bytes()[:1000])
