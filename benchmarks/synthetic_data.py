@@ -40,18 +40,23 @@ def generated_shards(console: Console, folder: Path = GENERATED) -> Path:
     shards = folder / "shards"
     if (shards / MANIFEST).exists():
         return shards
-    skimage = importlib.util.find_spec("skimage")
-    if skimage is None or skimage.origin is None:
-        raise BenchmarkError("scikit-image is missing: pip install scikit-image, or measure your own --shards")
-    source = Path(skimage.origin).parent / "data"
     console.print(f"generating benchmark shards in {shards}")
     shutil.rmtree(folder, ignore_errors=True)
-    (folder / "photographs").mkdir(parents=True)
-    for photograph in PHOTOGRAPHS:
-        shutil.copy(source / photograph, folder / "photographs")
-    _run(TOOLS / "make_tiles.py", folder / "photographs", folder / "tiles", "--count", "1200")
+    generated_tiles(folder, 1200)
     _run("-m", "shards", folder / "tiles", shards)
     return shards
+
+
+def generated_tiles(folder: Path, count: int) -> Path:
+    """Cut photo-like JPEGs of ImageNet's most common size into the new folder `folder`/tiles, and return it."""
+    skimage = importlib.util.find_spec("skimage")
+    if skimage is None or skimage.origin is None:
+        raise BenchmarkError("scikit-image is missing: pip install scikit-image, or measure your own data")
+    (folder / "photographs").mkdir(parents=True)
+    for photograph in PHOTOGRAPHS:
+        shutil.copy(Path(skimage.origin).parent / "data" / photograph, folder / "photographs")
+    _run(TOOLS / "make_tiles.py", folder / "photographs", folder / "tiles", "--count", count)
+    return folder / "tiles"
 
 
 def labelled_shards(console: Console, folder: Path = GENERATED) -> Path:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import PIL
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
@@ -20,6 +21,12 @@ RESIZED: dict[str, Any] = {"quality": 90, "colorsubsampling": "420"}
 
 CONVERTED: dict[str, Any] = {"quality": 95, "colorsubsampling": "444"}
 """Encoding of an image that keeps its size but needs conversion: near lossless, chroma at full resolution."""
+
+
+def codec_versions() -> dict[str, str]:
+    """Return the versions of the packages on which the bytes of images depend."""
+    return {"pillow": PIL.__version__, "simplejpeg": simplejpeg.__version__, "numpy": np.__version__}
+
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

@@ -9,12 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
-import PIL
-import simplejpeg
 from rich.console import Console
 from tyro.conf import Positional, arg
 
+from shards.distributors import Distributor, DistributorName, open_distributor
 from shards.errors import ShardError
 from shards.existing_split import find_existing, known_columns
 from shards.few_images import few_images_advice
@@ -25,7 +23,7 @@ from shards.format import (
     save_rejections,
 )
 from shards.hold_out import TRAIN, VAL, hold_out
-from shards.images import CONVERTED, RESIZED, ImageOptions
+from shards.images import CONVERTED, RESIZED, ImageOptions, codec_versions
 from shards.plan import ShardPlan, ShardSize, plan_shards, read_subset
 from shards.remote_folder import RemoteFolder
 from shards.remote_options import MIRROR, RemoteOptions, check_remote_options
@@ -35,7 +33,7 @@ from shards.sources.remote_tars import find_tars, is_remote
 from shards.sources.staged_tars import StagingFolder
 from shards.upload import SplitUpload, default_work_dir, discard_local, remove_unused
 from shards.urls import is_url
-from shards.workers import available_cores, run_tasks, show_progress
+from shards.workers import show_progress
 from shards.writer import ShardJob, ShardTask, SplitWorkdir, explain_write_errors, warn_of_small_disk, write_shard
 
 MAX_PIXELS = 178_956_970
@@ -68,7 +66,12 @@ class ShardingOptions:
     seed: int = 0
     """Seed of the shuffle over all samples of the split."""
     workers: int | None = None
-    """Number of worker processes; None for one per core. The result does not depend on it."""
+    """Number of worker processes; None for one per core. The result does not depend on it.
+    With Ray: the most shards that are made at a time; None for as many as the cluster has CPUs."""
+    distributor: DistributorName = "processes"
+    """Where the workers are. processes: on this machine. The result does not depend on it.
+    ray: on the Ray cluster of RAY_ADDRESS, else on the one that `ray start` has started here, else on a new one here.
+    All of its nodes must see SRC and OUT under the same paths."""
     image: ImageOptions = field(default_factory=ImageOptions)
     shard: ShardSize = field(default_factory=ShardSize)
     extra: SourceOptions = field(default_factory=SourceOptions)
@@ -94,22 +97,25 @@ def make_shards(options: ShardingOptions, console: Console) -> dict[str, Manifes
     final names only when they are complete, so a run can resume after any interruption.
     """
     _check_options(options)
+    distributor = open_distributor(options.distributor, options.workers, console)
     url = str(options.out)
     if not is_url(url):
-        return _make_from_source(options, None, console)
+        return _make_from_source(options, None, distributor, console)
     work = options.remote.work_dir or default_work_dir(url)
     remote = RemoteFolder(url, work / MIRROR)
     try:
         remote.fetch()
-        return _make_from_source(replace(options, out=work), remote, console)
+        return _make_from_source(replace(options, out=work), remote, distributor, console)
     finally:
         remove_unused(work, remote)
 
 
-def _make_from_source(options: ShardingOptions, remote: RemoteFolder | None, console: Console) -> dict[str, Manifest]:
+def _make_from_source(
+    options: ShardingOptions, remote: RemoteFolder | None, distributor: Distributor, console: Console
+) -> dict[str, Manifest]:
     """Make the splits in a local folder, from a source on a disk or from staged copies of its tars."""
     if not is_remote(options.src):
-        return _make_splits(options, None, remote, console)
+        return _make_splits(options, None, remote, distributor, console)
     with console.status(f"listing {options.src}"):
         tars = find_tars(options.src)
     subset = read_subset(options.subset).description if options.subset else None
@@ -129,7 +135,7 @@ def _make_from_source(options: ShardingOptions, remote: RemoteFolder | None, con
             console.print(f"{remote.url if remote else options.folder} has {' and '.join(finished)}: nothing to do")
             staging.remove()
             return finished
-        manifests = _make_splits(options, staging.stage(tars, console), remote, console, source)
+        manifests = _make_splits(options, staging.stage(tars, console), remote, distributor, console, source)
         staging.remove()
     return manifests
 
@@ -138,6 +144,7 @@ def _make_splits(
     options: ShardingOptions,
     staged: list[Path] | None,
     remote: RemoteFolder | None,
+    distributor: Distributor,
     console: Console,
     source: str | None = None,
 ) -> dict[str, Manifest]:
@@ -156,6 +163,7 @@ def _make_splits(
         }
     console.print(listing.labelling)
     with ExitStack() as locks:
+        locks.enter_context(closing(distributor))
         runs = []
         for split, plan in plans.items():
             console.print(
@@ -179,7 +187,7 @@ def _make_splits(
                     f"{remote.url if remote and not upload else options.folder} already has the split "
                     f"'{workspace.split}' with the same settings: nothing to {'make' if upload else 'do'}"
                 )
-            manifest = existing or _make(options, workspace, plan, settings, upload, console)
+            manifest = existing or _make(options, workspace, plan, settings, upload, distributor, console)
             if upload:
                 upload.finish(manifest, console)
             if remote and not options.remote.keep_local:
@@ -197,6 +205,7 @@ def _make(
     plan: ShardPlan,
     settings: dict[str, Any],
     upload: SplitUpload | None,
+    distributor: Distributor,
     console: Console,
 ) -> Manifest:
     with explain_write_errors(workspace.out):
@@ -206,11 +215,12 @@ def _make(
     if len(todo) < plan.shards:
         console.print(f"{workspace.split}: resuming: {plan.shards - len(todo)} of {plan.shards} shards are finished")
     warn_of_small_disk(workspace.out, plan.estimated_bytes * len(todo) // plan.shards, console)
-    reports = run_tasks(
+    reports = distributor.run(
         partial(write_shard, ShardJob(workspace, plan.columns, options.image)),
         (ShardTask(number, plan.shard(number)) for number in todo),
-        workers=min(options.workers or available_cores(), max(len(todo), 1)),
+        count=len(todo),
         name=lambda task: f"shard {workspace.shard_name(task.number)}",
+        folder=workspace.folder,
     )
     reports = upload.beside(reports) if upload else reports
     try:
@@ -304,5 +314,5 @@ def _settings(options: ShardingOptions, kind: str, subset: str | None, contents:
         **asdict(options.image),
         **asdict(options.shard),
         "encoding": {"resized": RESIZED, "converted": CONVERTED},
-        "software": {"pillow": PIL.__version__, "simplejpeg": simplejpeg.__version__, "numpy": np.__version__},
+        "software": codec_versions(),
     }

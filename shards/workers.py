@@ -17,6 +17,7 @@ from datetime import timedelta
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from rich.console import Console
@@ -92,6 +93,27 @@ def run_tasks(
             process.kill()
         for process, _ in busy.values():
             process.join()
+
+
+class ProcessDistributor:
+    """Worker processes on this machine, started for each list of tasks; as many as cores where `workers` is None."""
+
+    def __init__(self, workers: int | None) -> None:
+        self._workers = workers or available_cores()
+
+    def run(
+        self,
+        work: Callable[[Task], Generator[ProgressCount, None, None]],
+        tasks: Iterable[Task],
+        count: int,
+        name: Callable[[Task], str],
+        folder: Path,
+    ) -> Generator[ProgressCount, None, None]:
+        """Run `work` on each of `count` tasks, as run_tasks does. This machine's processes all see `folder`."""
+        return run_tasks(work, tasks, min(self._workers, max(count, 1)), name)
+
+    def close(self) -> None:
+        """Do nothing: the processes have ended with their tasks."""
 
 
 def _start(work: Callable[[Task], Generator[Report, None, None]]) -> tuple[Connection, SpawnProcess]:

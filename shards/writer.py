@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from rich.console import Console
 
-from shards.atomic import sync_folder, write_atomically
+from shards.atomic import sync_folder, unique_name, write_atomically
 from shards.errors import ShardError
 from shards.format import Column, Entry, RejectedSample, RejectionRecord, Shard, format_index
 from shards.images import ImageOptions, to_baseline_jpeg, to_png_mask
@@ -167,7 +167,9 @@ def write_shard(job: ShardJob, task: ShardTask) -> Generator[ProgressCount, None
     Raise ShardError for a source file that cannot be read and for a write error.
     """
     workspace, name = job.workspace, job.workspace.shard_name(task.number)
-    partial_tar, partial_index = (workspace.folder / f"{name}.{kind}.{os.getpid()}.partial" for kind in ("tar", "idx"))
+    # Two nodes may write the same shard at once, each to its own files.
+    attempt = unique_name()
+    partial_tar, partial_index = (workspace.folder / f"{name}.{kind}.{attempt}.partial" for kind in ("tar", "idx"))
     rejections: list[RejectionRecord] = []
     index: list[list[Entry]] = []
     with explain_write_errors(workspace.out):

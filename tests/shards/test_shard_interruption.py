@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,8 @@ import pytest
 from shard_sources import contents, encoded, make, photo
 
 from shards.errors import ShardError
-from shards.writer import SplitWorkdir
+from shards.workers import ProgressCount
+from shards.writer import ShardJob, ShardTask, SplitWorkdir, write_shard
 
 ROOT = Path(__file__).parents[2]
 SHARDS = 12
@@ -192,6 +194,19 @@ def test_an_interrupted_run_of_other_settings_is_refused_and_can_be_thrown_away(
     make(source, out, min_shards=SHARDS, resize=32, overwrite=True)
     make(source, tmp_path / "fresh", min_shards=SHARDS, resize=32)
     assert contents(out) == contents(tmp_path / "fresh")
+
+
+def test_two_attempts_at_a_shard_at_once_do_not_disturb_each_other(source, uninterrupted, tmp_path, monkeypatch):
+    def write_twice(job: ShardJob, task: ShardTask) -> Iterator[ProgressCount]:
+        first, second = write_shard(job, task), write_shard(job, task)
+        yield next(first)
+        next(second)
+        yield from first
+        list(second)
+
+    monkeypatch.setattr("shards.make.write_shard", write_twice)
+    make(source, tmp_path / "out", min_shards=SHARDS)
+    assert contents(tmp_path / "out") == uninterrupted
 
 
 def test_a_record_whose_files_are_gone_or_cut_is_made_again(source, uninterrupted, tmp_path):
