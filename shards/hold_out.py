@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 
+import numpy as np
+from numpy.typing import NDArray
+
 from shards.errors import ShardError
 from shards.listing import SampleList
 
@@ -24,15 +27,15 @@ def hold_out(listing: SampleList, fraction: float) -> dict[str, SampleList]:
     if the splits are made in this order, a folder with the split `train` has both. Raise ShardError where one of them
     would have no samples.
     """
+    samples = listing.samples
+    positions = np.fromiter(map(key_position, samples.read_keys()), np.float64, len(samples))
+    held = positions < fraction
     parts = {
-        VAL: replace(listing, samples=[], rejections=[], hidden=0),
-        TRAIN: replace(listing, samples=[]),
+        VAL: replace(listing, samples=samples.take(np.flatnonzero(held)), rejections=[], hidden=0),
+        TRAIN: replace(listing, samples=samples.take(np.flatnonzero(~held))),
     }
-    positions = [key_position(sample.key) for sample in listing.samples]
-    for sample, position in zip(listing.samples, positions, strict=True):
-        parts[VAL if position < fraction else TRAIN].samples.append(sample)
     empty = next((split for split, part in parts.items() if not part.samples), None)
-    if empty and positions:
+    if empty and len(samples):
         raise ShardError(
             f"--val-fraction {fraction} leaves no image for '{empty}', of {len(positions):,} in all: "
             f"{_sufficient(positions, empty)}"
@@ -40,9 +43,9 @@ def hold_out(listing: SampleList, fraction: float) -> dict[str, SampleList]:
     return parts
 
 
-def _sufficient(positions: list[float], empty: str) -> str:
+def _sufficient(positions: NDArray[np.float64], empty: str) -> str:
     """Return the remedy: a fraction, with few digits, that leaves one image for the split `empty`."""
-    distinct = sorted(set(positions))
+    distinct = np.unique(positions).tolist()
     if len(distinct) < 2:
         return "omit it, or add images"
     low, high = distinct[:2] if empty == VAL else distinct[-2:]

@@ -17,10 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, NamedTuple
-from urllib.parse import quote
 
 from shards.errors import ShardError
 from shards.format import Column, RejectedSample, RejectionRecord
+from shards.samples import FileRef as FileRef
+from shards.samples import Sample as Sample
+from shards.samples import SampleTable
 
 LABEL = "label"
 """Name of the main label column; its tar component is `cls`."""
@@ -34,31 +36,6 @@ MAX_INTEGER_CLASS = 1_000_000
 _COLUMN_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,31}")
 
 
-class FileRef(NamedTuple):
-    """Reference to bytes on the disk: a whole file, or a byte range of a tar."""
-
-    container: str
-    """Path of the tar; for a whole file, the folder that `name` is relative to."""
-    name: str
-    offset: int | None
-    """Offset in the tar (bytes); None for a whole file."""
-    size: int
-
-    @property
-    def path(self) -> str:
-        """Path of the file to open."""
-        return self.container if self.offset is not None else os.path.join(self.container, self.name)
-
-
-class Sample(NamedTuple):
-    """One sample of a source. `labels` holds one class name per label column of the list."""
-
-    key: str
-    image: FileRef
-    labels: tuple[str, ...]
-    mask: FileRef | None = None
-
-
 @dataclass
 class SampleList:
     """Contents of a source. Each file found is a sample, a rejection, or hidden (its name begins with a dot).
@@ -67,7 +44,7 @@ class SampleList:
     """
 
     columns: list[Column]
-    samples: list[Sample] = field(default_factory=list)
+    samples: SampleTable = field(default_factory=SampleTable)
     rejections: list[RejectionRecord] = field(default_factory=list)
     hidden: int = 0
     masks: bool = False
@@ -88,8 +65,10 @@ def sample_key(name: str) -> str:
     `urllib.parse.unquote` decodes it. A key must not contain a dot (WebDataset ends the key there), a slash, or a space
     (DALI's index separates fields by spaces).
     """
-    # quote() leaves the tilde alone; here it marks a shortened key.
-    return quote(os.fsencode(name), safe="").replace(".", "%2E").replace("~", "%7E")
+    return _ESCAPED.sub(lambda match: f"%{ord(match[0]):02X}", os.fsencode(name).decode("latin-1"))
+
+
+_ESCAPED = re.compile(r"[^A-Za-z0-9_-]")
 
 
 def fit_key(key: str, length: int) -> str:

@@ -225,7 +225,7 @@ def _make(
     reports = upload.beside(reports) if upload else reports
     try:
         with closing(reports):
-            show_progress(reports, sum(len(plan.shard(number)) for number in todo), console)
+            show_progress(reports, sum(plan.samples_of(number) for number in todo), console)
     finally:
         workspace.remove_partials()
     with explain_write_errors(workspace.out):

@@ -11,22 +11,27 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import unquote
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shards.errors import ShardError
 from shards.format import Column, RejectionRecord
-from shards.listing import Sample, SampleList, fit_key
+from shards.listing import SampleList, fit_key
+from shards.samples import Rows, Sample, SampleTable
 
 NAME_LENGTH = 100
 """Size of the name field in a tar header (bytes)."""
 
 TAR_BLOCK = 512
 """Block size of a tar (bytes)."""
+
+
+MAX_SHARDS = 1_000_000
+"""Largest number of shards: their names have six digits."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +46,14 @@ class ShardSize:
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """Samples in shuffled order; shard i holds `samples[bounds[i] : bounds[i + 1]]`."""
+    """Samples and their shuffled order; shard i holds the samples `order[bounds[i] : bounds[i + 1]]`."""
 
     columns: list[Column]
     masks: bool
-    samples: list[Sample]
+    samples: SampleTable
+    key_length: int
+    """Largest length of a key in the shards (characters)."""
+    order: Rows
     bounds: list[int]
     rejections: list[RejectionRecord]
     hidden: int
@@ -63,7 +71,12 @@ class ShardPlan:
         return len(self.bounds) - 1
 
     def shard(self, index: int) -> list[Sample]:
-        return self.samples[self.bounds[index] : self.bounds[index + 1]]
+        samples = self.samples.read(self.order[self.bounds[index] : self.bounds[index + 1]])
+        return [sample._replace(key=fit_key(sample.key, self.key_length)) for sample in samples]
+
+    def samples_of(self, index: int) -> int:
+        """Return the number of samples of a shard."""
+        return self.bounds[index + 1] - self.bounds[index]
 
 
 def plan_shards(
@@ -79,17 +92,24 @@ def plan_shards(
         raise ShardError(f"the source has no samples; {len(listing.rejections)} rejected{first}")
     columns = listing.columns if known is None else _agree(listing.columns, known)
     components = [column.component for column in columns] + ["jpg"] + ["mask.png"] * listing.masks
-    unique, duplicates = _reject_duplicates(listing.samples, NAME_LENGTH - 1 - max(map(len, components)))
-    digest = _digest(unique, columns)
+    key_length = NAME_LENGTH - 1 - max(map(len, components))
+    unique, duplicates = _reject_duplicates(listing.samples, key_length)
+    digest = _digest(unique, key_length, columns)
     order = np.random.default_rng(seed).permutation(len(unique))
-    size = _size_estimate(resize, len(components))
-    total = sum(size(sample) for sample in unique)
-    shards = max(round(total / (cut.shard_mb * 1e6)), cut.min_shards, 1)
-    bounds = np.linspace(0, len(unique), min(shards, len(unique)) + 1).astype(int).tolist()
+    total = _estimated_bytes(unique, resize, len(components))
+    shards = min(max(round(total / (cut.shard_mb * 1e6)), cut.min_shards, 1), len(unique))
+    if shards > MAX_SHARDS:
+        raise ShardError(
+            f"{shards:,} shards of {cut.shard_mb:g} MB are too many, at most {MAX_SHARDS:,}: "
+            f"use --shard-mb {total // (MAX_SHARDS * 10**6) + 1} or more, and no more --min-shards"
+        )
+    bounds = np.linspace(0, len(unique), shards + 1).astype(int).tolist()
     return ShardPlan(
         columns,
         listing.masks,
-        [unique[place] for place in order],
+        unique,
+        key_length,
+        order,
         bounds,
         listing.rejections + duplicates,
         listing.hidden,
@@ -98,15 +118,32 @@ def plan_shards(
     )
 
 
-def _reject_duplicates(samples: list[Sample], key_length: int) -> tuple[list[Sample], list[RejectionRecord]]:
-    kept: dict[str, Sample] = {}
+def _reject_duplicates(samples: SampleTable, key_length: int) -> tuple[SampleTable, list[RejectionRecord]]:
+    """Divide samples into the first with each key, and rejections. Keys are compared where their hashes are equal."""
+    hashes = np.fromiter((hash(fit_key(key, key_length)) for key in samples.read_keys()), np.int64, len(samples))
+    suspects = _repeated(hashes)
+    first: dict[str, str] = {}
     duplicates = []
-    for sample in samples:
+    keep = np.ones(len(samples), bool)
+    for row, sample in zip(suspects.tolist(), samples.take(suspects), strict=True):
         key = fit_key(sample.key, key_length)
-        first = kept.setdefault(key, sample if key == sample.key else sample._replace(key=key))
-        if first.image is not sample.image:
-            duplicates.append(RejectionRecord(sample.image.name, f"has the key '{key}' of {first.image.name}"))
-    return list(kept.values()), duplicates
+        if key in first:
+            duplicates.append(RejectionRecord(sample.image.name, f"has the key '{key}' of {first[key]}"))
+            keep[row] = False
+        else:
+            first[key] = sample.image.name
+    return (samples.take(np.flatnonzero(keep)) if duplicates else samples), duplicates
+
+
+def _repeated(hashes: NDArray[np.int64]) -> Rows:
+    """Return the places of all hashes that occur more than once."""
+    ordered = np.sort(hashes)
+    repeated = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+    del ordered
+    if not len(repeated):
+        return np.empty(0, np.int64)
+    nearest = np.searchsorted(repeated, hashes).clip(max=len(repeated) - 1)
+    return np.flatnonzero(repeated[nearest] == hashes)
 
 
 def _agree(columns: list[Column], known: list[Column]) -> list[Column]:
@@ -133,23 +170,17 @@ def _agree(columns: list[Column], known: list[Column]) -> list[Column]:
     return [by_name[column.name] for column in columns]
 
 
-def _size_estimate(resize: int | None, components: int) -> Callable[[Sample], int]:
-    """Return a function from a sample to its estimated size in a tar (bytes)."""
+def _estimated_bytes(samples: SampleTable, resize: int | None, components: int) -> int:
+    """Return the estimated size of all samples in tars (bytes)."""
     # At quality 90 photographs take about two bits per pixel; their most frequent aspect is 4/3.
-    most = float("inf") if resize is None else resize * resize * 4 / 3 / 4
-    overhead = components * 2 * TAR_BLOCK
-
-    def size(sample: Sample) -> int:
-        return int(min(sample.image.size, most)) + (sample.mask.size if sample.mask else 0) + overhead
-
-    return size
+    most = None if resize is None else int(resize * resize * 4 / 3 / 4)
+    return samples.bytes_of_files(most) + len(samples) * components * 2 * TAR_BLOCK
 
 
-def _digest(samples: list[Sample], columns: list[Column]) -> str:
+def _digest(samples: SampleTable, key_length: int, columns: list[Column]) -> str:
     digest = hashlib.sha256(repr([(column.name, column.classes) for column in columns]).encode())
-    for sample in samples:
-        mask = sample.mask.size if sample.mask else None
-        digest.update(repr((sample.key, sample.image.size, sample.labels, mask)).encode())
+    for key, image_size, labels, mask_size in samples.contents():
+        digest.update(repr((fit_key(key, key_length), image_size, labels, mask_size)).encode())
     return digest.hexdigest()
 
 
@@ -194,7 +225,8 @@ class Subset:
                 f"{self.file}: {len(missing):,} of {len(self.names):,} names are not in {source} "
                 f"(first: {', '.join(missing[:3])}): use the list that belongs to this source"
             )
-        return replace(listing, samples=[sample for sample in listing.samples if sample.key in chosen])
+        inside = np.fromiter((key in chosen for key in listing.samples.read_keys()), bool, len(listing.samples))
+        return replace(listing, samples=listing.samples.take(np.flatnonzero(inside)))
 
 
 def read_subset(file: Path) -> Subset:

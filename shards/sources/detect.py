@@ -12,7 +12,7 @@ from typing import Literal
 
 from shards.errors import ShardError
 from shards.listing import Labels, SampleList, list_members
-from shards.sources import file_lists, image_folder, imagenet, webdataset
+from shards.sources import file_lists, image_folder, imagenet, text_list, webdataset
 from shards.sources.remote_tars import is_remote
 
 SourceKind = Literal["folder", "imagenet-train", "imagenet-val", "csv", "list", "coco", "masks", "webdataset"]
@@ -74,7 +74,7 @@ def _list(source: str, kind: SourceKind, extra: SourceOptions) -> SampleList:
         case "csv":
             return file_lists.list_table(path, file_lists.make_resolver(extra.images or path.parent), labels)
         case "list":
-            return file_lists.list_lines(path, file_lists.make_resolver(extra.images or path.parent), labels)
+            return text_list.list_lines(path, file_lists.make_resolver(extra.images or path.parent), labels)
         case "coco":
             return file_lists.list_annotations(path, file_lists.make_resolver(extra.images or path.parent), labels)
         case "masks":
@@ -127,7 +127,7 @@ def detect(source: str, extra: SourceOptions) -> SourceKind:
         if not path.is_file():
             raise ShardError(f"{source}: no such file; correct the source")
         # Places205's lists have the extension .csv.
-        return "list" if path.suffix.lower() == ".csv" and file_lists.is_list(path) else _NAMING[path.suffix.lower()]
+        return "list" if path.suffix.lower() == ".csv" and text_list.is_list(path) else _NAMING[path.suffix.lower()]
     if not path.is_file():
         webdataset.expand(source)
         return "webdataset"

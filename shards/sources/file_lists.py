@@ -1,4 +1,4 @@
-"""Sources that are a file of image paths and labels: text list, CSV, COCO-like JSON.
+"""Sources that are a table of image paths and labels: CSV, COCO-like JSON; paths in folders and tars.
 
 A CSV file has a `path` column, any number of label columns and optionally a `mask` column. Paths are absolute, or
 relative to a folder or an uncompressed tar.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import re
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -72,68 +71,6 @@ def _member(tar: Path, folder: str, members: dict[str, TarMember], name: str) ->
     return FileRef(str(tar), f"{tar.name}/{path}", member.offset, member.size)
 
 
-_WITH_CLASS = re.compile(r"(\S.*?)\s+(\d+)")
-
-
-def is_list(file: Path) -> bool:
-    """Return True where the first line of a .csv file is a path, a space and a class index, without a comma."""
-    with open(file, encoding="utf-8-sig", errors="replace") as lines:
-        first = lines.readline().strip()
-    return "," not in first and _WITH_CLASS.fullmatch(first) is not None
-
-
-def list_lines(file: Path, find: PathResolver, labels: Labels) -> SampleList:
-    """List a text file with one image per line: `PATH NUMBER` on all lines (Places205), or `PATH` (SUN397, own images).
-
-    With `auto` the class is the number, else the path's folder if all paths are relative and lie in at least two
-    folders. With `folders` it is the path's folder. A number is never a part of the path. A line whose image does not
-    exist is rejected. Raise ShardError for a list that is empty or mixes the two forms, and with `folders` for a path
-    without a folder.
-    """
-    text = _read(file).splitlines()
-    lines = {number: line.strip() for number, line in enumerate(text, start=1) if line.strip()}
-    if not lines:
-        raise ShardError(f"{file} is empty: it must have one image path per line")
-    parsed = {number: _WITH_CLASS.fullmatch(line) for number, line in lines.items()}
-    if any(parsed.values()) and not all(parsed.values()):
-        odd = next(number for number, match in parsed.items() if not match)
-        raise ShardError(f"{file}, line {odd}: no class number after the path, unlike other lines; add it")
-    names = {number: match[1] if (match := parsed[number]) else line for number, line in lines.items()}
-    if labels == "none":
-        return _unlabelled(names.values(), find, "no labels")
-    if labels == "auto" and all(parsed.values()):
-        classes, origin = [str(int(match[2])) for match in parsed.values() if match], "the number on each line"
-    else:
-        paths = {number: read_path(name) for number, name in names.items()}
-        reason = _not_labels(paths) if labels == "auto" else None
-        if reason:
-            return _unlabelled(names.values(), find, f"no labels: {reason}")
-        classes, origin = [os.path.dirname(path) for path in paths.values()], "the folder of each path"
-        if not all(classes):
-            line = next(line for line, path in paths.items() if not os.path.dirname(path))
-            raise ShardError(
-                f"{file}, line {line}: '{lines[line]}' has no class: put the image into a folder named after its "
-                "class, or omit --labels folders"
-            )
-    listing = _labelled(zip(names.values(), classes, strict=True), find, set(classes))
-    listing.labelling = f"labels: {origin}, {len(listing.columns[0].classes):,} classes; --labels none ignores them"
-    return listing
-
-
-def _not_labels(paths: dict[int, str]) -> str | None:
-    """Return why the folders of paths, by line, are not classes, with the way to labels; None where they are."""
-    for line, path in paths.items():
-        if not os.path.dirname(path):
-            return f"line {line} has no folder ({path!r}); a class number after each path gives labels"
-    for line, path in paths.items():
-        if path.startswith("/"):
-            return f"line {line} is an absolute path; --labels folders makes each path's folder its class"
-    folders = {os.path.dirname(path) for path in paths.values()}
-    if len(folders) == 1:
-        return f"all images are in the folder {min(folders)!r}; --labels folders makes it the class"
-    return None
-
-
 def list_annotations(file: Path, find: PathResolver, labels: Labels) -> SampleList:
     """List COCO-like annotations with one class per image (iNaturalist); the classes are the category ids.
 
@@ -141,10 +78,10 @@ def list_annotations(file: Path, find: PathResolver, labels: Labels) -> SampleLi
     form, an image with no annotation or several, and undeclared ids.
     """
     try:
-        document = json.loads(_read(file))
+        document = json.loads(decode_text(file, file.read_bytes()))
         names: dict[Any, str] = {image["id"]: str(image["file_name"]) for image in document["images"]}
         if labels == "none":
-            return _unlabelled(names.values(), find, "no labels")
+            return unlabelled(names.values(), find, "no labels")
         categories = {_class_number(category["id"]) for category in document["categories"]}
         annotations = [(item["image_id"], item["category_id"]) for item in document["annotations"]]
     except (ValueError, KeyError, TypeError) as error:
@@ -171,16 +108,18 @@ def list_annotations(file: Path, find: PathResolver, labels: Labels) -> SampleLi
             f"{file}: {len(bare):,} of {len(names):,} images have no annotation (first: {bare[0]}); "
             "use the annotations of a labelled split, e.g. train2018.json, or --labels none"
         )
-    return _labelled(((name, category_of[image]) for image, name in names.items()), find, categories)
+    return labelled(((name, category_of[image]) for image, name in names.items()), find, categories)
 
 
-def _labelled(rows: Iterable[tuple[str, str]], find: PathResolver, classes: set[str]) -> SampleList:
+def labelled(rows: Iterable[tuple[str, str]], find: PathResolver, classes: set[str]) -> SampleList:
+    """List images, given as path and class, with one label column."""
     # All images of a class share one tuple, which saves memory for millions of images.
     labels = {label: (label,) for label in classes}
     return _listing(((name, labels[label]) for name, label in rows), find, [column(LABEL, classes)])
 
 
-def _unlabelled(names: Iterable[str], find: PathResolver, labelling: str) -> SampleList:
+def unlabelled(names: Iterable[str], find: PathResolver, labelling: str) -> SampleList:
+    """List images by their paths, without labels. `labelling` is the message to the user."""
     listing = _listing(((name, ()) for name in names), find, [])
     listing.labelling = labelling
     return listing
@@ -213,9 +152,10 @@ def _class_number(value: object) -> str:
     return str(value)
 
 
-def _read(file: Path) -> str:
+def decode_text(file: Path, content: bytes) -> str:
+    """Return the text of a file. Raise ShardError where it is not UTF-8."""
     try:
-        return file.read_text(encoding="utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ShardError(f"{file} is not UTF-8 text ({error}); convert it to UTF-8") from error
 

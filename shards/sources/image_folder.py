@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from shards.errors import ShardError
@@ -36,26 +38,48 @@ def list_folder(folder: Path, labels: Labels) -> SampleList:
         )
     refuse_splits(folder, classes)
     listing = SampleList([])
-    files = _files(folder, listing)
-    reason = _not_classes(files, classes) if labels == "auto" else None
+    samples, seen = listing.samples, _SeenImages()
+    tuples = {name: (name,) for name in classes}
+    for stem, image in _files(folder, listing):
+        if has_image_extension(image.name):
+            seen.add(image.name)
+        class_name, _, rest = image.name.partition("/")
+        samples.append(Sample(sample_key(stem), image, tuples[class_name] if rest else ()))
+    reason = _not_classes(seen, classes) if labels == "auto" else None
     if labels == "none" or reason:
-        listing.samples = [Sample(sample_key(stem), image, ()) for stem, image in files]
+        samples.drop_labels()
         listing.labelling = f"no labels: {reason}" if reason else "no labels"
         return listing
     listing.columns = [Column(LABEL, "cls", classes)]
     listing.labelling = f"labels: {len(classes):,} class folders; --labels none ignores them"
-    tuples = {name: (name,) for name in classes}
-    for stem, image in files:
-        class_name, _, rest = image.name.partition("/")
-        if rest:
-            listing.samples.append(Sample(sample_key(stem), image, tuples[class_name]))
-        else:
-            reason = "is outside the class folders, so it has no class"
-            listing.rejections.append(RejectionRecord(image.name, reason))
+    inside = np.fromiter((bool(labels) for _, _, labels, _ in samples.contents()), bool, len(samples))
+    if not inside.all():
+        reason = "is outside the class folders, so it has no class"
+        outside = samples.take(np.flatnonzero(~inside))
+        listing.rejections += [RejectionRecord(sample.image.name, reason) for sample in outside]
+        listing.samples = samples.take(np.flatnonzero(inside))
     return listing
 
 
-def _not_classes(files: list[tuple[str, FileRef]], folders: list[str]) -> str | None:
+@dataclass
+class _SeenImages:
+    """Facts about the names of images below a folder: those in no folder, the first-level folders, the depths."""
+
+    outside: int = 0
+    first_outside: str = ""
+    folders: set[str] = field(default_factory=set)
+    by_depth: dict[int, str] = field(default_factory=dict)
+    """The last name at each depth."""
+
+    def add(self, name: str) -> None:
+        if "/" not in name:
+            self.first_outside = self.first_outside or name
+            self.outside += 1
+        self.folders.add(name.partition("/")[0])
+        self.by_depth[name.count("/")] = name
+
+
+def _not_classes(images: _SeenImages, folders: list[str]) -> str | None:
     """Return why the first-level folders are not taken as classes, with the way to labels; None where they are.
 
     They are classes where every image lies in one of them, all at the same depth, and at least two have images. Only
@@ -63,20 +87,17 @@ def _not_classes(files: list[tuple[str, FileRef]], folders: list[str]) -> str | 
     """
     if not folders:
         return "there are no class folders; a CSV file with the columns path and label gives labels"
-    images = [image.name for _, image in files if has_image_extension(image.name)]
-    outside = [name for name in images if "/" not in name]
-    if outside:
+    if images.outside:
         return (
-            f"images lie outside class folders ({len(outside):,}, first: {outside[0]!r}); "
+            f"images lie outside class folders ({images.outside:,}, first: {images.first_outside!r}); "
             "--labels folders rejects them and takes the first-level folders as classes"
         )
-    used = {name.partition("/")[0] for name in images}
+    used = images.folders
     if len(used) < 2:
         where = f"all images are in the folder {min(used)!r}" if used else "no file has the extension of an image"
         return f"{where}; --labels folders takes the first-level folders as classes"
-    by_depth = {name.count("/"): name for name in images}
-    if len(by_depth) > 1:
-        one, other, *_ = by_depth.values()
+    if len(images.by_depth) > 1:
+        one, other, *_ = images.by_depth.values()
         return (
             f"images lie at different depths ({one!r}, {other!r}); "
             "--labels folders takes the first-level folders as classes"
@@ -170,13 +191,11 @@ def list_pairs(images: Path, masks: Path | None) -> SampleList:
     return listing
 
 
-def _files(folder: Path, listing: SampleList) -> list[tuple[str, FileRef]]:
-    """Return (path without extension, reference) of each file below `folder`; reject entries that are not files."""
-    files = []
+def _files(folder: Path, listing: SampleList) -> Iterator[tuple[str, FileRef]]:
+    """Yield (path without extension, reference) of each file below `folder`; reject entries that are not files."""
     for entry, name in walk(folder, listing):
         reason = no_file(entry)
         if reason:
             listing.rejections.append(RejectionRecord(name, reason))
         else:
-            files.append((os.path.splitext(name)[0], FileRef(str(folder), name, None, entry.stat().st_size)))
-    return files
+            yield os.path.splitext(name)[0], FileRef(str(folder), name, None, entry.stat().st_size)

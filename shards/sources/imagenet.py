@@ -19,6 +19,7 @@ from typing import IO
 from shards.errors import ShardError
 from shards.format import Column
 from shards.listing import LABEL, FileRef, Labels, Sample, SampleList, TarMember, list_members, sample_key
+from shards.samples import SampleTable
 
 _SYNSET = re.compile(r"n\d{8}")
 _GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
@@ -40,7 +41,7 @@ def list_train(tar: Path, labels: Labels) -> SampleList:
     # Each of the million headers is found only by reading the one before it: threads overlap the disk reads.
     with ThreadPoolExecutor(_READS_AT_ONCE) as threads:
         for samples in threads.map(partial(_list_class, tar, labels), class_tars):
-            listing.samples += samples
+            listing.samples.extend(samples)
     return listing
 
 
@@ -81,11 +82,11 @@ def list_val(tar: Path, val_labels: Path | None, labels: Labels) -> SampleList:
         columns = [Column(LABEL, "cls", classes)]
         tuples = {synset: (synset,) for synset in classes}
         values = [tuples[synset] for synset in synsets]
-    samples = [
+    samples = (
         Sample(sample_key(Path(member.name).stem), FileRef(str(tar), member.name, member.offset, member.size), value)
         for member, value in zip(members, values, strict=True)
-    ]
-    return SampleList(columns, samples)
+    )
+    return SampleList(columns, SampleTable(samples))
 
 
 def read_val_labels(path: Path) -> tuple[list[str], list[str]]:
