@@ -10,11 +10,11 @@ per second. Each constant names its source; docs/scaling.md explains the model.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import torch
+from scaling_tables import IMAGENET_BYTES, RESIZED_BYTES, table
 from torch import nn
 
 from iwm.config import Config
@@ -164,10 +164,6 @@ TARGETS: dict[str, dict[Target, float]] = {
 }
 """Target rates of one H100 on resident batches (images per second). These are targets, not measurements."""
 PAPER_BATCH = Config().data.global_batch_size
-IMAGENET_BYTES = 147_897_477_120 / 1_281_167
-"""Mean bytes per image: size of ILSVRC2012_img_train.tar over its number of images."""
-RESIZED_BYTES = 31_075
-"""Mean bytes per image made with --resize 320, measured on the benchmarks' 1,200 tiles."""
 IMAGES_PER_CORE = 500
 """Images per second and core, two views of 224 px, rounded from benchmarks/results/data-cpu.json."""
 
@@ -273,12 +269,6 @@ def inputs() -> str:
             )
     heads = ["target", f"images/s, {GPUS_PER_NODE} GPUs", "ImageNet as it is, GB/s", "--resize 320, GB/s"]
     return table([*heads, "cores per GPU, if a CPU made the views"], rows)
-
-
-def table(heads: list[str], rows: Iterable[list[str]]) -> str:
-    """Format a Markdown table; all columns but the first are right-aligned."""
-    rule = ["---", *["---:"] * (len(heads) - 1)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, rule, *rows))
 
 
 TABLES = {
