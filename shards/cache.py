@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import resource
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event, Lock
@@ -84,6 +85,8 @@ class SplitCache:
     def __init__(self, folder: Path, source: Source, manifest: Manifest) -> None:
         """Open the split's part of a cache and fetch its indexes. Raise ShardError where that fails."""
         self.folder, self.url, self.limit, self.shards = folder, source.url, source.limit, manifest.shards
+        if source.limit is not None:
+            _allow_open_files(manifest)
         self._downloads = ShardLocks(folder / f"{manifest.split}.download.lock")
         self._uses = ShardLocks(folder / f"{manifest.split}.use.lock")
         self._used: set[int] = set()
@@ -216,6 +219,26 @@ class SplitCache:
         finally:
             self._uses.release(number)
         return True
+
+
+OTHER_FILES = 1024
+"""Number of files that a process may have open beside the tars of a split."""
+
+
+def _allow_open_files(manifest: Manifest) -> None:
+    """Raise the process's limit of open files: DALI keeps all tars open that may be evicted.
+
+    Raise ShardError where the system does not allow as many.
+    """
+    needed = len(manifest.shards) + OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and needed > hard:
+        raise ShardError(
+            f"data.cache_gb: {len(manifest.shards):,} shards of '{manifest.split}' are open at once, and the system "
+            f"allows {hard:,} files (ulimit -Hn): raise that, make larger shards (--shard-mb), or omit data.cache_gb"
+        )
+    if soft != resource.RLIM_INFINITY and needed > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _digest(content: bytes) -> str:

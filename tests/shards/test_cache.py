@@ -177,6 +177,31 @@ def test_shards_in_use_stay_and_the_least_recently_used_makes_room(tiny_shards: 
         assert not cache.make_room(3, 0), "the other process uses the shard that is left"
 
 
+FILES = (
+    """
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (SOFT, HARD))
+limit = 1.0
+"""
+    + STAGE.replace("None)", "limit)")
+    + "print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])"
+)
+
+
+@pytest.mark.parametrize(("soft", "hard", "code"), [(256, 4096, 0), (256, 512, 1)])
+def test_a_bounded_cache_may_open_all_tars(tiny_shards: Path, tmp_path: Path, soft: int, hard: int, code: int) -> None:
+    script = FILES.replace("SOFT", str(soft)).replace("HARD", str(hard))
+    with serving(tiny_shards) as server:
+        done = subprocess.run(
+            [sys.executable, "-c", script, server.url, tmp_path], capture_output=True, text=True, check=False
+        )
+    assert done.returncode == code, done.stderr
+    if code:
+        assert "the system allows 512 files (ulimit -Hn)" in done.stderr
+    else:
+        assert int(done.stdout) == 1024 + 4
+
+
 def test_shards_that_were_made_again_get_a_folder_of_their_own(tiny_shards: Path, tmp_path: Path) -> None:
     remade = tmp_path / "remade"
     remade.mkdir()
