@@ -228,6 +228,7 @@ def checkpoint_tensors(state: TrainState) -> list[torch.Tensor]:
 RESUMABLE_CHANGES = (
     "data.shards",
     "data.cache",
+    "data.cache_gb",
     "data.val",
     "data.backend",
     "data.num_threads",

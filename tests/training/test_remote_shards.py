@@ -32,10 +32,15 @@ def test_a_training_that_loses_its_cache_in_mid_epoch_ends_in_the_folders_parame
         assert list_checkpoints(tmp_path / "url"), "nothing was saved before the kill"
         shutil.rmtree(cache)
         server.plan += [("train-000000.tar", "busy")]
-        output = finish(line)
+        cache = tmp_path / "another"
+        output = finish(
+            command(server.url, tmp_path / "url", steps, "--data.cache", str(cache), "--data.cache-gb", "1")
+        )
         assert not server.plan, "not all faults were met"
     assert "resuming from step" in output
     assert f"are copied to {cache}" in output
+    assert "at most 1 GB at a time" in output
+    assert "data.cache_gb: None → 1.0" in output
     one, other = load_newest(tmp_path / "disk"), load_newest(tmp_path / "url")
     assert one is not None
     assert other is not None
