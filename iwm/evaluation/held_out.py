@@ -61,20 +61,20 @@ def choose_split(given: EvalData, data: DataConfig, checkpoint: Path) -> EvalSpl
     a split of --data.split that does not exist and where no split can be chosen, ShardError without shards.
     """
     shards = local_folder(given.shards or data.shards, given.cache or data.cache, data.cache_gb)
-    splits = list_splits(shards)
+    splits, place = list_splits(shards), location_of(shards)
     if not splits:
         load_manifest(shards, data.train)  # raises the error that names the missing manifest
     if given.split is not None and given.split not in splits:
-        raise ConfigError(f"--data.split {given.split}: {shards} has no split '{given.split}'; use one of {splits}")
+        raise ConfigError(f"--data.split {given.split}: {place} has no split '{given.split}'; use one of {splits}")
     wanted = given.split or data.val or VAL
     candidates = (wanted, data.train, *(splits if len(splits) == 1 else ()))
     split = next((name for name in candidates if name in splits), None)
     if split is None:
-        raise ConfigError(f"{shards} has no split '{wanted}' or '{data.train}'; use --data.split with one of {splits}")
+        raise ConfigError(f"{place} has no split '{wanted}' or '{data.train}'; use --data.split with one of {splits}")
     held_out = not _was_trained_on(shards, split, data, checkpoint)
     if held_out and split == wanted:
         return EvalSplit(shards, split)
-    missing = "" if split == wanted else f"{shards} has no split '{wanted}': "
+    missing = "" if split == wanted else f"{place} has no split '{wanted}': "
     used = f"{missing}evaluated on split '{split}'"
     if held_out:
         return EvalSplit(shards, split, note=used)
@@ -96,15 +96,15 @@ def require_images(found: int, at_least: int, shards: Path, split: str) -> None:
     """Raise MissingDataError where a split has fewer images than an evaluation needs."""
     if found < at_least:
         raise MissingDataError(
-            f"split '{split}' of {shards} has {found} image{'s' if found != 1 else ''}, at least {at_least} are "
-            "needed; use --data.split NAME or --data.shards FOLDER with more images"
+            f"split '{split}' of {location_of(shards)} has {found} image{'s' if found != 1 else ''}, at least "
+            f"{at_least} are needed; use --data.split NAME or --data.shards FOLDER with more images"
         )
 
 
 def require_splits(shards: Path, train: str, held_out: str, train_option: str) -> None:
     """Raise MissingDataError where a shard folder lacks one of two splits. train_option: option for the first."""
-    splits = list_splits(shards)
+    splits, place = list_splits(shards), location_of(shards)
     remedies = {train: f"use another {train_option}", held_out: f"use another --data.split, or {MAKE_HELD_OUT}"}
     for split, remedy in remedies.items():
         if splits and split not in splits:
-            raise MissingDataError(f"{shards / MANIFEST} has no split '{split}'; it has {splits}; {remedy}")
+            raise MissingDataError(f"{place}/{MANIFEST} has no split '{split}'; it has {splits}; {remedy}")
