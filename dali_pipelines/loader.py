@@ -119,7 +119,7 @@ class ResumableLoader(ABC, Generic[SettingsT, BatchT]):
         )
         source = open_source(folder, split, label=label, masks=self.masks, rank=rank, world_size=world_size)
         self.samples_per_epoch = source.manifest.samples
-        self.batches_per_epoch = -(-source.most_samples // batch_size)
+        self.batches_per_epoch = source.batches_per_epoch(batch_size)
         self._source = source
         self._identity = {
             "shards": source.fingerprint,

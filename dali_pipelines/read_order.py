@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from dali_pipelines.dali import fn, pipeline_def
+from dali_pipelines.reader import DataSource, shuffled
 from shards.format import Entry, format_index
 
 
@@ -25,38 +26,28 @@ class ReadOrder:
     The reader's shuffle is DALI's own. A second reader, of tars with one empty sample each, tells the order.
     """
 
-    def __init__(self, samples: list[int], rank: int, world_size: int, shuffle_seed: int | None) -> None:
-        """Store the arguments.
-
-        samples: number of samples of each tar. shuffle_seed: seed of the reader's `shuffle_after_epoch_seed`; None: the
-        order of the manifest in every epoch.
-        """
-        self._samples, self._seed = samples, shuffle_seed
-        total = sum(samples)
-        self._first, self._end = total * rank // world_size, total * (rank + 1) // world_size
-
-    @property
-    def samples(self) -> int:
-        """Number of this rank's samples in an epoch."""
-        return self._end - self._first
+    def __init__(self, source: DataSource, shuffle_seed: int | None) -> None:
+        """Store the arguments. shuffle_seed: seed of `read`; None: the order of the manifest in every epoch."""
+        self._counts, self._seed = [shard.samples for shard in source.manifest.shards], shuffle_seed
+        self._first, self._end = source.first, source.first + source.samples
 
     def stretches(self, epoch: int) -> Iterator[Stretch]:
         """Yield the stretches from the beginning of an epoch, and those of the following epochs, endlessly."""
         for tars in self._epochs(epoch):
             place = 0
             for shard in tars:
-                begin, end = max(place, self._first), min(place + self._samples[shard], self._end)
+                begin, end = max(place, self._first), min(place + self._counts[shard], self._end)
                 if begin < end:
                     yield Stretch(shard, end - begin)
-                place += self._samples[shard]
+                place += self._counts[shard]
 
     def _epochs(self, epoch: int) -> Iterator[list[int]]:
         """Yield the order of the tars in an epoch and the following ones."""
         if self._seed is None:
             while True:
-                yield list(range(len(self._samples)))
+                yield list(range(len(self._counts)))
         with TemporaryDirectory() as folder:
-            pipeline = _order_pipeline(Path(folder), len(self._samples), self._seed)
+            pipeline = _order_pipeline(Path(folder), len(self._counts), self._seed)
             for _ in range(epoch):
                 pipeline.run()
             while True:
@@ -81,10 +72,7 @@ def _order_pipeline(folder: Path, shards: int, seed: int) -> Any:
             index_paths=indexes,
             ext=["jpg"],
             missing_component_behavior="error",
-            random_shuffle=True,
-            initial_fill=1,
-            shuffle_after_epoch=True,
-            shuffle_after_epoch_seed=seed,
+            **shuffled(1, seed),
         )
         return fn.pad(fn.get_property(sample, key="source_info"), fill_value=0)
 

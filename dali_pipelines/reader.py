@@ -60,6 +60,10 @@ class DataSource:
         """Number of samples of the rank that has most."""
         return -(-self.manifest.samples // self.world_size)
 
+    def batches_per_epoch(self, batch_size: int) -> int:
+        """Return the number of batches that every rank makes in an epoch; a rank with fewer samples repeats some."""
+        return -(-self.most_samples // batch_size)
+
     @property
     def fingerprint(self) -> str:
         """SHA-256 over the hashes of the tars in their order. It identifies the samples and their order."""
@@ -76,8 +80,8 @@ def open_source(
     """
     if masks and label is not None:
         raise ValueError("a pipeline reads labels or masks, not both")
-    manifest, url = load_manifest(folder, split), source_of(folder)
-    if url is None:
+    manifest, origin = load_manifest(folder, split), source_of(folder)
+    if origin is None:
         check_quick(folder, manifest)
     if len(manifest.shards) < world_size:
         raise ShardError(
@@ -90,7 +94,7 @@ def open_source(
             "(iwm shards --help), or use another split"
         )
     column = manifest.column(label) if label is not None else None
-    cache = SplitCache(folder, url, manifest) if url else None
+    cache = SplitCache(folder, origin, manifest) if origin else None
     return DataSource(folder, manifest, column, masks, rank, world_size, cache)
 
 
@@ -107,6 +111,16 @@ class EncodedSample(NamedTuple):
     """ASCII "tar:offset:KEY.jpg", uint8 [n], padded with zeros to the batch's longest."""
 
 
+def shuffled(buffer: int, seed: int) -> dict[str, Any]:
+    """Return the reader's arguments for tars in an order that changes with the epoch, and samples from a buffer."""
+    return {
+        "random_shuffle": True,
+        "initial_fill": buffer,
+        "shuffle_after_epoch": True,
+        "shuffle_after_epoch_seed": seed,
+    }
+
+
 def read(source: DataSource, *, shuffle_buffer: int, seed: int, prefetch: int) -> EncodedSample:
     """Read this rank's samples endlessly; each epoch is padded to whole batches with its last sample.
 
@@ -116,12 +130,7 @@ def read(source: DataSource, *, shuffle_buffer: int, seed: int, prefetch: int) -
     """
     paths = [str(source.folder / shard.name) for shard in source.manifest.shards]
     indexes = [str(source.folder / shard.index) for shard in source.manifest.shards]
-    order = (
-        {"random_shuffle": True, "initial_fill": shuffle_buffer, "shuffle_after_epoch": True}
-        | {"shuffle_after_epoch_seed": seed}
-        if shuffle_buffer
-        else {"stick_to_shard": True}
-    )
+    order = shuffled(shuffle_buffer, seed) if shuffle_buffer else {"stick_to_shard": True}
     components: Any = fn.readers.webdataset(
         name=READER,
         paths=paths,

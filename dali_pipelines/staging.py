@@ -32,6 +32,8 @@ ROOM_CHECK = 1.0
 class Reading(NamedTuple):
     """Settings of a reader that tell how far it has read."""
 
+    samples: int
+    """Samples of this rank in an epoch."""
     batch_size: int
     batches_per_epoch: int
     """Batches of this rank, those that are padded included."""
@@ -59,10 +61,15 @@ def stage(
     """
     if source.cache is None:
         return None
-    counts = [shard.samples for shard in source.manifest.shards]
-    order = ReadOrder(counts, source.rank, source.world_size, shuffle_seed if shuffle_buffer else None)
-    # The reader and the pipeline have a queue of batches each, and work on one more.
-    reading = Reading(batch_size, -(-source.most_samples // batch_size), max(shuffle_buffer, 1), 2 * (prefetch + 1))
+    reading = Reading(
+        samples=source.samples,
+        batch_size=batch_size,
+        batches_per_epoch=source.batches_per_epoch(batch_size),
+        shuffle_buffer=max(shuffle_buffer, 1),
+        # The reader and the pipeline have a queue of batches each, and work on one more.
+        ahead=2 * (prefetch + 1),
+    )
+    order = ReadOrder(source, shuffle_seed if shuffle_buffer else None)
     return StagedShards(source.cache, order, reading, batches)
 
 
@@ -103,17 +110,11 @@ class StagedShards:
         self._held: deque[Staging] = deque()
         self._holders: Counter[int] = Counter()
         self._here: set[str] = set()
-        self._fetched = 0
         self._error: Exception | None = None
         self._stop, self._changed = threading.Event(), threading.Condition()
         self._running = DOWNLOADS
         for _ in range(DOWNLOADS):
             threading.Thread(target=self._stage, name="staging", daemon=True).start()
-
-    @property
-    def fetched(self) -> int:
-        """Bytes that this loader has fetched."""
-        return self._fetched
 
     def wait_for(self, batch: int) -> None:
         """Wait until all shards are here that DALI may read before it returns batch number `batch`, counted from 0.
@@ -156,12 +157,12 @@ class StagedShards:
     def _returned(self, batches: int) -> int:
         """Return the number of samples in the first batches."""
         epochs, rest = divmod(batches, self._reading.batches_per_epoch)
-        return epochs * self._order.samples + min(rest * self._reading.batch_size, self._order.samples)
+        return epochs * self._reading.samples + min(rest * self._reading.batch_size, self._reading.samples)
 
     def _stagings(self, batches: int) -> Iterator[Staging]:
         """Yield what is to be staged, in order, from the oldest sample that may still be in the buffer."""
         epoch = batches // self._reading.batches_per_epoch
-        position = epoch * self._order.samples
+        position = epoch * self._reading.samples
         oldest = self._returned(batches) - AGE * self._reading.shuffle_buffer
         for stretch in self._order.stretches(epoch):
             end = position + stretch.samples
@@ -196,11 +197,10 @@ class StagedShards:
         """Stage shards until the end, in a thread."""
         try:
             while (staging := self._take()) is not None:
-                fetched = self._cache.use(staging.shard, self._stop)
+                self._cache.use(staging.shard, self._stop)
                 with self._changed:
                     self._pending.remove(staging)
                     self._here.add(self._cache.shards[staging.shard].name)
-                    self._fetched += fetched
                     self._changed.notify_all()
         except StagingStopped:
             return
@@ -234,6 +234,8 @@ class StagedShards:
 
     def _is_due(self, staging: Staging) -> bool:
         """Return True where the shard is needed at once, or is read within an epoch and fits into the limit."""
+        needed = staging.begin < self._needed
+        if not needed and staging.begin > self._read + self._reading.samples:
+            return False
         fetching = sum(self._cache.shards[pending.shard].bytes for pending in self._pending)
-        fits = self._cache.make_room(staging.shard, fetching)
-        return staging.begin < self._needed or (fits and staging.begin <= self._read + self._order.samples)
+        return self._cache.make_room(staging.shard, fetching) or needed
