@@ -26,8 +26,9 @@ from scaling_tables import RESIZED_BYTES, table
 from shards.command_line import run_command
 from shards.errors import UserError
 from shards.format import Column, Entry, format_index
-from shards.listing import LABEL, FileRef, Sample, SampleList, sample_key
+from shards.listing import LABEL, SampleList, sample_key
 from shards.plan import TAR_BLOCK, ShardSize, plan_shards
+from shards.samples import FileRef, Sample
 from shards.sources.detect import SourceOptions, list_source
 from shards.writer import TarWriter
 

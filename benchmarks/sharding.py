@@ -24,6 +24,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 from synthetic_data import generated_tiles
+from timing import paired_ratio
 
 from iwm.ranges import Range, check_ranges
 from shards.command_line import run_command
@@ -146,8 +147,8 @@ def table(runs: dict[str, list[MadeShards]], cores: int) -> Table:
 
 def spread(over: Sequence[float], under: Sequence[float]) -> str:
     """Return median, lowest and highest ratio over paired turns."""
-    ratios = [a / b for a, b in zip(over, under, strict=True)]
-    return f"{median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
+    ratio = paired_ratio(over, under)
+    return f"{ratio['median']:.2f} ({ratio['lowest']:.2f}–{ratio['highest']:.2f})"
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from shards.atomic import write_atomically
 from shards.errors import ShardError
 from shards.format import MANIFEST, Manifest, Shard
 from shards.shard_locks import ShardLocks
-from shards.urls import BLOCK, is_url, join, read_file, read_range
+from shards.urls import BLOCK, folder_name, is_url, join, read_file, read_range
 from shards.writer import explain_write_errors
 
 STAGED = "staged"
@@ -54,8 +54,7 @@ def local_folder(location: str, cache: Path | None, limit_gb: float | None) -> P
         if source.url == location and folder.parent == cache:
             return folder
     manifest = read_file(join(location, MANIFEST))
-    name = "".join(c if c.isalnum() or c in "-_" else "-" for c in location.rstrip("/").rpartition("/")[2])
-    folder = cache / f"{name}-{_digest(manifest)[:16]}"
+    folder = cache / f"{folder_name(location)}-{_digest(manifest)[:16]}"
     with explain_write_errors(folder):
         (folder / STAGED).mkdir(parents=True, exist_ok=True)
         if not (folder / MANIFEST).exists():

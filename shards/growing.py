@@ -32,7 +32,7 @@ class GrowingBytes:
             return start
         try:
             if self._file is None:
-                self._file = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as this object)
+                self._file = tempfile.TemporaryFile()  # noqa: SIM115  # it lives as long as this object
                 self._file.write(self._memory)
                 self._memory = bytearray()
             self._file.write(data)

@@ -20,9 +20,7 @@ from typing import Literal, NamedTuple
 
 from shards.errors import ShardError
 from shards.format import Column, RejectedSample, RejectionRecord
-from shards.samples import FileRef as FileRef
-from shards.samples import Sample as Sample
-from shards.samples import SampleTable
+from shards.samples import FileRef, SampleTable
 
 LABEL = "label"
 """Name of the main label column; its tar component is `cls`."""

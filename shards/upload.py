@@ -24,7 +24,7 @@ from rich.console import Console
 from shards.format import MANIFEST, REJECTED, Manifest, Shard, list_splits, load_rejections, remove_split
 from shards.remote_folder import RemoteFolder
 from shards.transfer_progress import TransferProgress
-from shards.urls import RemoteFile, describe_file, join, upload
+from shards.urls import RemoteFile, describe_file, folder_name, join, upload
 from shards.workers import ProgressCount
 from shards.writer import SplitWorkdir
 
@@ -171,5 +171,4 @@ def remove_unused(work: Path, remote: RemoteFolder) -> None:
 
 def default_work_dir(url: str) -> Path:
     """Return the work folder of a URL in the current folder: the same command finds it again."""
-    name = re.sub(r"[^A-Za-z0-9_-]+", "-", url.rstrip("/").rpartition("/")[2])
-    return Path(f"iwm-work-{name}-{hashlib.sha256(url.rstrip('/').encode()).hexdigest()[:8]}")
+    return Path(f"iwm-work-{folder_name(url)}-{hashlib.sha256(url.rstrip('/').encode()).hexdigest()[:8]}")

@@ -48,6 +48,11 @@ def join(url: str, name: str) -> str:
     return f"{url.rstrip('/')}/{name}"
 
 
+def folder_name(url: str) -> str:
+    """Return a name for a local folder that belongs to a URL: its last part, without signs."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", url.rstrip("/").rpartition("/")[2])
+
+
 class RemoteFile(NamedTuple):
     """File in a folder at a URL."""
 
@@ -260,7 +265,7 @@ def _retry(url: str, request: Callable[[], ResultT], verb: str) -> ResultT:
 
 
 _LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError, TypeError)
-"""Errors that another attempt does not change."""
+"""Errors that another attempt does not change; the last two are of file systems that lack a method or an argument."""
 
 
 def _cause(error: Exception) -> Exception:

@@ -26,7 +26,8 @@ from shards.atomic import sync_folder, unique_name, write_atomically
 from shards.errors import ShardError
 from shards.format import Column, Entry, RejectedSample, RejectionRecord, Shard, format_index
 from shards.images import ImageOptions, to_baseline_jpeg, to_png_mask
-from shards.listing import Sample, TarReader
+from shards.listing import TarReader
+from shards.samples import Sample
 from shards.urls import DISK_FULL
 from shards.workers import ProgressCount
 
@@ -44,6 +45,28 @@ def shard_file_pattern(split: str) -> re.Pattern[str]:
     return re.compile(rf"{re.escape(split)}-\d{{6}}\.(tar|idx)")
 
 
+@contextmanager
+def locked_folder(folder: Path, busy: str) -> Iterator[None]:
+    """Create a folder of unfinished work and lock it for this process; at the end remove it if it is empty.
+
+    The system releases the lock of a killed process. Raise ShardError with the message `busy` where another process has
+    it.
+    """
+    with explain_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ShardError(busy) from None
+        yield
+    finally:
+        with suppress(OSError):  # not empty: it has finished work to resume from; or removed
+            folder.rmdir()
+        os.close(descriptor)
+
+
 @dataclass(frozen=True)
 class SplitWorkdir:
     """Working folder of an unfinished split inside the shard folder `out`."""
@@ -57,22 +80,9 @@ class SplitWorkdir:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Create the folder and lock it for this process; the lock of a killed process is released by the system."""
-        with explain_write_errors(self.out):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.folder, os.O_RDONLY)
-        try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ShardError(
-                    f"another run is making '{self.split}' in {self.out}: wait for it, or stop it"
-                ) from None
+        """Create the folder and lock it for this process. Raise ShardError where another process has it."""
+        with locked_folder(self.folder, f"another run is making '{self.split}' in {self.out}: wait for it, or stop it"):
             yield
-        finally:
-            with suppress(OSError):  # not empty: it has finished work to resume from
-                self.folder.rmdir()
-            os.close(descriptor)
 
     def shard_name(self, number: int) -> str:
         return f"{self.split}-{number:06d}"

@@ -16,18 +16,8 @@ from typing import Any
 
 from shards.errors import ShardError
 from shards.format import Column, RejectedSample, RejectionRecord
-from shards.listing import (
-    LABEL,
-    FileRef,
-    Labels,
-    Sample,
-    SampleList,
-    TarMember,
-    column,
-    file_ref,
-    list_members,
-    sample_key,
-)
+from shards.listing import LABEL, Labels, SampleList, TarMember, column, file_ref, list_members, sample_key
+from shards.samples import FileRef, Sample
 
 PathResolver = Callable[[str], FileRef]
 """Function from a path to a reference; raises RejectedSample where there is no such image."""

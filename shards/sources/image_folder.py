@@ -16,7 +16,8 @@ from PIL import Image
 
 from shards.errors import ShardError
 from shards.format import Column, RejectionRecord
-from shards.listing import LABEL, FileRef, Labels, Sample, SampleList, sample_key
+from shards.listing import LABEL, Labels, SampleList, sample_key
+from shards.samples import FileRef, Sample
 
 _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
 

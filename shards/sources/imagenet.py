@@ -18,8 +18,8 @@ from typing import IO
 
 from shards.errors import ShardError
 from shards.format import Column
-from shards.listing import LABEL, FileRef, Labels, Sample, SampleList, TarMember, list_members, sample_key
-from shards.samples import SampleTable
+from shards.listing import LABEL, Labels, SampleList, TarMember, list_members, sample_key
+from shards.samples import FileRef, Sample, SampleTable
 
 _SYNSET = re.compile(r"n\d{8}")
 _GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"

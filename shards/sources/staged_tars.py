@@ -6,7 +6,6 @@ sample. So each tar is read once, from its beginning to its end, before the shar
 
 from __future__ import annotations
 
-import fcntl
 import importlib
 import json
 import os
@@ -31,7 +30,7 @@ from shards.listing import list_members
 from shards.sources.remote_tars import PIPE, RemoteTar, manifest_beside
 from shards.transfer_progress import TransferProgress
 from shards.urls import download
-from shards.writer import explain_write_errors, warn_of_small_disk
+from shards.writer import explain_write_errors, locked_folder, warn_of_small_disk
 
 COPIES_AT_ONCE = 8
 """Number of tars that are copied at the same time."""
@@ -47,22 +46,10 @@ class StagingFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Create the folder and lock it for this process; the lock of a killed process is released by the system."""
-        with explain_write_errors(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path, os.O_RDONLY)
-        try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ShardError(
-                    f"another run copies its source to {self.path}: wait for it, or use another --staging"
-                ) from None
+        """Create the folder and lock it for this process. Raise ShardError where another process has it."""
+        busy = f"another run copies its source to {self.path}: wait for it, or use another --staging"
+        with locked_folder(self.path, busy):
             yield
-        finally:
-            with suppress(OSError):  # not empty: it has tars to resume from; or removed
-                self.path.rmdir()
-            os.close(descriptor)
 
     def stage(self, tars: list[RemoteTar], console: Console) -> list[Path]:
         """Copy the tars that are not here yet; return the paths of all, in order.

@@ -14,7 +14,8 @@ from PIL import Image
 
 from shards.errors import ShardError
 from shards.format import MANIFEST, Manifest, RejectedSample, RejectionRecord, list_splits, load_manifest
-from shards.listing import LABEL, FileRef, Labels, Sample, SampleList, TarMember, column, list_members, sample_key
+from shards.listing import LABEL, Labels, SampleList, TarMember, column, list_members, sample_key
+from shards.samples import FileRef, Sample
 
 MASK = "mask.png"
 """Tar component of the segmentation mask."""

@@ -12,8 +12,8 @@ from scaling_data import MAPPED_TARS, TABLES, ScalingDataOptions, figures, stagi
 
 from shards.command_line import run_command
 from shards.format import format_index
-from shards.listing import FileRef, Sample, sample_key
-from shards.samples import SampleTable
+from shards.listing import sample_key
+from shards.samples import FileRef, Sample, SampleTable
 from shards.writer import TarWriter
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "scaling.md"

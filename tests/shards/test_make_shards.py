@@ -17,7 +17,8 @@ from shard_sources import class_folders, contents, encoded, imagenet_train_tar, 
 
 from shards.errors import ShardError
 from shards.format import load_manifest, load_rejections, save_manifest
-from shards.listing import FileRef, TarReader
+from shards.listing import TarReader
+from shards.samples import FileRef
 from tests.disks import small_disk
 
 

@@ -18,9 +18,9 @@ from shards.errors import ShardError
 from shards.format import Column
 from shards.growing import GrowingBytes
 from shards.hold_out import TRAIN, VAL, hold_out, key_position
-from shards.listing import LABEL, FileRef, Sample, SampleList, fit_key, sample_key
+from shards.listing import LABEL, SampleList, fit_key, sample_key
 from shards.plan import ShardSize, plan_shards
-from shards.samples import SampleTable
+from shards.samples import FileRef, Sample, SampleTable
 from shards.sources.file_lists import make_resolver
 from shards.sources.text_list import list_lines
 from tests.disks import small_disk
