@@ -1,6 +1,6 @@
 """Web server of a folder that fails on purpose, for tests of shards at URLs.
 
-It answers requests for ranges of a file. A fault is one of
+It answers requests for files, or for ranges of them. A fault is one of
 
     reset      the connection is reset after half of the answer
     stall      half of the answer comes, then nothing until the client gives up
@@ -21,16 +21,20 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
+from local_servers import running
+
 Fault = Literal["reset", "stall", "truncate", "busy", "corrupt"]
 FAULTS: tuple[Fault, ...] = get_args(Fault)
 
 
 class Served(NamedTuple):
-    """Answer to a request for content."""
+    """Answer to a request for content, also of a file that does not exist."""
 
     name: str
     """File name."""
     fault: Fault | None
+    first: int
+    """First byte that was asked for."""
 
 
 class FaultServer(ThreadingHTTPServer):
@@ -38,8 +42,12 @@ class FaultServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, ranges: bool) -> None:
         self.folder = folder
+        self.ranges = ranges
+        """False: a request for a range gets the whole file."""
+        self.status: int | None = None
+        """Status of every answer; None for the true one."""
         self.plan: list[tuple[str, Fault]] = []
         """Faults to come, each with the end of the names that it may hit. A request gets the first that fits."""
         self.served: list[Served] = []
@@ -53,8 +61,8 @@ class FaultServer(ThreadingHTTPServer):
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
 
-    def next_fault(self, name: str) -> Fault | None:
-        """Return the fault of a request for a file, and note the request."""
+    def next_fault(self, name: str, first: int) -> Fault | None:
+        """Return the fault of a request for a file from a byte on, and note the request."""
         with self._lock:
             fault = None
             for place, (suffix, planned) in enumerate(self.plan):
@@ -62,7 +70,7 @@ class FaultServer(ThreadingHTTPServer):
                     fault = planned
                     del self.plan[place]
                     break
-            self.served.append(Served(name, fault))
+            self.served.append(Served(name, fault, first))
             return fault
 
 
@@ -80,26 +88,26 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(content=True)
 
     def _answer(self, content: bool) -> None:
-        name = self.path.lstrip("/")
+        name = self.path.partition("?")[0].strip("/")
         path = self.server.folder / name
-        if not path.is_file():
-            self.send_error(404)
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        start = int(wanted[1]) if wanted else 0
+        fault = self.server.next_fault(name, start) if content else None
+        if fault == "busy" or self.server.status is not None or not path.is_file():
+            self.send_error(503 if fault == "busy" else self.server.status or 404)
             return
-        data, wanted = path.read_bytes(), re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        size = len(data)
-        if wanted:
-            start, last = int(wanted[1]), int(wanted[2] or size - 1)
-            data = data[start : last + 1]
-        fault = self.server.next_fault(name) if content else None
-        if fault == "busy":
-            self.send_error(503)
-            return
+        data = path.read_bytes()
+        size, ranged = len(data), wanted is not None and self.server.ranges
+        if wanted and ranged:
+            data = data[start : int(wanted[2] or size - 1) + 1]
         if fault == "corrupt":
             data = data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :]
-        self.send_response(206 if wanted else 200)
+        self.send_response(206 if ranged else 200)
         self.send_header("Content-Length", str(len(data)))
-        self.send_header("Accept-Ranges", "bytes")
-        if wanted:
+        self.send_header("Last-Modified", self.date_time_string(path.stat().st_mtime))
+        if self.server.ranges:
+            self.send_header("Accept-Ranges", "bytes")
+        if ranged:
             self.send_header("Content-Range", f"bytes {start}-{start + len(data) - 1}/{size}")
         self.end_headers()
         if not content:
@@ -119,13 +127,11 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(folder: Path) -> Iterator[FaultServer]:
+def serving(folder: Path, ranges: bool = True) -> Iterator[FaultServer]:
     """Serve a folder while the context is open."""
-    server = FaultServer(folder)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield server
-    finally:
-        server.over.set()
-        server.shutdown()
-        server.server_close()
+    server = FaultServer(folder, ranges)
+    with running(server):
+        try:
+            yield server
+        finally:
+            server.over.set()

@@ -15,20 +15,17 @@ Fails where the parameters at the end differ from those of `disk` by a bit, or w
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import random
 import shutil
 import sys
-import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from environment import BenchmarkError
 from fault_server import FAULTS, FaultServer, serving
 from kill_and_compare import compare, kill_after_checkpoint, run_to_end
+from local_servers import BUCKET, s3_server
 from rich.console import Console
 from rich.table import Table
 from synthetic_data import GENERATED, generated_shards
@@ -36,7 +33,7 @@ from synthetic_data import GENERATED, generated_shards
 from shards.command_line import run_command
 from shards.make import ShardingOptions, make_shards
 from shards.plan import ShardSize
-from shards.urls import upload
+from shards.urls import join, upload
 
 SHARD_MB = 0.5
 """Size of a shard (10⁶ bytes): many small ones, so that many requests can fail."""
@@ -77,45 +74,46 @@ def run(given: argparse.Namespace, console: Console) -> int:
         return [given.recipe, *fixed, *intervals, "--train.deterministic", "--train.no-compile", *more]
 
     table = Table("training", "requests", "faults met", "MB copied", "of", "seconds", "parameters")
-    ended, ok = 0.0, True
+    ok = True
 
-    def row(name: str, server: FaultServer | None, copied: Path | None) -> None:
+    def add_row(name: str, seconds: float, cache: Path | None = None, server: FaultServer | None = None) -> None:
         nonlocal ok
         same = name == "disk" or compare(out / "disk", out / name)
+        ok = ok and same and not (server and server.plan)
         faults = Counter(answer.fault for answer in server.served if answer.fault) if server else Counter[str]()
-        missed = len(server.plan) if server else 0
-        ok = ok and same and not missed
-        size = f"{_megabytes(copied):,.1f}" if copied else ""
-        met = ", ".join(f"{count} {kind}" for kind, count in sorted(faults.items()))
-        requests = str(len(server.served)) if server else ""
-        verdict = "the reference" if name == "disk" else "the same, bit for bit" if same else "DIFFERENT"
-        table.add_row(name, requests, met, size, f"{manifest.bytes / 1e6:,.1f}", f"{ended:.0f}", verdict)
+        table.add_row(
+            name,
+            str(len(server.served)) if server else "",
+            ", ".join(f"{count} {kind}" for kind, count in sorted(faults.items())),
+            f"{_megabytes(cache):,.1f}" if cache else "",
+            f"{manifest.bytes / 1e6:,.1f}",
+            f"{seconds:.0f}",
+            "the reference" if name == "disk" else "the same, bit for bit" if same else "DIFFERENT",
+        )
 
-    def train(name: str, *more: str) -> None:
-        nonlocal ended
-        began = time.monotonic()
-        run_to_end(words(name, *more), 0, 1, out / f"{name}.log")
-        ended = time.monotonic() - began
+    def train(name: str, *data: str) -> float:
+        """Train to the end; return the seconds."""
+        _, _, seconds = run_to_end(words(name, *data), 0, 1, out / f"{name}.log")
+        return seconds
 
-    train("disk", "--data.shards", str(shards))
-    row("disk", None, None)
+    add_row("disk", train("disk", "--data.shards", str(shards)))
     with serving(shards) as server:
-        server.plan = plans[0]
-        train("faults", "--data.shards", server.url, "--data.cache", str(out / "cache"))
-        row("faults", server, out / "cache")
+        server.plan, cache = plans[0], out / "cache"
+        seconds = train("faults", "--data.shards", server.url, "--data.cache", str(cache))
+        add_row("faults", seconds, cache, server)
     with serving(shards) as server:
-        server.plan = plans[1]
-        remote = ["--data.shards", server.url, "--data.cache", str(out / "cache-of-killed")]
+        server.plan, cache = plans[1], out / "cache-of-killed"
+        remote = ["--data.shards", server.url, "--data.cache", str(cache)]
         kill_after_checkpoint(words("killed", *remote), out / "killed.log")
-        shutil.rmtree(out / "cache-of-killed")
-        train("killed", *remote)
-        row("killed", server, out / "cache-of-killed")
-    with s3_server() as bucket:
+        shutil.rmtree(cache)
+        add_row("killed", train("killed", *remote), cache, server)
+    with s3_server() as variables:
+        os.environ |= variables
+        url, cache = f"s3://{BUCKET}/train", out / "cache-of-s3"
         for file in sorted(shards.iterdir()):
             if file.is_file() and not file.name.startswith("."):
-                upload(file, f"{bucket}/{file.name}")
-        train("s3", "--data.shards", bucket, "--data.cache", str(out / "cache-of-s3"))
-        row("s3", None, out / "cache-of-s3")
+                upload(file, join(url, file.name))
+        add_row("s3", train("s3", "--data.shards", url, "--data.cache", str(cache)), cache)
     console.print(table)
     return 0 if ok else 1
 
@@ -123,34 +121,6 @@ def run(given: argparse.Namespace, console: Console) -> int:
 def _megabytes(cache: Path) -> float:
     """Return what the tars of a cache take on the disk (10⁶ bytes)."""
     return sum(512 * tar.stat().st_blocks for tar in cache.glob("*/*.tar")) / 1e6
-
-
-@contextmanager
-def s3_server() -> Iterator[str]:
-    """Run an S3 server in this process; yield the URL of a bucket. Child processes find it by environment variables."""
-    try:
-        from moto.server import ThreadedMotoServer
-    except ImportError as error:
-        raise BenchmarkError(f"an S3 server is needed ({error}); pip install 'moto[server]'") from error
-    import boto3
-
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-    server.start()
-    variables = {
-        "AWS_ENDPOINT_URL": "http://{}:{}".format(*server.get_host_and_port()),
-        "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": "testing",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    os.environ.update(variables)
-    try:
-        boto3.client("s3").create_bucket(Bucket="shards")
-        yield "s3://shards/train"
-    finally:
-        for name in variables:
-            del os.environ[name]
-        server.stop()
 
 
 if __name__ == "__main__":

@@ -5,24 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from servers import S3_VARIABLES, s3_server
+from local_servers import s3_server
 
 
 @pytest.fixture(scope="session")
-def s3_address() -> Iterator[str]:
-    with s3_server() as address:
-        yield address
+def s3_variables() -> Iterator[dict[str, str]]:
+    with s3_server() as variables:
+        yield variables
 
 
 @pytest.fixture
-def s3(s3_address: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
+def s3(s3_variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
     """Set the variables that lead to the S3 server, and return them; its bucket is `bucket`."""
     import s3fs
 
     # File systems are cached by their arguments, not by the variables that they read.
     s3fs.S3FileSystem.clear_instance_cache()
-    variables = {**S3_VARIABLES, "AWS_ENDPOINT_URL": s3_address}
-    for name, value in variables.items():
+    for name, value in s3_variables.items():
         monkeypatch.setenv(name, value)
-    yield variables
+    yield s3_variables
     s3fs.S3FileSystem.clear_instance_cache()

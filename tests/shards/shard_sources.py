@@ -54,6 +54,16 @@ def tar_of(members: dict[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
+def slow_images(folder: Path) -> Path:
+    """Make 36 images that take some milliseconds each, and a damaged one, in the class folder `folder`/class."""
+    images = folder / "class"
+    images.mkdir(parents=True)
+    for number in range(36):
+        (images / f"{number:02d}.png").write_bytes(encoded(photo(number, (560, 420)), "PNG", compress_level=1))
+    (images / "bad.png").write_bytes(b"bad")
+    return folder
+
+
 def read_tar(path: Path) -> dict[str, bytes]:
     with tarfile.open(path) as tar:
         return {member.name: tar.extractfile(member).read() for member in tar}

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from ray_nodes import RayNode, count_slowly, descendants, die, fail, ray_head, ray_node, refuse
 from rich.console import Console
-from shard_sources import contents, encoded, photo
+from shard_sources import contents, encoded, photo, slow_images
 from test_shard_interruption import is_gone, kill_once, records, wait_for
 
 from shards.errors import ShardError
@@ -29,12 +29,7 @@ SHARDS = 12
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("source") / "src" / "class"
-    folder.mkdir(parents=True)
-    for number in range(36):
-        (folder / f"{number:02d}.png").write_bytes(encoded(photo(number, (560, 420)), "PNG", compress_level=1))
-    (folder / "bad.png").write_bytes(b"bad")
-    return folder.parent
+    return slow_images(tmp_path_factory.mktemp("source") / "src")
 
 
 @pytest.fixture(scope="module")

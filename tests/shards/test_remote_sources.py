@@ -12,8 +12,8 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from fault_server import Served, serving
 from rich.console import Console
-from servers import web_server
 from shard_sources import ROOT, class_folders, jpeg, make, samples, tar_of
 
 from shards import urls
@@ -68,7 +68,7 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("ranges", [False, True])
 def test_tars_of_a_web_server_give_the_shards_of_the_same_tars_on_a_disk(tars, local, tmp_path, ranges):
-    with web_server(tars, ranges=ranges) as server:
+    with serving(tars, ranges=ranges) as server:
         make(f"{server.url}/imagenet1k-train-{{0000..0002}}.tar", tmp_path / "out", **SHARDS)
     assert contents(tmp_path / "out") == local
 
@@ -109,15 +109,15 @@ def test_the_output_of_commands_gives_the_shards_of_the_same_tars_on_a_disk(tars
 
 def test_a_finished_split_is_recognised_without_its_source_and_another_source_is_refused(tars, local, tmp_path):
     folder = shutil.copytree(tars, tmp_path / "source")
-    with web_server(folder) as server:
+    with serving(folder, ranges=False) as server:
         source = f"{server.url}/imagenet1k-train-{{0000..0002}}.tar"
         make(source, tmp_path / "out", **SHARDS)
-        server.requests.clear()
+        server.served.clear()
         make(source, tmp_path / "out", **SHARDS)
-        assert not server.requests
+        assert not server.served
         with pytest.raises(ShardError, match="made with seed = 0, this run has 1; use another OUT, or --overwrite"):
             make(source, tmp_path / "out", **SHARDS, seed=1)
-        assert not server.requests
+        assert not server.served
         with pytest.raises(ShardError, match="made from other contents"):
             make(source.replace("0002}", "0001}"), tmp_path / "out", **SHARDS)
         assert make(source, tmp_path / "out", **SHARDS, seed=1, overwrite=True).seed == 1
@@ -129,39 +129,39 @@ def test_a_finished_split_is_recognised_without_its_source_and_another_source_is
 def test_shards_of_this_project_at_a_url_keep_their_class_names(tmp_path):
     make(class_folders(tmp_path / "src", {"owl": 5, "elk": 4}), tmp_path / "first")
     make(tmp_path / "first", tmp_path / "local")
-    with web_server(tmp_path / "first") as server:
+    with serving(tmp_path / "first", ranges=False) as server:
         make(f"{server.url}/train-{{000000..000001}}.tar", tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "local")
 
 
 def test_a_body_that_breaks_off_is_asked_for_again(tars, local, tmp_path, short_pauses):
-    with web_server(tars, ranges=True) as server:
-        server.cuts["imagenet1k-train-0001.tar"] = 2
+    with serving(tars) as server:
+        server.plan = [("imagenet1k-train-0001.tar", "truncate")] * 2
         make(f"{server.url}/imagenet1k-train-{{0000..0002}}.tar", tmp_path / "out", **SHARDS)
     assert contents(tmp_path / "out") == local
     size = (tars / "imagenet1k-train-0001.tar").stat().st_size
-    assert f"GET imagenet1k-train-0001.tar {size // 2}-" in server.requests  # the rest, not all of it
+    assert Served("imagenet1k-train-0001.tar", "truncate", size // 2) in server.served  # the rest, not all of it
 
 
 def test_a_body_that_breaks_off_is_sent_again_by_a_server_without_ranges(tars, local, tmp_path, short_pauses):
-    with web_server(tars) as server:
-        server.cuts["imagenet1k-train-0001.tar"] = 2
+    with serving(tars, ranges=False) as server:
+        server.plan = [("imagenet1k-train-0001.tar", "truncate")] * 2
         make(f"{server.url}/imagenet1k-train-{{0000..0002}}.tar", tmp_path / "out", **SHARDS)
     assert contents(tmp_path / "out") == local
 
 
 def test_a_body_that_always_breaks_off_is_refused_and_whole_tars_are_kept(tars, local, tmp_path, short_pauses):
-    with web_server(tars) as server:
+    with serving(tars, ranges=False) as server:
         source = f"{server.url}/imagenet1k-train-{{0000..0002}}.tar"
-        server.cuts["imagenet1k-train-0001.tar"] = 1000
+        server.plan = [("imagenet1k-train-0001.tar", "truncate")] * 1000
         with pytest.raises(ShardError, match=r"cannot read http://127.0.0.1:\d+/imagenet1k-train-0001.tar: "):
             make(source, tmp_path / "out", **SHARDS)
-        server.cuts.clear()
+        server.plan.clear()
         journal = tmp_path / "out" / ".train.source" / "staged.jsonl"
         whole = {json.loads(line)[1] for line in journal.read_text().splitlines()} if journal.exists() else set()
-        server.requests.clear()
+        server.served.clear()
         make(source, tmp_path / "out", **SHARDS)
-        fetched = {request.split()[1] for request in server.requests if request.endswith(".tar")}
+        fetched = {answer.name for answer in server.served if answer.name.endswith(".tar")}
         assert "imagenet1k-train-0001.tar" in fetched
         assert not fetched & whole
     assert contents(tmp_path / "out") == local
@@ -172,7 +172,7 @@ def test_a_tar_that_is_cut_off_on_the_server_is_refused_by_name(tars, tmp_path):
     tar = folder / "imagenet1k-train-0002.tar"
     tar.write_bytes(tar.read_bytes()[:-10240])
     with (
-        web_server(folder) as server,
+        serving(folder, ranges=False) as server,
         pytest.raises(
             ShardError, match=r"^http://127.0.0.1:\d+/imagenet1k-train-0002.tar (has no tar end mark|is not)"
         ),
@@ -211,13 +211,16 @@ def test_what_is_not_there_is_refused_before_anything_is_copied(tars, tmp_path, 
     ]:
         with pytest.raises(ShardError, match=message):
             make(source, tmp_path / "out")
-    with web_server(tars) as server, pytest.raises(ShardError, match=r"none.tar: it does not exist; correct the URL"):
+    with (
+        serving(tars, ranges=False) as server,
+        pytest.raises(ShardError, match=r"none.tar: it does not exist; correct the URL"),
+    ):
         make(f"{server.url}/none.tar", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_full_disk_is_named_with_its_remedy(tars, tmp_path):
-    with small_disk(tmp_path / "disk", "40k") as disk, web_server(tars) as server:
+    with small_disk(tmp_path / "disk", "40k") as disk, serving(tars, ranges=False) as server:
         source = f"{server.url}/imagenet1k-train-{{0000..0002}}.tar"
         console = Console(record=True, width=200)
         options = ShardingOptions(source, tmp_path / "out", workers=1, remote=RemoteOptions(staging=disk))
@@ -227,7 +230,7 @@ def test_a_full_disk_is_named_with_its_remedy(tars, tmp_path):
 
 
 def test_a_server_that_refuses_asks_for_credentials(tars, tmp_path, short_pauses):
-    with web_server(tars) as server:
+    with serving(tars, ranges=False) as server:
         server.status = 403
         with pytest.raises(ShardError, match=r"a-0.tar: 403, message='Forbidden'.*; set the store's credentials"):
             make(f"{server.url}/a-0.tar", tmp_path / "out")

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from shard_sources import contents, encoded, make, photo
+from shard_sources import contents, make, slow_images
 
 from shards.errors import ShardError
 from shards.workers import ProgressCount
@@ -25,13 +25,8 @@ SHARDS = 12
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make 36 images that take some milliseconds each, so that a kill hits the middle of a shard."""
-    folder = tmp_path_factory.mktemp("source") / "src" / "class"
-    folder.mkdir(parents=True)
-    for number in range(36):
-        (folder / f"{number:02d}.png").write_bytes(encoded(photo(number, (560, 420)), "PNG", compress_level=1))
-    (folder / "bad.png").write_bytes(b"bad")
-    return folder.parent
+    """Images that take so long that a kill hits the middle of a shard."""
+    return slow_images(tmp_path_factory.mktemp("source") / "src")
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from pathlib import Path
 import boto3
 import fsspec
 import pytest
+from fault_server import serving
 from rich.console import Console
-from servers import web_server
 from shard_sources import ROOT, class_folders, make, run_tool
 
 from shards import upload, urls
@@ -213,7 +213,7 @@ def test_a_kill_after_the_manifest_is_written_leaves_nothing_to_do_but_to_clean(
     source, out, monkeypatch, tmp_path, remote_source
 ):
     make(source, tmp_path / "tars", min_shards=6)
-    with web_server(tmp_path / "tars") as server:
+    with serving(tmp_path / "tars", ranges=False) as server:
         place = f"{server.url}/train-{{000000..000005}}.tar" if remote_source else source
         original = RemoteFolder.publish
 
@@ -294,7 +294,7 @@ def test_verify_reads_a_folder_at_a_url(source, out):
 
 def test_verify_reads_a_folder_on_a_web_server(source, tmp_path):
     make(source, tmp_path / "out", min_shards=6)
-    with web_server(tmp_path / "out") as server:
+    with serving(tmp_path / "out", ranges=False) as server:
         assert verify(server.url, quick=True) == verify(server.url) == []
         (tmp_path / "out" / "train-000003.idx").unlink()
         quick = run_tool("verify", server.url, "--quick")
@@ -309,17 +309,17 @@ def verify(url: str, quick: bool = False) -> list[str]:
 def test_a_source_at_a_url_goes_to_a_folder_at_a_url(source, out, tmp_path):
     make(source, tmp_path / "first", min_shards=6)
     make(tmp_path / "first", tmp_path / "local", seed=3)
-    with web_server(tmp_path / "first") as server:
+    with serving(tmp_path / "first", ranges=False) as server:
         make(f"{server.url}/train-{{000000..000005}}.tar", out, seed=3)
         before = stored(out)
         assert before.keys() - visible(tmp_path / "local").keys() == {".train.source.json"}
         assert visible(tmp_path / "local").items() <= before.items()
         assert not list(Path().iterdir())
-        server.requests.clear()
+        server.served.clear()
         make(f"{server.url}/train-{{000000..000005}}.tar", out, seed=3)
-        assert not server.requests  # finished: nothing is copied again
+        assert not server.served  # finished: nothing is copied again
         with pytest.raises(ShardError, match="made with seed = 3, this run has 4"):
             make(f"{server.url}/train-{{000000..000005}}.tar", out, seed=4)
-        assert not server.requests
+        assert not server.served
     assert stored(out) == before
     assert not list(Path().iterdir())
