@@ -62,6 +62,7 @@ def run(given: argparse.Namespace, console: Console) -> int:
     shards = out / "shards"
     small = ShardingOptions(str(GENERATED / "tiles"), shards, shard=ShardSize(shard_mb=SHARD_MB))
     manifest = make_shards(small, Console(quiet=True))["train"]
+    console.print(f"{len(manifest.shards)} shards, {manifest.bytes / 1e6:,.1f} MB")
     files = [name for shard in manifest.shards for name in (shard.name, shard.index)]
     halves = [given.faults // 2, given.faults - given.faults // 2]
     plans = [
