@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 
 from iwm.ranges import Range
 
+Initialisation = Literal["ijepa", "beit", "xavier"]
+
 
 @dataclass(frozen=True)
 class EncoderConfig:
@@ -25,9 +27,11 @@ class EncoderConfig:
     """Side of a patch (pixels)."""
     mlp_ratio: float = 4.0
     """Hidden width of the MLP, as a multiple of embed_dim."""
-    init: Literal["ijepa", "xavier"] = "ijepa"
+    init: Initialisation = "ijepa"
     """Initialisation of the encoders and the predictor.
-    `ijepa`: truncated normal with standard deviation 0.02, rescaled by depth.
+    `ijepa`: truncated normal with standard deviation 0.02, as in I-JEPA's training.
+    `beit`: the same, with block i's output projections divided by √(2i), i from 1. I-JEPA's constructors do this too,
+    but its training then initialises every linear layer again.
     `xavier`: Xavier uniform, better for narrow models (width below about 256)."""
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from dali_pipelines.augmentations import JitterImpl
 from iwm.ablation.studies import AblationStudy, Variant
 from iwm.evaluation.settings import BankSize
 from iwm.report.runs import is_up_to_date
@@ -75,30 +76,32 @@ def plan(
     `training` returns a variant's arguments of iwm/train.py without seed and run folder.
     """
     names: dict[tuple[str, ...], str] = {}
-    banks: dict[tuple[str, ...], set[str]] = {}
+    banks: dict[tuple[str, ...], dict[str, Evaluation]] = {}
+    common_bank = _mrr(common, common, None, bank)
     for variant in study.variants:
         if variant.options not in names:
             names[variant.options] = _new_name(f"{variant.row} {variant.column}", names.values())
-        banks.setdefault(variant.options, {common}).add(variant.bank)
+        own = _mrr(variant.bank_name, variant.bank, variant.bank_jitter_impl, bank)
+        banks.setdefault(variant.options, {common: common_bank})[variant.bank_name] = own
     runs = {}
     for variant in study.variants:
         for seed in seeds:
             folder = out / f"{names[variant.options]}-seed{seed}"
             arguments = (*training(variant), "--train.seed", str(seed), "--run-dir", str(folder))
             evaluations = (
-                *(_mrr(name, bank) for name in sorted(banks[variant.options])),
+                *(evaluation for _, evaluation in sorted(banks[variant.options].items())),
                 _similarity(common, bank.num_images),
             )
             runs[variant, seed] = PlannedRun(folder, arguments, evaluations)
     return runs
 
 
-def mrr_file(scenario: str) -> str:
-    """Return the name of the MRR file of a scenario's bank."""
-    return f"mrr-{scenario}"
+def mrr_file(bank: str) -> str:
+    """Return the name of the MRR file of a bank."""
+    return f"mrr-{bank}"
 
 
-def _mrr(scenario: str, bank: BankSize) -> Evaluation:
+def _mrr(name: str, scenario: str, jitter_impl: JitterImpl | None, bank: BankSize) -> Evaluation:
     sizes = (
         "--bank.num-images",
         str(bank.num_images),
@@ -107,8 +110,9 @@ def _mrr(scenario: str, bank: BankSize) -> Evaluation:
         "--bank.batch-size",
         str(bank.batch_size),
     )
+    computed = () if jitter_impl is None else ("--jitter-impl", jitter_impl)
     settings = {"bank": {**asdict(bank), "scenario": scenario}}
-    return Evaluation("mrr", mrr_file(scenario), ("--bank.scenario", scenario, *sizes), settings)
+    return Evaluation("mrr", mrr_file(name), ("--bank.scenario", scenario, *computed, *sizes), settings)
 
 
 def _similarity(scenario: str, images: int) -> Evaluation:

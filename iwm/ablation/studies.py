@@ -1,4 +1,4 @@
-"""Ablation studies: variants of the paper's tables 1, 2 and S2 and their places in the table.
+"""Ablation studies: variants of the paper's tables 1, 2 and S2, and of choices that the paper leaves open.
 
 Studies scale with the recipe. The paper compares predictors of 12 and 18 blocks with an encoder of 12; a study compares
 the number of blocks of the recipe's encoder and 1.5 times that number.
@@ -13,11 +13,11 @@ from typing import Annotated, get_args, get_type_hints
 
 import tyro
 
-from dali_pipelines.augmentations import DESTRUCTIVE_OPS, SCENARIOS, PhotometricConfig
+from dali_pipelines.augmentations import DESTRUCTIVE_OPS, SCENARIOS, JitterImpl, PhotometricConfig
 from iwm.config import Config
 from iwm.evaluation.paper_results import TABLE_1, TABLE_2, TABLE_S2
 from iwm.evaluation.settings import JITTER_SCENARIOS, BankSize
-from iwm.model_config import ActionConfig
+from iwm.model_config import ActionConfig, Initialisation
 from iwm.ranges import Range
 from iwm.recipes import RECIPES
 from iwm.train_options import RUNS
@@ -35,6 +35,13 @@ class Variant:
     """Scenario whose jitter the variant's own bank is sampled from (iwm/evaluation/bank.py)."""
     paper: float | None = None
     """MRR in the paper's table."""
+    bank_jitter_impl: JitterImpl | None = None
+    """Computation of the jitter of the variant's own bank; None: the run's own."""
+
+    @property
+    def bank_name(self) -> str:
+        """Name of the variant's own bank in files and tables."""
+        return self.bank if self.bank_jitter_impl is None else f"{self.bank}-{self.bank_jitter_impl}"
 
 
 @dataclass(frozen=True)
@@ -114,10 +121,48 @@ def augmentation(recipe: Config) -> AblationStudy:
     )
 
 
+def initialisation(recipe: Config) -> AblationStudy:
+    """Return the study of encoder.init: every initialisation."""
+    return AblationStudy(
+        "Initialisation",
+        tuple(Variant("default", kind, ("--encoder.init", kind)) for kind in get_args(Initialisation)),
+    )
+
+
+def jitter_encoding(recipe: Config) -> AblationStudy:
+    """Return the study of action.jitter_encoding, whose sources are jittered: a difference of factors or a ratio."""
+    return AblationStudy(
+        "Encoding of jitter in the action",
+        tuple(
+            Variant(ROWS[scenario], kind, (*_scenario(scenario), "--action.jitter-encoding", kind), scenario)
+            for scenario in ("default", "strong")
+            for kind in get_args(get_type_hints(ActionConfig)["jitter_encoding"])
+        ),
+    )
+
+
+def jitter_impl(recipe: Config) -> AblationStudy:
+    """Return the study of views.jitter_impl: trained with each computation of the jitter, evaluated with each."""
+    kinds = get_args(JitterImpl)
+    return AblationStudy(
+        "Computation of jitter",
+        tuple(
+            Variant(
+                f"trained with {trained}", f"bank of {bank}", ("--views.jitter-impl", trained), bank_jitter_impl=bank
+            )
+            for trained in kinds
+            for bank in kinds
+        ),
+    )
+
+
 STUDIES: dict[str, Callable[[Config], AblationStudy]] = {
     "conditioning": conditioning,
     "complexity": complexity,
     "augmentation": augmentation,
+    "initialisation": initialisation,
+    "jitter-encoding": jitter_encoding,
+    "jitter-impl": jitter_impl,
 }
 
 
@@ -126,7 +171,8 @@ class AblateOptions:
     """Options of iwm/ablate.py."""
 
     study: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="|".join(STUDIES))]
-    """`conditioning` (table 1), `complexity` (table 2), `augmentation` (table S2)."""
+    """`conditioning` (table 1), `complexity` (table 2), `augmentation` (table S2). Not in the paper:
+    `initialisation`, `jitter-encoding`, `jitter-impl`."""
     recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="|".join(RECIPES))]
     """Recipe that every variant is based on."""
     out: Path | None = None

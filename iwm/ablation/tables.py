@@ -25,7 +25,7 @@ def results(study: AblationStudy, runs: Mapping[tuple[Variant, int], PlannedRun]
         files = {item.output: run.folder / "eval" / f"{item.output}.json" for item in run.evaluations}
         if all(file.exists() for file in files.values()):
             evaluations = {name: json.loads(file.read_bytes()) for name, file in files.items()}
-            place: dict[str, Any] = {"row": variant.row, "column": variant.column, "bank": variant.bank}
+            place: dict[str, Any] = {"row": variant.row, "column": variant.column, "bank": variant.bank_name}
             place |= {"paper": variant.paper, "seed": seed, "folder": str(run.folder)}
             records.append({**place, "evaluations": evaluations})
     return records

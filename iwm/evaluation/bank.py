@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from dali_pipelines.augmentations import IDENTITY
+from dali_pipelines.augmentations import IDENTITY, JitterImpl
 from dali_pipelines.replay import apply_photometric
 from iwm.actions import ActionSpec, action_between
 from iwm.config import ENCODERS, EncoderName
@@ -46,10 +46,18 @@ class Bank:
 
 @torch.no_grad()
 def embed_bank(
-    model: WorldModel, image: UInt8[Tensor, "h w 3"], params: Float[Tensor, "k p"], batch_size: int = 256
+    model: WorldModel,
+    image: UInt8[Tensor, "h w 3"],
+    params: Float[Tensor, "k p"],
+    batch_size: int = 256,
+    jitter_impl: JitterImpl | None = None,
 ) -> Bank:
-    """Apply each row of `params` to a clean image and embed the views, `batch_size` at a time."""
-    views = apply_photometric(image.expand(len(params), -1, -1, -1), params, model.config.views.jitter_impl)
+    """Apply each row of `params` to a clean image and embed the views, `batch_size` at a time.
+
+    jitter_impl: computation of the jitter; None: the model's own.
+    """
+    computed = jitter_impl or model.config.views.jitter_impl
+    views = apply_photometric(image.expand(len(params), -1, -1, -1), params, computed)
     targets = torch.cat([model.target_features(part).float() for part in views.split(batch_size)])
     norms = torch.stack([features.norm(dim=1) for features in _pool_or_flatten(targets, DISTANCES)])
     return Bank(views, params, targets, norms)

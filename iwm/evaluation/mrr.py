@@ -21,6 +21,7 @@ from jaxtyping import Float, UInt8
 from rich.progress import track
 from torch import Tensor
 
+from dali_pipelines.augmentations import JitterImpl
 from dali_pipelines.replay import sample_photometric
 from iwm.config import ENCODERS
 from iwm.evaluation.bank import actions_from, chance_mrr, derangement, embed_bank, predicted_distances, rank_of_target
@@ -46,11 +47,13 @@ def compute_ranks(
     settings: BankSettings,
     seed: int = 0,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+    jitter_impl: JitterImpl | None = None,
 ) -> Ranks:
     """Rank every view of every image. `images` are clean views of the run's size, on the model's device.
 
     All of `images` are used; `settings.num_images` is ignored. Banks depend on `seed` and `settings` and not on the
-    model, so that all models are evaluated on the same banks.
+    model, so that all models are evaluated on the same banks. jitter_impl: computation of their jitter; None: the
+    model's own.
     """
     generator = torch.Generator().manual_seed(seed)
     jitter = bank_augmentation(model.config.views, settings.scenario)
@@ -58,7 +61,7 @@ def compute_ranks(
     for i in progress(range(len(images))):
         params = sample_photometric(jitter, settings.num_views, generator).to(images.device)
         other = derangement(settings.num_views, generator).to(images.device)
-        bank = embed_bank(model, images[i], params, settings.batch_size)
+        bank = embed_bank(model, images[i], params, settings.batch_size, jitter_impl)
         queries = actions_from(params, model.action_spec)[None]
         distances = predicted_distances(model, bank, images[i : i + 1], queries, batch_size=settings.batch_size)[
             :, :, 0
@@ -99,7 +102,12 @@ def evaluate(context: EvalContext, settings: MRRSettings, output: Path) -> dict[
     bank_augmentation(context.config.views, bank.scenario)
     images, _ = context.first_images(bank.num_images, at_least=2)
     ranks = compute_ranks(
-        context.model, images, bank, settings.seed, lambda steps: track(steps, "banks", transient=True)
+        context.model,
+        images,
+        bank,
+        settings.seed,
+        lambda steps: track(steps, "banks", transient=True),
+        settings.jitter_impl,
     )
     return summarise(ranks)
 

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from dali_pipelines.augmentations import OP_BY_NAME, SCENARIOS, PhotometricConfig, Views
+from dali_pipelines.augmentations import OP_BY_NAME, SCENARIOS, JitterImpl, PhotometricConfig, Views
 from iwm.config import ConfigError, EncoderName
 from iwm.ranges import Range
 
@@ -102,6 +102,9 @@ class MRRSettings(EvalSettings):
     """Mean reciprocal rank of predictions in a bank of augmented views (paper, section 4.1)."""
 
     bank: BankSettings = field(default_factory=BankSettings)
+    jitter_impl: JitterImpl | None = None
+    """Computation of the jitter of the bank's views: `linear` or `torchvision`. Default: the run's own
+    (views.jitter_impl). The action to a view is the same with both."""
 
 
 @dataclass(frozen=True)

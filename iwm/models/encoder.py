@@ -16,7 +16,6 @@ from iwm.models.layers import (
     forward_blocks,
     init_weights,
     resample_positions,
-    rescale_blocks,
     sincos_positions,
 )
 from iwm.packing import Packing
@@ -52,9 +51,7 @@ class Encoder(VisionTransformer):
         self.residual: ResidualDtype = "auto"
         grid = image_size // config.patch_size
         self.pos_embed = nn.Parameter(sincos_positions(config.embed_dim, grid)[None], requires_grad=False)
-        init_weights(self, config.init)
-        if config.init == "ijepa":
-            rescale_blocks(self.blocks)
+        init_weights(self, config.init, self.blocks)
         mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
         self.register_buffer("pixel_scale", (1 / (255 * std)).repeat(config.patch_size**2), persistent=False)
         self.register_buffer("pixel_shift", (-mean / std).repeat(config.patch_size**2), persistent=False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from functools import partial
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Int64
@@ -16,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from iwm.compat import set_recompile_limit
 from iwm.config import CompileMode, ResidualDtype
+from iwm.model_config import Initialisation
 from iwm.packing import Packing
 
 
@@ -57,10 +57,11 @@ def add_positions(
     return tokens + (positions if wide else positions.to(tokens.dtype))
 
 
-def init_weights(module: nn.Module, kind: Literal["ijepa", "xavier"]) -> None:
+def init_weights(module: nn.Module, kind: Initialisation, blocks: Iterable[Block] = ()) -> None:
     """Initialise every linear and convolutional layer in `module`, with biases at zero; norms stay at timm's defaults.
 
-    kind: `ijepa` (truncated normal, standard deviation 0.02) or `xavier` (uniform).
+    kind: as in encoder.init. blocks: transformer blocks of the module, whose output projections `beit` divides by
+    sqrt(2·i) in block i, counted from 1.
     """
     for part in module.modules():
         if isinstance(part, nn.Linear | nn.Conv2d):
@@ -70,10 +71,8 @@ def init_weights(module: nn.Module, kind: Literal["ijepa", "xavier"]) -> None:
                 nn.init.trunc_normal_(part.weight, std=0.02)
             if part.bias is not None:
                 nn.init.zeros_(part.bias)
-
-
-def rescale_blocks(blocks: Iterable[Block]) -> None:
-    """Divide block i's output projections by sqrt(2·i), with i counted from 1, as I-JEPA and BEiT initialise them."""
+    if kind != "beit":
+        return
     with torch.no_grad():
         for number, block in enumerate(blocks, start=1):
             block.attn.proj.weight.div_(math.sqrt(2.0 * number))

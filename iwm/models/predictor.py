@@ -19,7 +19,6 @@ from iwm.models.layers import (
     forward_blocks,
     init_weights,
     resample_positions,
-    rescale_blocks,
     sincos_positions,
 )
 from iwm.packing import gather_tokens, scatter_tokens
@@ -179,10 +178,8 @@ class Predictor(nn.Module):
         )
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.predictor_proj = nn.Linear(width, encoder_width)
-        init_weights(self, config.encoder.init)
+        init_weights(self, config.encoder.init, self.blocks)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
-        if config.encoder.init == "ijepa":
-            rescale_blocks(self.blocks)
 
     @property
     def conditioned(self) -> bool:
