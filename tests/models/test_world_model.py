@@ -13,7 +13,14 @@ from dali_pipelines.augmentations import PARAMS, Views
 from iwm.config import Config, TrainConfig
 from iwm.loss_tokens import loss_weights
 from iwm.masking import Masks, PackedMasks, pack_masks, sample_masks, token_statistics
-from iwm.model_config import ActionConfig, EncoderConfig, LossConfig, MaskingConfig, PredictorConfig
+from iwm.model_config import (
+    ActionConfig,
+    EncoderConfig,
+    Initialisation,
+    LossConfig,
+    MaskingConfig,
+    PredictorConfig,
+)
 from iwm.models.attention import set_attention_impl
 from iwm.models.encoder import IMAGENET_MEAN, IMAGENET_STD, patchify, timm_arguments
 from iwm.models.flops import embedding_flops, predictor_flops, training_flops, transformer_flops
@@ -49,6 +56,25 @@ def packed(masks: Masks, extra: int = 0, loss: LossConfig = SMALL.loss) -> Packe
 
 def params(batch: int) -> torch.Tensor:
     return torch.rand(batch, len(PARAMS), generator=torch.Generator().manual_seed(2)) + 0.5
+
+
+def test_initial_deviations_are_those_of_the_named_recipe() -> None:
+    def deviations(init: Initialisation) -> dict[str, list[float]]:
+        encoder = EncoderConfig(embed_dim=256, depth=3, num_heads=4, patch_size=8, init=init)
+        model = small(encoder=encoder, predictor=PredictorConfig(embed_dim=256, depth=2, num_heads=4))
+        blocks = [*model.encoder.blocks, *model.predictor.blocks]
+        layers = {"qkv": [b.attn.qkv for b in blocks], "proj": [b.attn.proj for b in blocks]}
+        layers |= {"fc1": [b.mlp.fc1 for b in blocks], "fc2": [b.mlp.fc2 for b in blocks]}
+        layers["other"] = [model.encoder.patch_embed.proj, model.predictor.predictor_embed]
+        return {name: [layer.weight.std().item() for layer in part] for name, part in layers.items()}
+
+    number = [1, 2, 3, 1, 2]
+    ijepa, beit = deviations("ijepa"), deviations("beit")
+    for name, values in ijepa.items():
+        assert values == pytest.approx([0.02] * len(values), rel=0.02)
+        divided = [0.02 / (2 * i) ** 0.5 for i in number] if name in ("proj", "fc2") else [0.02] * len(values)
+        assert beit[name] == pytest.approx(divided, rel=0.02)
+    assert deviations("xavier")["qkv"] == pytest.approx([(2 / (256 + 768)) ** 0.5] * 5, rel=0.02)
 
 
 @pytest.mark.parametrize("patch", [8, 14, 16])
