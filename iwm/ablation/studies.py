@@ -134,8 +134,8 @@ def jitter_encoding(recipe: Config) -> AblationStudy:
     return AblationStudy(
         "Encoding of jitter in the action",
         tuple(
-            Variant(ROWS[scenario], kind, (*_scenario(scenario), "--action.jitter-encoding", kind), scenario)
-            for scenario in ("default", "strong")
+            Variant(row, kind, (*views, "--action.jitter-encoding", kind), bank)
+            for row, views, bank in (("default", (), "default"), ("strong jitter", _scenario("strong"), "strong"))
             for kind in get_args(get_type_hints(ActionConfig)["jitter_encoding"])
         ),
     )
