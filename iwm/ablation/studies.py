@@ -134,8 +134,7 @@ def jitter_encoding(recipe: Config) -> AblationStudy:
     return AblationStudy(
         "Encoding of jitter in the action",
         tuple(
-            Variant(row, kind, (*views, "--action.jitter-encoding", kind), bank)
-            for row, views, bank in (("default", (), "default"), ("strong jitter", _scenario("strong"), "strong"))
+            Variant("default", kind, ("--action.jitter-encoding", kind))
             for kind in get_args(get_type_hints(ActionConfig)["jitter_encoding"])
         ),
     )
