@@ -1,10 +1,11 @@
 """Parity of the pipeline's views with the torch replay of their parameters, of GPU with CPU, and of Triton's kernels.
 
-python benchmarks/parity.py [--device cuda] [--shards DIR] [--json FILE]
+python benchmarks/parity.py [--definitions] [--device cuda] [--shards DIR] [--json FILE]
 
 Differences are in grey levels (0 to 255), over all pixels of a batch. `make test` checks that
 the mean difference of each op from the replay is below 1. Columns `triton`, on a GPU: the views
-of data.backend triton against the replay.
+of data.backend triton against the replay. `--definitions` compares the two definitions of the jitter
+(views.jitter_impl) with one another instead, beside the change that each makes.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from torch import Tensor
 
 from dali_pipelines import replay
 from dali_pipelines.augmentations import (
+    JITTER_OPS,
     NO_PHOTOMETRIC,
+    SCENARIOS,
     SINGLE_OP,
     SOURCE,
     JitterImpl,
@@ -54,6 +57,8 @@ class ParityOptions:
     """Batch size (images)."""
     size: int = 224
     """Side of the views (pixels)."""
+    definitions: bool = False
+    """Compare the definitions `linear` and `torchvision` of the jitter, on the same images and parameters."""
     json: Path | None = None
     """File for all results (JSON)."""
 
@@ -117,6 +122,43 @@ def measured(options: ParityOptions, folder: Path, triton: bool) -> list[dict[st
     return rows
 
 
+def between_definitions(images: UInt8[Tensor, "b h w 3"]) -> list[dict[str, Any]]:
+    """Return a row for each jitter op, each scenario's jitter and its whole source view.
+
+    A row has the mean absolute difference between the definitions, and that of each from the unchanged image. Jitter
+    alone is always applied, the source view with its probabilities.
+    """
+    jitters = {op.name: SINGLE_OP[op.name] for op in JITTER_OPS}
+    source_views = {"A.1": PhotometricConfig(), **{name: views.source for name, views in SCENARIOS.items()}}
+    source_views = {name: spec for name, spec in source_views.items() if spec.jitter_probability > 0}
+    for name in ("A.1", "strong"):
+        jitters[f"jitter of {name}"] = replace(source_views[name].without_destructive(), jitter_probability=1.0)
+    rows = []
+    for name, spec in {**jitters, **{f"source view of {name}": spec for name, spec in source_views.items()}}.items():
+        params = replay.sample_photometric(spec, len(images), torch.Generator().manual_seed(0)).to(images.device)
+        linear, torchvision = (replay.apply_photometric(images, params, colour) for colour in get_args(JitterImpl))
+        rows.append(
+            {
+                "op": name,
+                "between": difference(linear, torchvision)["mean"],
+                "linear": difference(linear, images)["mean"],
+                "torchvision": difference(torchvision, images)["mean"],
+            }
+        )
+    return rows
+
+
+def show_definitions(rows: list[dict[str, Any]], options: ParityOptions, console: Console) -> None:
+    title = f"definitions of the jitter, {options.images} images of {options.size} px: mean difference in grey levels"
+    table = Table(title=title)
+    table.add_column("op")
+    for column in ("linear to torchvision", "linear to unchanged", "torchvision to unchanged"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(row["op"], *(f"{row[name]:.1f}" for name in ("between", "linear", "torchvision")))
+    console.print(table)
+
+
 def show(rows: list[dict[str, Any]], options: ParityOptions, console: Console) -> None:
     table = Table(title=f"views of {options.size} px on {options.device}, {options.images} images: grey levels")
     table.add_column("colour")
@@ -137,8 +179,13 @@ def main() -> None:
         check_writable("--json", options.json)
     select_device(options.device, "--device")
     folder = options.shards or generated_shards(console)
-    rows = measured(options, folder, triton=options.device == "cuda" and HAS_TRITON)
-    show(rows, options, console)
+    if options.definitions:
+        views = one_batch(folder, options, NO_PHOTOMETRIC, "linear", options.device)
+        rows = between_definitions(views.target)
+        show_definitions(rows, options, console)
+    else:
+        rows = measured(options, folder, triton=options.device == "cuda" and HAS_TRITON)
+        show(rows, options, console)
     if options.json is not None:
         result = {"rows": rows, "settings": replace(options, json=None).__dict__, "machine": environment_info()}
         options.json.write_text(json.dumps(result, indent=1, default=str) + "\n")

@@ -21,6 +21,9 @@ EncoderName = Literal["teacher", "student"]
 
 ENCODERS: tuple[EncoderName, ...] = ("teacher", "student")
 
+LayerNormKind = Literal["shared", "last", "own", "none"]
+"""Norms of the intermediate layers that a segmentation head receives (iwm/models/heads.py, UPerNet)."""
+
 PipelineBackend = Literal["auto", ViewBackend]
 
 

@@ -1,7 +1,8 @@
 """Recipes: functions that return a complete configuration. docs/recipes.md says which one is for whom.
 
-The paper's values are the defaults in iwm/config.py. `torchrun iwm/train.py RECIPE` runs a recipe; `--scenario`
-replaces its photometric augmentations with a row of table S2.
+The paper's values are the defaults in iwm/config.py; augmentations are those of A.1, which solarizes with probability
+0.2. `torchrun iwm/train.py RECIPE` runs a recipe; `--scenario` replaces its photometric augmentations with a row of
+table S2, whose `default` is A.1's but for solarize 0.1.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def iwm_s16_equi_18x192() -> Config:
 
 
 def iwm_b16_inv_12x384() -> Config:
-    """IWM-Inv 12×384: the paper's invariant model (tables 2, 4, 8), solarize 0.2 (A.1; 0.1 with --scenario default)."""
+    """IWM-Inv 12×384: the paper's invariant model (tables 2, 4 and 8)."""
     return Config(predictor=PredictorConfig(embed_dim=384, depth=12))
 
 

@@ -31,7 +31,8 @@ class TrainOptions:
     """Folder of the run, for checkpoints, metrics.jsonl, config.yaml and TensorBoard files.
     The default is runs/RECIPE[-SCENARIO]."""
     scenario: Annotated[str | None, tyro.conf.arg(metavar="|".join(SCENARIOS))] = None
-    """Row of table S2 that replaces the recipe's photometric augmentations. --views.* then overrides single fields."""
+    """Row of table S2 that replaces the recipe's photometric augmentations. --views.* then overrides single fields.
+    Recipes have those of A.1, which are `default` but for solarize: its probability is 0.2, in the table 0.1."""
     stop_status: Annotated[int, Range(min=0, max=255)] = 0
     """Exit status after a stop by a signal, before the last step. A batch script requeues the job for it (slurm/).
     torchrun itself exits with 1 after a signal, whatever this is."""

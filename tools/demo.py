@@ -52,7 +52,7 @@ class DemoOptions:
     steps: int | None = None
     """Training steps. Default: the number in the recipe."""
     control_steps: int = 1000
-    """Training steps of the control, which is trained without jitter."""
+    """Training steps of the control, which is trained without jitter: fewer, because it does not leave chance."""
     tiles: tuple[int, int] = (4096, 384)
     """Number of training and validation tiles."""
     until_trained: bool = False
@@ -135,10 +135,11 @@ def summary(out: Path) -> Table:
     table.add_column("", no_wrap=True)
     for column in ("MRR, pooled", "per token", "expected", ""):
         table.add_column(column, justify="right", no_wrap=True)
+    own_steps, control_steps = (int(Path(result["checkpoint"]).stem.removeprefix("step-")) for result in (own, control))
     rows = (
-        ("the world model", own["mrr"], "at least"),
+        (f"the world model, {own_steps:,} steps", own["mrr"], "at least"),
         ("… with shuffled actions", own["shuffled_actions"], "at most"),
-        ("trained without jitter", control["mrr"], "at most"),
+        (f"trained without jitter, {control_steps:,} steps", control["mrr"], "at most"),
     )
     for name, scores, bound in rows:
         pooled, limit = scores["pooled"]["teacher"]["mean"], EXPECTED[bound]

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from iwm.config import ConfigError, EncoderName
+from iwm.config import ConfigError, EncoderName, LayerNormKind
 from iwm.config_io import flat_diff, split_changes
 from iwm.downstream.study import Study, Task
 from iwm.training.checkpoint import CheckpointError, load_verified, save_atomic
@@ -111,6 +111,8 @@ class TrainedHead:
     channels: int | None
     """Channels inside UPerNet; None for classification."""
     tasks: dict[str, TaskInfo]
+    layer_norm: LayerNormKind = "shared"
+    """Norms of the layers that UPerNet receives. Heads that were trained before there was a choice have `shared`."""
 
     @property
     def features(self) -> EncoderName:

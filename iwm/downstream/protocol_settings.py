@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from dali_pipelines.augmentations import PhotometricConfig
 from dali_pipelines.crops import CropSettings, SegmentationCrops
-from iwm.config import EncoderName
+from iwm.config import EncoderName, LayerNormKind
 from iwm.downstream.settings import LEARNING_RATE, MixupSettings, TrainSettings, require, require_unique
 from iwm.model_config import PredictorConfig
 from iwm.ranges import Range
@@ -225,7 +225,11 @@ class SegmentationSettings(TrainSettings):
     activation_checkpointing: bool = False
     """Store only the inputs of trained blocks, and recompute the blocks in the backward pass. This saves memory."""
     channels: Annotated[int, Range(min=1)] = 512
-    """Channels inside UPerNet."""
+    """Channels inside UPerNet. BEiT and mmsegmentation's configs/mae have 768 for ViT-B."""
+    layer_norm: LayerNormKind = "shared"
+    """Norms of the four layers that UPerNet receives.
+    `shared`: the final norm of the encoder or predictor, on all layers. `last`: that norm on the last layer alone.
+    `own`: a trained norm for each layer. `none`: layers as they are, as in BEiT and mmsegmentation's configs/mae."""
     crops: SegmentationCrops = field(default_factory=SegmentationCrops)
     """Crops and augmentations of training images.
     `size` is the encoder's image size; `ignore_index` follows from --reduce-zero-label."""

@@ -52,6 +52,7 @@ def load_head(folder: Path) -> tuple[TrainedHead, dict[str, Tensor]]:
             epoch=content["epoch"],
             metadata=content["trial_metadata"][content["trial"]],
             channels=settings.get("channels"),
+            layer_norm=settings.get("layer_norm", TrainedHead.layer_norm),
             tasks={
                 name: TaskInfo(names[name], content["tasks"][name], scores)
                 for name, scores in content["scores"].items()
@@ -127,7 +128,7 @@ def build_segmenter(head: TrainedHead, config: Config, backbone: Backbone) -> Tr
     assert head.channels is not None  # every segmentation has them
     width = backbone.embed_dim if predictor is None else predictor.predictor_dim
     return Segmenter(
-        UPerNet(width, head.num_classes[0], channels=head.channels),
+        UPerNet(width, head.num_classes[0], channels=head.channels, layer_norm=head.layer_norm),
         backbone.patch_size,
         backbone=None if part == "predictor" else backbone,
         predictor_backbone=predictor,

@@ -81,7 +81,7 @@ def run_segmentation(context: RunContext, settings: SegmentationSettings, stop: 
                 )
             width = encoder.embed_dim if predictor_backbone is None else predictor_backbone.predictor_dim
             torch.manual_seed(seed)
-            head = UPerNet(width, settings.classes, channels=settings.channels)
+            head = UPerNet(width, settings.classes, channels=settings.channels, layer_norm=settings.layer_norm)
             trial: nn.Module = Segmenter(
                 head,
                 encoder.patch_size,

@@ -205,6 +205,12 @@ class Segmenter(Trial):
         super().__init__()
         self.head, self.backbone, self.predictor_backbone = head, backbone, predictor_backbone
         self._patch, self._features, self._prefix = patch, features, num_prefix_tokens
+        if head.layer_norm in ("own", "none"):
+            # DDP expects a gradient of every parameter that is trained.
+            if predictor_backbone is not None:
+                predictor_backbone.predictor.norm.requires_grad_(False)
+            elif backbone is not None:
+                backbone.vit.norm.requires_grad_(False)
 
     def loss(self, shared: SharedInputs, targets: Sequence[Tensor]) -> Float[Tensor, ""]:
         logits, auxiliary = self._forward(shared)
@@ -218,11 +224,14 @@ class Segmenter(Trial):
         grid = (pixels.shape[1] // self._patch, pixels.shape[2] // self._patch)
         if self.predictor_backbone is None:
             assert self.backbone is not None  # one of the two is trained
-            layers = self.backbone.get_intermediate_layers(pixels, LAYERS)
+            layers = self.backbone.get_intermediate_layers(pixels, LAYERS, self.head.layer_norm)
         else:
             tokens = shared[self._features] if self.backbone is None else self.backbone.tokens(pixels)
             layers = self.predictor_backbone.get_intermediate_layers(
-                select_context(self.predictor_backbone, tokens, self._prefix), grid, LAYERS
+                select_context(self.predictor_backbone, tokens, self._prefix),
+                grid,
+                LAYERS,
+                layer_norm=self.head.layer_norm,
             )
         outputs: tuple[Tensor, Tensor | None] = self.head(layers, grid)
         return outputs

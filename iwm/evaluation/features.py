@@ -25,48 +25,92 @@ LABELS_REMEDY = "make the shards from labelled images, see iwm shards --help"
 
 
 @dataclass(frozen=True)
-class LabelledFeatures:
-    """s features of each image, and its class index."""
+class LabelledSplits:
+    """Training split and held-out split of an evaluation that fits a classifier, and their classes."""
 
+    train: str
+    held_out: str
     label: str
     """Label column."""
     classes: list[str]
     """Class names of the training split."""
+    held_out_numbers: Int64[Tensor, " c"]
+    """Index of each class of the held-out split among `classes`; -1 for a class that they lack."""
+
+    def metadata(self, train: Int64[Tensor, " n"], test: Int64[Tensor, " m"]) -> dict[str, Any]:
+        """Return the entries of a result that describe the images: label, numbers of classes and images, chance.
+
+        train, test: class numbers of the images of both splits, each split's own. Chance is the share of the majority
+        class among the held-out images (0 to 1).
+        """
+        return {
+            "label": self.label,
+            "classes": len(train.unique()),
+            "chance": test.bincount().max().item() / len(test),
+            "train_images": len(train),
+            "val_images": len(test),
+        }
+
+    def require_classes(self, labels: Int64[Tensor, " n"], options: str) -> None:
+        """Raise MissingDataError where all training images have one class. options: beginning of the options."""
+        if len(labels.unique()) < 2:
+            raise MissingDataError(
+                f"all {len(labels)} images of split '{self.train}' have one class of '{self.label}'; "
+                f"use another {options}label or more {options}train-images"
+            )
+
+    def targets(self, held_out: Int64[Tensor, " m"]) -> Int64[Tensor, " m"]:
+        """Return held-out images' indices among `classes`; -1 for one that the training split lacks, an error."""
+        return self.held_out_numbers.to(held_out.device)[held_out]
+
+
+@dataclass(frozen=True)
+class LabelledFeatures:
+    """s features of each image, and its class index."""
+
+    splits: LabelledSplits
     train: Float[Tensor, "n s d"]
     train_labels: Int64[Tensor, " n"]
     test: Float[Tensor, "m s d"]
-    test_labels: Int64[Tensor, " m"]
-    """Class indices; -1 for a class that the training split lacks, which counts as an error."""
-    chance: float
-    """Share of the majority class among the held-out images (0 to 1)."""
+    test_numbers: Int64[Tensor, " m"]
+    """Class numbers of the held-out split."""
+
+    @property
+    def test_labels(self) -> Int64[Tensor, " m"]:
+        """Class indices of the held-out images (LabelledSplits.targets)."""
+        return self.splits.targets(self.test_numbers)
 
     def metadata(self) -> dict[str, Any]:
-        """Return the entries of a result that describe the images: label, numbers of classes and images, chance."""
-        return {
-            "label": self.label,
-            "classes": len(self.train_labels.unique()),
-            "chance": self.chance,
-            "train_images": len(self.train_labels),
-            "val_images": len(self.test_labels),
-        }
+        """Return the entries of a result that describe the images (LabelledSplits.metadata)."""
+        return self.splits.metadata(self.train_labels, self.test_numbers)
 
 
 def extract_features(
     context: EvalContext,
     settings: LabelledImageSettings,
     features: Callable[[UInt8[Tensor, "b h w 3"]], Float[Tensor, "b s d"]],
-    options: str = "--",
 ) -> LabelledFeatures:
-    """Extract features of labelled images of the training split and the held-out split.
+    """Extract features of labelled images of the training split and the held-out split, into memory.
 
     Images are read in batches; only features stay in memory. Where a split has fewer images than requested, a note says
-    so. Raises MissingDataError where the data lack labels, a second class, a second split or a second image, and
-    ConfigError for a label or training split that the settings name and the data lack. Messages name the option, which
-    begins with `options`.
+    so. Raises the errors of find_splits, and MissingDataError for a single class and fewer than two images.
+    """
+    splits = find_splits(context, settings, "--")
+    train, labels = _embed(context, splits.train, splits.label, settings.train_images, features)
+    splits.require_classes(labels, "--")
+    test, numbers = _embed(context, splits.held_out, splits.label, settings.val_images, features)
+    return LabelledFeatures(splits, train, labels, test, numbers)
+
+
+def find_splits(context: EvalContext, settings: LabelledImageSettings, options: str) -> LabelledSplits:
+    """Return the splits and classes that a classifier is fitted to and evaluated on.
+
+    Raises MissingDataError where the data lack labels or a second split, and ConfigError for a label or training split
+    that the settings name and the data lack. Messages name the option, which begins with `options`.
     """
     split, label, held_out = settings.train or context.config.data.train, settings.label or LABEL, context.data
     try:
-        classes, held_out_numbers = match_classes(
+        classes, numbers = match_classes(
             held_out.shards, split, held_out.split, label, f"{options}train", f"{options}label"
         )
     except MissingDataError as error:
@@ -79,15 +123,7 @@ def extract_features(
             f"the classifier would be fitted and evaluated on the same images, split '{split}'; use "
             f"{options}train NAME, {HELD_OUT_REMEDY}"
         )
-    train, labels = _embed(context, split, label, settings.train_images, features)
-    if len(labels.unique()) < 2:
-        raise MissingDataError(
-            f"all {len(labels)} images of split '{split}' have one class of '{label}'; "
-            f"use another {options}label or more {options}train-images"
-        )
-    test, numbers = _embed(context, held_out.split, label, settings.val_images, features)
-    chance = numbers.bincount().max().item() / len(numbers)
-    return LabelledFeatures(label, classes, train, labels, test, held_out_numbers.to(numbers.device)[numbers], chance)
+    return LabelledSplits(split, held_out.split, label, classes, numbers)
 
 
 def match_classes(

@@ -73,7 +73,7 @@ def evaluate(context: EvalContext, settings: KNNSettings, output: Path) -> dict[
             data.test[:, i],
             data.train[:, i],
             data.train_labels,
-            len(data.classes),
+            len(data.splits.classes),
             ks,
             settings.temperature,
             settings.batch_size,

@@ -5,25 +5,21 @@ Features are standardised by the mean and standard deviation of the training set
     mean cross-entropy + l2 / 2 · ‖weight‖²,
 
 without a penalty on the biases. It is convex, and its minimum is unique up to a constant added to all biases, so there
-is no schedule to tune. All values are float64 and stay on the features' device.
+is no schedule to tune. Every evaluation of objective and gradient is a sum over chunks of samples, which are read one
+after another: the memory is that of a chunk, and the solution does not depend on how samples are divided. Sums and
+solution are float64, on the chunks' device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import reduce
 
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-
-from iwm.config import ConfigError
-from iwm.evaluation.common import EvalContext, proportion_stderr
-from iwm.evaluation.features import extract_features
-from iwm.evaluation.held_out import MissingDataError
-from iwm.evaluation.settings import LinearSettings
 
 TOL = 1e-6
 """Convergence tolerance: largest entry of the objective's gradient."""
@@ -32,6 +28,38 @@ LOOSE_TOL = 1e-4
 """Tolerance for comparing penalties, which halves the number of iterations."""
 
 MAX_ITER = 2000
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples of a data set, in chunks that can be iterated over any number of times."""
+
+    chunks: Iterable[Float[Tensor, "_ d"]]
+    """Features of all samples, in order."""
+    labels: Int64[Tensor, " n"]
+    """Class of each sample, on the chunks' device."""
+    selected: Bool[Tensor, " n"] | None = None
+    """Samples that are used; None: all."""
+
+    def __len__(self) -> int:
+        """Return the number of samples that are used."""
+        return len(self.labels) if self.selected is None else int(self.selected.sum())
+
+    def __iter__(self) -> Iterator[tuple[Float[Tensor, "rows d"], Int64[Tensor, " rows"]]]:
+        """Iterate over float64 features and labels of the samples that are used."""
+        first = 0
+        for chunk in self.chunks:
+            rows = slice(first, first + len(chunk))
+            first = rows.stop
+            if self.selected is None:
+                yield chunk.double(), self.labels[rows]
+            else:
+                chosen = self.selected[rows]
+                yield chunk[chosen].double(), self.labels[rows][chosen]
+
+    def select(self, selected: Bool[Tensor, " n"]) -> Samples:
+        """Return some of the samples."""
+        return Samples(self.chunks, self.labels, selected)
 
 
 @dataclass(frozen=True)
@@ -48,15 +76,17 @@ class LogisticRegression:
     gradient: float
     """Largest entry of the objective's gradient at the solution; above TOL it has not converged."""
 
-    def accuracy(self, features: Float[Tensor, "n d"], labels: Int64[Tensor, " n"]) -> float:
+    def accuracy(self, samples: Samples) -> float:
         """Return the share of samples whose most likely class is their label (0 to 1)."""
-        logits = (features.double() - self.mean) / self.scale @ self.weight + self.bias
-        return (logits.argmax(1) == labels).double().mean().item()
+        correct = sum(
+            int((((features - self.mean) / self.scale @ self.weight + self.bias).argmax(1) == labels).sum())
+            for features, labels in samples
+        )
+        return correct / len(samples)
 
 
 def fit(
-    features: Float[Tensor, "n d"],
-    labels: Int64[Tensor, " n"],
+    samples: Samples,
     classes: int,
     l2: float,
     start: LogisticRegression | None = None,
@@ -66,15 +96,15 @@ def fit(
 
     The iteration starts from `start`, a solution on the same features, or from zeros.
     """
-    features = features.double()
-    mean, deviation = features.mean(0), features.std(0, correction=0)
+    count = len(samples)
+    mean = _sum(features.sum(0) for features, _ in samples) / count
+    deviation = (_sum((features - mean).square().sum(0) for features, _ in samples) / count).sqrt()
     # A constant feature is 0 after centring, so its scale does not matter.
     scale = torch.where(deviation > 1e-9 * mean.abs(), deviation, 1.0)
-    x = (features - mean) / scale
     weight, bias = (
         (start.weight.clone(), start.bias.clone())
         if start is not None
-        else (x.new_zeros(x.shape[1], classes), x.new_zeros(classes))
+        else (mean.new_zeros(len(mean), classes), mean.new_zeros(classes))
     )
     weight.requires_grad_()
     bias.requires_grad_()
@@ -88,9 +118,16 @@ def fit(
     )
 
     def objective() -> Tensor:
+        """Return the loss and add its gradient, chunk by chunk, so that no chunk's graph outlives it."""
         optimiser.zero_grad()
-        loss = cross_entropy(torch.addmm(bias, x, weight), labels) + l2 / 2 * weight.square().sum()
-        torch.autograd.backward(loss)
+        penalty = l2 / 2 * weight.square().sum()
+        torch.autograd.backward(penalty)
+        loss = penalty.detach()
+        for features, labels in samples:
+            logits = torch.addmm(bias, (features - mean) / scale, weight)
+            part = cross_entropy(logits, labels, reduction="sum") / count
+            torch.autograd.backward(part)
+            loss = loss + part.detach()
         return loss
 
     with torch.enable_grad():
@@ -102,61 +139,27 @@ def fit(
 
 
 def fit_with_validation(
-    features: Float[Tensor, "n d"],
-    labels: Int64[Tensor, " n"],
-    classes: int,
-    grid: Sequence[float],
-    seed: int = 0,
-    validation_fraction: float = 0.2,
+    samples: Samples, classes: int, grid: Sequence[float], seed: int = 0, validation_fraction: float = 0.2
 ) -> LogisticRegression:
     """Select `l2` from `grid` by accuracy on a validation part of these samples, then solve on all of them.
 
     The validation part is a random share `validation_fraction` (0 to 1); it depends only on `seed` and the number of
     samples. With equal accuracies, the larger `l2` is selected.
     """
-    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed)).to(features.device)
-    num_validation = max(1, round(validation_fraction * len(features)))
-    validation, training = order[:num_validation], order[num_validation:]
+    count = len(samples)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    held_out = torch.zeros(count, dtype=torch.bool)
+    held_out[order[: max(1, round(validation_fraction * count))]] = True
+    held_out = held_out.to(samples.labels.device)
+    training, validation = samples.select(~held_out), samples.select(held_out)
     best, best_accuracy, solution = max(grid), -1.0, None
     for l2 in sorted(grid, reverse=True):
-        solution = fit(features[training], labels[training], classes, l2, start=solution, tolerance=LOOSE_TOL)
-        accuracy = solution.accuracy(features[validation], labels[validation])
+        solution = fit(training, classes, l2, start=solution, tolerance=LOOSE_TOL)
+        accuracy = solution.accuracy(validation)
         if accuracy > best_accuracy:
             best, best_accuracy = l2, accuracy
-    return fit(features, labels, classes, best)
+    return fit(samples, classes, best)
 
 
-def linear_accuracy(
-    context: EvalContext,
-    settings: LinearSettings,
-    features: Callable[[UInt8[Tensor, "b h w 3"]], Float[Tensor, "b s d"]],
-    names: Sequence[str],
-    seed: int,
-) -> dict[str, Any]:
-    """Compute the top-1 accuracy (0 to 1) of a linear classifier on each of the s features that `features` returns.
-
-    Returns label, classes, chance (share of the majority class among held-out images), train_images, val_images, and
-    for each of `names` (length s): mean, standard_error (over images), l2, iterations, gradient. Images are read in
-    batches; only features stay in memory. Raises ConfigError, which names the option, for invalid settings or labels,
-    MissingDataError where the data lack labels or a second split.
-    """
-    if not settings.l2:
-        raise ConfigError("--probe.l2: name at least one penalty")
-    try:
-        data = extract_features(context, settings, features, options="--probe.")
-    except MissingDataError:
-        raise
-    except ConfigError as error:
-        raise ConfigError(f"linear accuracy: {error}, or use --no-linear") from error
-    accuracies = {}
-    for i, name in enumerate(names):
-        classifier = fit_with_validation(data.train[:, i], data.train_labels, len(data.classes), settings.l2, seed)
-        accuracy = classifier.accuracy(data.test[:, i], data.test_labels)
-        accuracies[name] = {
-            "mean": accuracy,
-            "standard_error": proportion_stderr(accuracy, len(data.test_labels)),
-            "l2": classifier.l2,
-            "iterations": classifier.iterations,
-            "gradient": classifier.gradient,
-        }
-    return {**data.metadata(), "accuracy": accuracies}
+def _sum(parts: Iterable[Float[Tensor, " d"]]) -> Float[Tensor, " d"]:
+    return reduce(torch.add, parts)

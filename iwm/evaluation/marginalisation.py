@@ -8,7 +8,8 @@ nothing. Features are those of the target encoder, averaged over tokens.
 - Retrieval: rank of the clean image among it and its jittered views, by distance to z_inv, and jitter strength of the
   nearest views (`jitter_strength`). `copies` is the score of a perfect world model: the mean of the views' features.
 - Linear accuracy: a linear classifier (logistic_regression.py) fitted on z_inv of training images and evaluated on
-  z_inv of held-out images; `teacher` is the same with the target encoder's features.
+  z_inv of held-out images; `teacher` is the same with the target encoder's features. linear_accuracy.py bounds its
+  memory for any number of images.
 
 Without conditioning all predictions of an image are equal, so N changes nothing by construction.
 """
@@ -16,7 +17,7 @@ Without conditioning all predictions of an image are equal, so N changes nothing
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from iwm.evaluation.bank import TIE_TOLERANCE, actions_from, chance_mrr, embed_b
 from iwm.evaluation.common import EvalContext, mean_and_stderr
 from iwm.evaluation.figures import FigureTile, TileBlock, TileColumn, TileFigure, TileGroup, write_figures
 from iwm.evaluation.held_out import MissingDataError, naming_command
-from iwm.evaluation.logistic_regression import linear_accuracy
+from iwm.evaluation.linear_accuracy import PooledFeatures, linear_accuracy
 from iwm.evaluation.paper_results import TABLE_S6
 from iwm.evaluation.result_table import ResultTable, format_mean_stderr
 from iwm.evaluation.settings import (
@@ -74,7 +75,8 @@ def evaluate(context: EvalContext, settings: MarginalisationSettings, output: Pa
     linear, left_out = None, {}
     if settings.linear:
         try:
-            linear = _linear(context, settings, (TEACHER, NULL, *numbers))
+            folder = output.with_name(f"{output.stem}-features")
+            linear = _linear(context, settings, (TEACHER, NULL, *numbers), folder)
         except MissingDataError as error:
             left_out["linear accuracy"] = naming_command(error, "marginalisation")
     generators = torch.Generator().manual_seed(settings.seed), _action_generator(settings.seed)
@@ -166,15 +168,19 @@ def _marginals(
     return torch.cat([null, several], dim=1)
 
 
-def _linear(context: EvalContext, settings: MarginalisationSettings, names: Sequence[str]) -> dict[str, Any]:
+def _linear(
+    context: EvalContext, settings: MarginalisationSettings, names: Sequence[str], folder: Path
+) -> dict[str, Any]:
     jitter = bank_augmentation(context.config.views, settings.bank.scenario)
     generator = _action_generator(settings.seed)
 
-    def features(images: UInt8[Tensor, "b h w 3"]) -> Float[Tensor, "b s d"]:
+    def compute(images: UInt8[Tensor, "b h w 3"]) -> Float[Tensor, "b s d"]:
         plain = context.model.encode(images, "teacher").float().mean(1, keepdim=True)
         return torch.cat([plain, _marginals(context, images, jitter, settings, generator)], dim=1)
 
-    return linear_accuracy(context, settings.probe, features, names, settings.seed)
+    identity = {"predictions": settings.predictions, "jitter": asdict(jitter), "precision": settings.precision}
+    features = PooledFeatures(names, compute, generator, identity)
+    return linear_accuracy(context, settings.probe, features, settings.seed, folder)
 
 
 def figure(shown: Mapping[str, BankLookup], predictions: int) -> TileFigure:

@@ -221,6 +221,14 @@ class LinearSettings(LabelledImageSettings):
     """Number of held-out images, the first of the split; all where it has fewer. None: all."""
     l2: Annotated[tuple[float, ...], Range(above=0)] = (1e-3, 1e-2, 1e-1, 1.0)
     """L2 penalties to select from, by accuracy on a fifth of the training images. The penalty is l2 / 2 · ‖weight‖²."""
+    scratch: Path | None = None
+    """Folder on a disk for the features, which are deleted in the end: images × (2 + values of N) × width × 4 bytes.
+    Default: a folder beside the result. After an interruption the same command continues with what is there."""
+    keep_features: bool = False
+    """Keep the features, so that the same command with other penalties need not compute them again."""
+    memory_gb: Annotated[float, Range(min=0)] = 4.0
+    """Memory of the device for training features while a classifier is fitted (GB).
+    What exceeds it is read from the disk in every iteration. All of ImageNet needs 4 GB at ViT-B's width."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from jaxtyping import Float, Real
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from iwm.config import AttentionImpl, ConfigError
+from iwm.config import AttentionImpl, ConfigError, LayerNormKind
 from iwm.models.attention import to_device
 from iwm.models.encoder import Encoder
 from iwm.models.external.loading import ExternalEncoder
@@ -62,14 +62,16 @@ class Backbone(nn.Module):
         """Return the patch tokens of `tokens`, row-major, without the prefix."""
         return self.tokens(pixels)[:, self.num_prefix_tokens :]
 
-    def get_intermediate_layers(self, pixels: Real[Tensor, "b h w 3"], count: int = 4) -> list[Float[Tensor, "b n d"]]:
-        """Return the patch tokens after each of the last `count` blocks and the final norm (A.2, segmentation).
+    def get_intermediate_layers(
+        self, pixels: Real[Tensor, "b h w 3"], count: int = 4, layer_norm: LayerNormKind = "shared"
+    ) -> list[Float[Tensor, "b n d"]]:
+        """Return the patch tokens after each of the last `count` blocks (A.2, segmentation).
 
-        The norm brings all layers to one scale, and leaves no parameter of the encoder without a gradient.
+        layer_norm: layers that pass the final norm (intermediate_layers).
         """
         patches = slice(self.num_prefix_tokens, None)
         return intermediate_layers(
-            self.vit.blocks, self.vit.norm, self.embed(pixels), count, patches, self.grad_checkpointing
+            self.vit.blocks, self.vit.norm, self.embed(pixels), count, patches, layer_norm, self.grad_checkpointing
         )
 
     def embed(self, pixels: Real[Tensor, "b h w 3"]) -> Float[Tensor, "b s d"]:
@@ -115,11 +117,13 @@ def intermediate_layers(
     tokens: Float[Tensor, "b s d"],
     count: int,
     selected: slice,
+    layer_norm: LayerNormKind = "shared",
     grad_checkpointing: bool = False,
 ) -> list[Float[Tensor, "b m d"]]:
-    """Return the selected tokens after each of the last `count` blocks and `norm`.
+    """Return the selected tokens after each of the last `count` blocks.
 
-    Raises ConfigError where there are fewer blocks.
+    layer_norm: `shared` passes all of them through `norm`, `last` the last block's alone; the other kinds do not use
+    it. Raises ConfigError where there are fewer blocks.
     """
     if not 1 <= count <= len(blocks):
         raise ConfigError(f"count {count}: the model has {len(blocks)} blocks; use 1 to {len(blocks)}")
@@ -127,5 +131,6 @@ def intermediate_layers(
     for number, block in enumerate(blocks):
         tokens = forward_blocks([block], tokens, grad_checkpointing=grad_checkpointing)
         if number >= len(blocks) - count:
-            layers.append(norm(tokens[:, selected]))
+            normed = layer_norm == "shared" or (layer_norm == "last" and number == len(blocks) - 1)
+            layers.append(norm(tokens[:, selected]) if normed else tokens[:, selected])
     return layers

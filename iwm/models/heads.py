@@ -1,6 +1,6 @@
 """Classification and segmentation heads: linear, attentive, UPerNet (paper, A.2).
 
-UPerNet (Xiao et al., 2018) takes the last four layers of a ViT and follows mmsegmentation's recipes for ViTs.
+UPerNet (Xiao et al., 2018) takes the last four layers of a ViT (A.2) and is otherwise that of BEiT and mmsegmentation.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from iwm.config import ConfigError
+from iwm.config import ConfigError, LayerNormKind
 
 PROBE_INIT_STD = 0.01
 """Standard deviation of a probe's initial classifier weights, as in MAE, MoCo v3 and the context autoencoder. All
@@ -110,16 +110,40 @@ class UPerNet(nn.Module):
 
     Norms are batch norms, so training needs at least two images. nn.SyncBatchNorm.convert_sync_batchnorm synchronises
     their statistics over processes, as the recipes do.
+
+    The paper states neither the channels nor which layers are normalised. The default of 512 channels is that of
+    mmsegmentation's UPerNet and of its recipes for supervised ViTs; BEiT and mmsegmentation's configs/mae have 768 for
+    ViT-B. Layers (`layer_norm`) are
+
+    - `shared`, the default: all normalised by the backbone's final norm, as in DINOv2's get_intermediate_layers. It
+      brings the layers of a pre-norm ViT, whose scale grows with depth, to one scale, adds no parameter, and leaves
+      none of the backbone's without a gradient;
+    - `last`: the last one alone by that norm, as in mmsegmentation's configs/vit with `_ln`;
+    - `own`: each by a norm of its own, which is part of this head, as in mmsegmentation's Swin transformer;
+    - `none`: not at all, as in BEiT and mmsegmentation's configs/mae.
+
+    These recipes take blocks 4, 6, 8 and 12 of a ViT-B, or 3, 6, 9 and 12 (configs/vit), the paper the last four.
     """
 
     def __init__(
-        self, width: int, classes: int, *, channels: int = 512, auxiliary_channels: int = 256, dropout: float = 0.1
+        self,
+        width: int,
+        classes: int,
+        *,
+        channels: int = 512,
+        layer_norm: LayerNormKind = "shared",
+        auxiliary_channels: int = 256,
+        dropout: float = 0.1,
     ) -> None:
         """Initialise. width: width of the input layers. channels, auxiliary_channels: hidden channels of the two heads.
 
-        dropout: dropout rate of whole channels before the classifier.
+        layer_norm: norms of the layers; all but `own` are the backbone's part. dropout: dropout rate of whole channels
+        before the classifier.
         """
         super().__init__()
+        self.layer_norm: LayerNormKind = layer_norm
+        own = [nn.LayerNorm(width, eps=1e-6) for _ in range(4)] if layer_norm == "own" else []
+        self.layer_norms = nn.ModuleList(own)
         self.fpn = nn.ModuleList(
             (
                 nn.Sequential(_deconv2x(width), nn.BatchNorm2d(width), nn.GELU(), _deconv2x(width)),
@@ -145,11 +169,14 @@ class UPerNet(nn.Module):
     ) -> tuple[Float[Tensor, "b c y x"], Float[Tensor, "b c h w"] | None]:
         """Return logits at four times the grid, and in training the auxiliary logits at the grid.
 
-        layers: four layers, patches row-major, the last block's last. grid: rows and columns, at least 2 each. Raises
+        layers: four layers as the backbone returns them for this `layer_norm`, patches row-major, the last block's
+        last. grid: rows and columns, at least 2 each. Raises
         ConfigError where the grid is smaller.
         """
         if min(grid) < 2:
             raise ConfigError(f"segmentation needs at least 2×2 patches, not {grid[0]}×{grid[1]}; enlarge the image")
+        if self.layer_norms:
+            layers = [norm(layer) for norm, layer in zip(self.layer_norms, layers, strict=True)]
         maps = [layer.transpose(1, 2).unflatten(2, grid) for layer in layers]
         levels = [scale(feature_map) for scale, feature_map in zip(self.fpn, maps, strict=True)]
         coarsest = levels[3]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dali_pipelines.augmentations import Views
 from iwm.actions import action_spec
-from iwm.config import AttentionImpl, Config
+from iwm.config import AttentionImpl, Config, LayerNormKind
 from iwm.model_config import ActionConfig, EncoderConfig, PredictorConfig
 from iwm.models.attention import to_device
 from iwm.models.backbone import Backbone, intermediate_layers
@@ -114,17 +114,18 @@ class PredictorBackbone(nn.Module):
         count: int = 4,
         action: Float[Tensor, "b k"] | None = None,
         task: Int64[Tensor, " b"] | None = None,
+        layer_norm: LayerNormKind = "shared",
     ) -> list[Float[Tensor, "b n d"]]:
-        """Return the whole image's queries after each of the last `count` blocks and the norm (A.2, segmentation).
+        """Return the whole image's queries after each of the last `count` blocks (A.2, segmentation).
 
-        Positions are interpolated where the grid is not the training grid. Raises ConfigError where there are fewer
-        blocks.
+        Positions are interpolated where the grid is not the training grid. layer_norm: layers that pass the
+        predictor's norm (intermediate_layers). Raises ConfigError where there are fewer blocks.
         """
         tokens = self._sequence(context, action, task, grid, whole=True)
         s = context.shape[1]
         queries = slice(s, 2 * s - self.num_prefix_tokens)
         return intermediate_layers(
-            self.predictor.blocks, self.predictor.norm, tokens, count, queries, self.grad_checkpointing
+            self.predictor.blocks, self.predictor.norm, tokens, count, queries, layer_norm, self.grad_checkpointing
         )
 
     def _sequence(

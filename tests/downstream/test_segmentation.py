@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -12,10 +12,15 @@ import torch
 from dali_pipelines.augmentations import NO_PHOTOMETRIC
 from dali_pipelines.crops import SegmentationCrops
 from dali_pipelines.validation_loader import FullImageLoader
-from iwm.config import ConfigError
+from iwm.config import Config, ConfigError, LayerNormKind
 from iwm.downstream.segmentation_task import SegmentationTask, pad_to_patches
 from iwm.downstream.settings import DataSettings
 from iwm.downstream.study import PIXELS, FrozenEncoders, Study, Trial
+from iwm.downstream.trials import Segmenter
+from iwm.models.backbone import frozen_backbone
+from iwm.models.heads import UPerNet
+from iwm.models.predictor_backbone import PredictorBackbone, copy_pretrained
+from iwm.models.world_model import WorldModel
 from shards.errors import ShardError
 from tests.training.runs import alone
 
@@ -47,6 +52,31 @@ def test_every_part_is_trained(leverage: Leverage) -> None:
 def test_without_a_class_zero_the_background_does_not_count(leverage: Leverage) -> None:
     result = leverage("segmentation", classes=3, channels=8, lrs=(1e-3,), steps=1)
     assert len(next(iter(result["trials"].values()))["per_class"]) == 3
+
+
+@pytest.mark.parametrize("part", ["encoder", "predictor", "end-to-end"])
+@pytest.mark.parametrize("layer_norm", get_args(LayerNormKind))
+def test_every_trained_parameter_has_a_gradient(small: Config, part: str, layer_norm: LayerNormKind) -> None:
+    """A trial on several processes (DDP) fails otherwise."""
+    model = WorldModel(small)
+    encoder = frozen_backbone(model.target_encoder)
+    predictor = None
+    if part != "encoder":
+        predictor = PredictorBackbone(copy_pretrained(model.predictor), return_layers_only=True)
+    width = encoder.embed_dim if predictor is None else predictor.predictor_dim
+    trial = Segmenter(
+        UPerNet(width, 4, channels=8, layer_norm=layer_norm),
+        encoder.patch_size,
+        backbone=None if part == "predictor" else encoder.finetune_copy(),
+        predictor_backbone=predictor,
+        features="teacher",
+        num_prefix_tokens=0,
+    ).train()
+    pixels = torch.randint(0, 256, (2, 32, 32, 3)).float()
+    shared = {PIXELS: pixels, "teacher": encoder.tokens(pixels).detach()}
+    trial.loss(shared, [torch.randint(0, 4, (2, 32, 32), dtype=torch.uint8)]).backward()
+    for name, parameter in trial.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
 
 
 class _Perfect(Trial):

@@ -17,7 +17,7 @@ from iwm.actions import action_between
 from iwm.config import Config, ConfigError
 from iwm.evaluation.common import EvalContext, load_eval_context
 from iwm.evaluation.held_out import MissingDataError
-from iwm.evaluation.logistic_regression import linear_accuracy
+from iwm.evaluation.linear_accuracy import PooledFeatures, linear_accuracy
 from iwm.evaluation.marginalisation import (
     COPIES,
     FIGURE_ROWS,
@@ -156,18 +156,22 @@ def context(two_classes: Config, tmp_path: Path) -> EvalContext:
     return load_eval_context(MarginalisationSettings(checkpoint=untrained(tmp_path / "run", two_classes), device="cpu"))
 
 
-def test_linear_accuracy_is_whole_for_what_tells_the_classes_and_chance_for_what_does_not(context: EvalContext) -> None:
+def test_linear_accuracy_is_whole_for_what_tells_the_classes_and_chance_for_what_does_not(
+    context: EvalContext, tmp_path: Path
+) -> None:
     def features(images: Tensor) -> Tensor:
         pixels = images.float()
         across = pixels.diff(dim=2).abs().mean((1, 2, 3)) - pixels.diff(dim=1).abs().mean((1, 2, 3))
         return torch.stack([across, torch.zeros_like(across)], dim=1)[..., None]
 
     settings = LinearSettings(train_images=None, val_images=None)
-    result = linear_accuracy(context, settings, features, ("telling", "dead"), seed=0)
+    kinds = PooledFeatures(("telling", "dead"), features)
+    result = linear_accuracy(context, settings, kinds, seed=0, folder=tmp_path / "features")
     assert (result["train_images"], result["val_images"], result["chance"]) == (100, 24, 0.5)
     assert result["accuracy"]["telling"]["mean"] == 1
     assert result["accuracy"]["dead"]["mean"] == 0.5
     assert result["accuracy"]["dead"]["standard_error"] == pytest.approx((0.25 / 24) ** 0.5)
+    assert not (tmp_path / "features").exists()
 
 
 @pytest.mark.parametrize(
@@ -212,8 +216,10 @@ def test_one_class_alone_is_refused_with_the_remedy_and_leaves_the_label_free_pa
         )
     run = untrained(tmp_path / "run", replace(config, data=replace(config.data, shards=str(tmp_path / "shards"))))
     context = load_eval_context(MarginalisationSettings(checkpoint=run, device="cpu"))
+    greys = PooledFeatures("a", lambda images: images.float().mean((1, 2, 3))[:, None, None])
     with pytest.raises(MissingDataError, match=r"all 2 images of split 'train' have one class.*--probe.label"):
-        linear_accuracy(context, LinearSettings(), lambda images: images.float().mean((1, 2, 3))[:, None, None], "a", 0)
+        linear_accuracy(context, LinearSettings(), greys, 0, tmp_path / "features")
+    assert not (tmp_path / "features").exists()
     result = evaluate("marginalisation", MarginalisationSettings(checkpoint=run, predictions=(1,), bank=BANK))
     assert (result["images"], result["linear"]) == (2, None)
     assert "one class" in result["left_out"]["linear accuracy"]

@@ -20,13 +20,14 @@ from torch import Tensor
 import iwm
 from iwm.config import Config, ConfigError, DataConfig
 from iwm.downstream import experiment, multitask, segmentation
+from iwm.downstream.progress import BEST, FORMAT, save_state
 from iwm.downstream.settings import DataSettings, ExternalModel
 from iwm.downstream.study import Study
 from iwm.export.__main__ import ExportOptions, export
 from iwm.export.model import PretrainedModel
 from iwm.model_config import PredictorConfig
 from iwm.models.encoder import IMAGENET_MEAN, IMAGENET_STD
-from iwm.training.checkpoint import CheckpointError
+from iwm.training.checkpoint import CheckpointError, load_verified
 from tests.downstream.conftest import untrained
 from tests.export.local_dir import needs_local_dir
 
@@ -141,13 +142,17 @@ def test_the_world_model_stays_beside_a_head_and_goes_with_a_finetuned_encoder(
         both.predict(pictures())
 
 
-@pytest.mark.parametrize("part", ["encoder", "predictor", "end-to-end"])
+@pytest.mark.parametrize(
+    ("part", "layer_norm"),
+    [("encoder", "shared"), ("encoder", "own"), ("predictor", "last"), ("predictor", "none"), ("end-to-end", "own")],
+)
 def test_a_segmenter_says_the_class_of_every_pixel_at_any_size(
-    trained: Callable[..., Asked], run: Path, tmp_path: Path, part: str
+    trained: Callable[..., Asked], run: Path, tmp_path: Path, part: str, layer_norm: str
 ) -> None:
     trial = trained(
         "segmentation",
         parts=(part,),
+        layer_norm=layer_norm,
         classes=4,
         reduce_zero_label=False,
         channels=8,
@@ -169,6 +174,22 @@ def test_a_segmenter_says_the_class_of_every_pixel_at_any_size(
     torch.testing.assert_close(model.segment([one, one])[:1], model.segment(one), atol=1e-5, rtol=1e-4)
     with pytest.raises(ConfigError, match=r"one batch cannot have images of 37 × 29 and 32 × 32"):
         model.segment([one, pictures()[0]])
+
+
+def test_a_segmenter_of_before_there_was_a_choice_of_norms_is_exported(
+    leverage: Leverage, run: Path, tmp_path: Path
+) -> None:
+    leverage("segmentation", parts=("predictor",), classes=4, reduce_zero_label=False, channels=8, steps=1)
+    folder = run / "eval" / "segmentation"
+    new = exported(run, "segmentation", tmp_path / "new").segment(pictures())
+    content = load_verified(folder / BEST, FORMAT)
+    del content["settings"]["layer_norm"]
+    save_state(folder, BEST, content)
+    torch.testing.assert_close(exported(run, "segmentation", tmp_path / "old").segment(pictures()), new)
+    description = json.loads((tmp_path / "old" / "head.json").read_text())
+    del description["layer_norm"]
+    (tmp_path / "old" / "head.json").write_text(json.dumps(description))
+    torch.testing.assert_close(iwm.load(tmp_path / "old").segment(pictures()), new)
 
 
 def test_of_several_tasks_the_joint_predictor_is_exported_and_its_tasks_have_names(

@@ -123,6 +123,20 @@ def test_layers_are_the_last_blocks_outputs_normed(kind: str) -> None:
         backbone.get_intermediate_layers(pictures())
 
 
+def test_the_final_norm_is_on_all_layers_on_the_last_or_on_none() -> None:
+    backbone, stock = made("ours")
+    plain, normed = (
+        stock.forward_intermediates(
+            normalised(pictures()), indices=3, norm=norm, intermediates_only=True, output_fmt="NLC"
+        )
+        for norm in (False, True)
+    )
+    expected = {"shared": normed, "last": [*plain[:-1], normed[-1]], "own": plain, "none": plain}
+    for kind, layers in expected.items():
+        found = backbone.get_intermediate_layers(pictures(), 3, kind)
+        torch.testing.assert_close(found, list(layers), atol=2e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_trained_copy_gives_every_parameter_a_gradient_and_leaves_the_original_alone(kind: str) -> None:
     backbone, _ = made(kind)

@@ -81,6 +81,17 @@ def test_it_is_the_network_that_is_written_out(grid: tuple[int, int], training: 
         assert auxiliary is None
 
 
+def test_own_norms_are_one_for_each_layer() -> None:
+    net, grid = UPerNet(WIDTH, CLASSES, channels=CHANNELS, layer_norm="own").eval(), (3, 4)
+    with torch.no_grad():
+        for factor, norm in enumerate(net.layer_norms, start=1):
+            norm.weight.fill_(factor)
+    normed = [factor * F.layer_norm(x, (WIDTH,), eps=1e-6) for factor, x in enumerate(layers(grid), start=1)]
+    plain = UPerNet(WIDTH, CLASSES, channels=CHANNELS, layer_norm="none").eval()
+    plain.load_state_dict({name: x for name, x in net.state_dict().items() if not name.startswith("layer_norms.")})
+    torch.testing.assert_close(net(layers(grid), grid)[0], plain(normed, grid)[0])
+
+
 def test_widths_are_the_recipes() -> None:
     net = UPerNet(768, 150)
     assert sum(p.numel() for p in net.fpn_bottleneck.parameters()) == 4 * 512 * 512 * 9 + 2 * 512

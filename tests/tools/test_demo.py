@@ -33,16 +33,22 @@ def test_an_evaluation_older_than_the_checkpoint_is_rerun(tmp_path: Path) -> Non
 
 def test_the_summary_says_where_a_figure_is_not_as_expected(tmp_path: Path) -> None:
     (tmp_path / "eval").mkdir()
-    for name, own in (("mrr.json", 0.31), ("mrr-no-jitter.json", 0.2)):
+    for name, own, step in (("mrr.json", 0.31, 2000), ("mrr-no-jitter.json", 0.2, 1000)):
         scores = {value: _scores(value) for value in (own, 0.022)}
-        figures = {"chance": 0.0239, "mrr": scores[own], "shuffled_actions": scores[0.022]}
+        figures = {
+            "checkpoint": f"run/checkpoints/step-{step:09d}.pt",
+            "chance": 0.0239,
+            "mrr": scores[own],
+            "shuffled_actions": scores[0.022],
+        }
         (tmp_path / "eval" / name).write_text(json.dumps(figures))
     console = Console(record=True, width=100, file=io.StringIO())
     console.print(summary(tmp_path))
-    lines = [
-        line.split() for line in console.export_text().splitlines() if "0.3" in line or "0.2" in line or "0.0" in line
-    ]
+    text = console.export_text()
+    lines = [line.split() for line in text.splitlines() if "0.3" in line or "0.2" in line or "0.0" in line]
     assert [line[-1] for line in lines[:3]] == ["yes", "yes", "NO"]
+    assert "the world model, 2,000 steps" in text
+    assert "trained without jitter, 1,000 steps" in text
 
 
 def _scores(value: float) -> dict[str, dict[str, dict[str, float]]]:
