@@ -104,7 +104,7 @@ def checks(out: Path, tiny: bool) -> dict[str, Check]:
     own = {name: ["--batch-size", "8" if tiny else "128"] for name in DOWNSTREAM}
     own["multitask"] += ["--tasks", "label", f"{labelled}:label"]
     own["segmentation"] = (
-        f"--batch-size {8 if tiny else 16} --channels {8 if tiny else 512} --lrs 1e-5 --classes 2".split()
+        f"--batch-size {8 if tiny else 16} --channels {8 if tiny else 512} --lr 1e-5 --classes 2".split()
     )
     own["segmentation"] += ["--parts", "encoder", "predictor"]
 

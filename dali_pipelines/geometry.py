@@ -9,7 +9,7 @@ from dali_pipelines.dali import dali_math, fn, types
 from dali_pipelines.decoder import Decoder
 from dali_pipelines.photometric import Backend, DataNode, as_operand
 
-_INTERPOLATIONS = {"linear": types.INTERP_LINEAR, "cubic": types.INTERP_CUBIC}
+INTERP_TYPES = {"linear": types.INTERP_LINEAR, "cubic": types.INTERP_CUBIC}
 
 
 class Crop(NamedTuple):
@@ -56,7 +56,7 @@ def resize_box(
     box: DataNode, crop: Crop, size: int, backend: Backend, interpolation: Interpolation = "linear"
 ) -> DataNode:
     """Resize to size×size with antialiasing, and flip where sampled: uint8 HWC. A flip reads the box from the right."""
-    interp_type = _INTERPOLATIONS[interpolation]
+    interp_type = INTERP_TYPES[interpolation]
     left = fn.cast(crop.flip, dtype=types.FLOAT)
     if backend == "gpu":
         start, end = fn.stack(0.0, left), fn.stack(1.0, 1.0 - left)

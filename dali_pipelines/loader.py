@@ -35,6 +35,7 @@ from dali_pipelines.seeds import derive_seed
 from dali_pipelines.staging import stage
 from shards.cache import SplitCache
 from shards.errors import UserError
+from shards.split_part import SplitPart
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -102,13 +103,15 @@ class ResumableLoader(ABC, Generic[SettingsT, BatchT]):
         num_threads: int = 4,
         prefetch_queue_depth: int = 2,
         label: str | None = None,
+        part: SplitPart | None = None,
         shuffle_buffer: int = 2048,
         decoder: Decoder = DECODER,
         state: dict[str, Any] | None = None,
     ) -> None:
         """Open the shards and build the pipeline.
 
-        `shuffle_buffer`: number of encoded images in the buffer that samples are drawn from. `decoder`: for GPUs.
+        `part`: part of the split; None: all of it. `shuffle_buffer`: number of encoded images in the buffer that
+        samples are drawn from. `decoder`: for GPUs.
         """
         options = pipeline_options(
             device,
@@ -117,8 +120,8 @@ class ResumableLoader(ABC, Generic[SettingsT, BatchT]):
             prefetch_queue_depth=prefetch_queue_depth,
             decoder=decoder,
         )
-        source = open_source(folder, split, label=label, masks=self.masks, rank=rank, world_size=world_size)
-        self.samples_per_epoch = source.manifest.samples
+        source = open_source(folder, split, label=label, masks=self.masks, rank=rank, world_size=world_size, part=part)
+        self.samples_per_epoch = source.total
         self.batches_per_epoch = source.batches_per_epoch(batch_size)
         self._source = source
         self._identity = {

@@ -22,10 +22,17 @@ from dali_pipelines.augmentations import (
     ViewBackend,
     Views,
 )
-from dali_pipelines.crops import CropSettings, RandAugment, SegmentationCrops, parse_rand_augment, resized_side
+from dali_pipelines.crops import (
+    CropSettings,
+    Interpolation,
+    RandAugment,
+    SegmentationCrops,
+    parse_rand_augment,
+    resized_side,
+)
 from dali_pipelines.dali import Pipeline, dali_math, fn, pipeline_def, types
 from dali_pipelines.decoder import Decoder
-from dali_pipelines.geometry import Crop, decode_crop, decode_full, draw_crop, resize_box
+from dali_pipelines.geometry import INTERP_TYPES, Crop, decode_crop, decode_full, draw_crop, resize_box
 from dali_pipelines.photometric import Backend, DataNode, PhotometricParams
 from dali_pipelines.reader import DataSource, read
 
@@ -117,7 +124,13 @@ def _labelled_crops(
 
 @pipeline_def(exec_dynamic=True)
 def centre_crops(
-    source: DataSource, size: int, *, backend: Backend, reader_prefetch: int, decoder: Decoder
+    source: DataSource,
+    size: int,
+    *,
+    interpolation: Interpolation = "linear",
+    backend: Backend,
+    reader_prefetch: int,
+    decoder: Decoder,
 ) -> tuple[DataNode, ...]:
     """Make the pipeline with outputs images (uint8 HWC, size×size), source_info, and label where the source has one.
 
@@ -129,7 +142,7 @@ def centre_crops(
     sides = fn.peek_image_shape(encoded.jpeg, dtype=types.INT32)[:2]
     resized = sides * resized_side(size) // dali_math.min(sides[0], sides[1])
     image = decode_full(encoded.jpeg, backend, decoder)
-    image = fn.resize(image, size=fn.cast(resized, dtype=types.FLOAT))
+    image = fn.resize(image, size=fn.cast(resized, dtype=types.FLOAT), interp_type=INTERP_TYPES[interpolation])
     surplus = resized - size
     margin = (surplus + surplus // 2 % 2) // 2
     image = fn.slice(image, start=margin, shape=[size, size], axes=[0, 1])

@@ -28,26 +28,26 @@ class ReadOrder:
 
     def __init__(self, source: DataSource, shuffle_seed: int | None) -> None:
         """Store the arguments. shuffle_seed: seed of `read`; None: the order of the manifest in every epoch."""
-        self._counts, self._seed = [shard.samples for shard in source.manifest.shards], shuffle_seed
+        self.tars, self._seed = source.tars, shuffle_seed
         self._first, self._end = source.first, source.first + source.samples
 
     def stretches(self, epoch: int) -> Iterator[Stretch]:
         """Yield the stretches from the beginning of an epoch, and those of the following epochs, endlessly."""
         for tars in self._epochs(epoch):
             place = 0
-            for shard in tars:
-                begin, end = max(place, self._first), min(place + self._counts[shard], self._end)
+            for tar in (self.tars[position] for position in tars):
+                begin, end = max(place, self._first), min(place + tar.samples, self._end)
                 if begin < end:
-                    yield Stretch(shard, end - begin)
-                place += self._counts[shard]
+                    yield Stretch(tar.number, end - begin)
+                place += tar.samples
 
     def _epochs(self, epoch: int) -> Iterator[list[int]]:
-        """Yield the order of the tars in an epoch and the following ones."""
+        """Yield the order of `tars` in an epoch and the following ones, as positions in that list."""
         if self._seed is None:
             while True:
-                yield list(range(len(self._counts)))
+                yield list(range(len(self.tars)))
         with TemporaryDirectory() as folder:
-            pipeline = _order_pipeline(Path(folder), len(self._counts), self._seed)
+            pipeline = _order_pipeline(Path(folder), len(self.tars), self._seed)
             for _ in range(epoch):
                 pipeline.run()
             while True:

@@ -12,6 +12,7 @@ from dali_pipelines.photometric import DataNode
 from shards.cache import SplitCache, source_of
 from shards.errors import ShardError
 from shards.format import Column, Manifest, load_manifest
+from shards.split_part import PartIndexes, PartTar, SplitPart
 from shards.verify import check_quick
 
 READER = "reader"
@@ -39,6 +40,21 @@ class DataSource:
     world_size: int
     cache: SplitCache | None = None
     """Cache in `folder`, whose shards are staged as they are needed; None for shards that are all there."""
+    indexes: PartIndexes | None = None
+    """Indexes of the part of the split that is read; None: all of it is read."""
+
+    @property
+    def tars(self) -> list[PartTar]:
+        """Tars of which samples are read, with their indexes."""
+        if self.indexes is not None:
+            return self.indexes.tars
+        shards = self.manifest.shards
+        return [PartTar(i, shard.samples, self.folder / shard.index) for i, shard in enumerate(shards)]
+
+    @property
+    def total(self) -> int:
+        """Number of samples of all ranks in an epoch."""
+        return sum(tar.samples for tar in self.tars) if self.indexes else self.manifest.samples
 
     @property
     def component(self) -> str | None:
@@ -48,17 +64,17 @@ class DataSource:
     @property
     def first(self) -> int:
         """Index of the rank's first sample in the epoch's order."""
-        return self.manifest.samples * self.rank // self.world_size
+        return self.total * self.rank // self.world_size
 
     @property
     def samples(self) -> int:
         """Number of this rank's samples in an epoch."""
-        return self.manifest.samples * (self.rank + 1) // self.world_size - self.first
+        return self.total * (self.rank + 1) // self.world_size - self.first
 
     @property
     def most_samples(self) -> int:
         """Number of samples of the rank that has most."""
-        return -(-self.manifest.samples // self.world_size)
+        return -(-self.total // self.world_size)
 
     def batches_per_epoch(self, batch_size: int) -> int:
         """Return the number of batches that every rank makes in an epoch; a rank with fewer samples repeats some."""
@@ -66,17 +82,25 @@ class DataSource:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the hashes of the tars in their order. It identifies the samples and their order."""
-        return hashlib.sha256("".join(shard.sha256 for shard in self.manifest.shards).encode()).hexdigest()
+        """SHA-256 over the hashes of the tars in their order, and the part. It identifies samples and order."""
+        part = repr(self.indexes.part) if self.indexes else ""
+        return hashlib.sha256(("".join(shard.sha256 for shard in self.manifest.shards) + part).encode()).hexdigest()
 
 
 def open_source(
-    folder: Path, split: str, *, label: str | None = None, masks: bool = False, rank: int, world_size: int
+    folder: Path,
+    split: str,
+    *,
+    label: str | None = None,
+    masks: bool = False,
+    rank: int,
+    world_size: int,
+    part: SplitPart | None = None,
 ) -> DataSource:
     """Check the shards and return this rank's source: images alone, with a label column, or with masks.
 
-    Raise ShardError for shards that differ from their manifest, a missing label column, missing masks, or fewer shards
-    than ranks; raise ValueError for both a label and masks.
+    part: part of the split; None: all of it. Raise ShardError for shards that differ from their manifest, a missing
+    label column, missing masks, fewer shards or samples than ranks; raise ValueError for both a label and masks.
     """
     if masks and label is not None:
         raise ValueError("a pipeline reads labels or masks, not both")
@@ -95,7 +119,14 @@ def open_source(
         )
     column = manifest.column(label) if label is not None else None
     cache = SplitCache(folder, origin, manifest) if origin else None
-    return DataSource(folder, manifest, column, masks, rank, world_size, cache)
+    indexes = PartIndexes(folder, manifest, part) if part else None
+    source = DataSource(folder, manifest, column, masks, rank, world_size, cache, indexes)
+    if source.total < world_size:
+        raise ShardError(
+            f"{folder}: {source.total} images of split '{split}' are read by {world_size} processes; start fewer, or "
+            "use more images"
+        )
+    return source
 
 
 class EncodedSample(NamedTuple):
@@ -128,8 +159,8 @@ def read(source: DataSource, *, shuffle_buffer: int, seed: int, prefetch: int) -
     epoch by `seed`, which must be the same on all ranks, and samples are drawn from a buffer of this size by the
     pipeline's seed.
     """
-    paths = [str(source.folder / shard.name) for shard in source.manifest.shards]
-    indexes = [str(source.folder / shard.index) for shard in source.manifest.shards]
+    paths = [str(source.folder / source.manifest.shards[tar.number].name) for tar in source.tars]
+    indexes = [str(tar.index_file) for tar in source.tars]
     order = shuffled(shuffle_buffer, seed) if shuffle_buffer else {"stick_to_shard": True}
     components: Any = fn.readers.webdataset(
         name=READER,

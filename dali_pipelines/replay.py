@@ -24,7 +24,10 @@ from dali_pipelines.augmentations import (
     JitterImpl,
     PhotometricConfig,
 )
-from dali_pipelines.crops import resized_side
+from dali_pipelines.crops import Interpolation, resized_side
+
+MODES = {"linear": "bilinear", "cubic": "bicubic"}
+"""Names of the interpolations in torch, which are also timm's and Pillow's."""
 
 
 def sample_photometric(spec: PhotometricConfig, n: int, generator: torch.Generator) -> Float[Tensor, "n p"]:
@@ -156,15 +159,19 @@ def apply_crop(
     return torch.stack(views)
 
 
-def resized_centre_crop(images: UInt8[Tensor, "b h w 3"], size: int) -> UInt8[Tensor, "b s s 3"]:
+def resized_centre_crop(
+    images: UInt8[Tensor, "b h w 3"], size: int, interpolation: Interpolation = "linear"
+) -> UInt8[Tensor, "b s s 3"]:
     """Resize the shorter side to `resized_side(size)`, with antialiasing, and crop the centre, as `centre_crops`."""
     height, width = (side * resized_side(size) // min(images.shape[1:3]) for side in images.shape[1:3])
     top, left = ((surplus + surplus // 2 % 2) // 2 for surplus in (height - size, width - size))
-    resized = _resize(images.permute(0, 3, 1, 2), (height, width))
+    resized = _resize(images.permute(0, 3, 1, 2), (height, width), interpolation)
     return resized[:, :, top : top + size, left : left + size].permute(0, 2, 3, 1)
 
 
-def _resize(images: UInt8[Tensor, "b 3 h w"], sides: tuple[int, int]) -> UInt8[Tensor, "b 3 h2 w2"]:
-    """Resize linearly, with antialiasing where it reduces."""
-    resized = interpolate(images.float(), sides, mode="bilinear", antialias=True)
+def _resize(
+    images: UInt8[Tensor, "b 3 h w"], sides: tuple[int, int], interpolation: Interpolation = "linear"
+) -> UInt8[Tensor, "b 3 h2 w2"]:
+    """Resize with antialiasing where it reduces."""
+    resized = interpolate(images.float(), sides, mode=MODES[interpolation], antialias=True)
     return resized.round().clamp(0, 255).to(torch.uint8)

@@ -172,7 +172,8 @@ class StagedShards:
 
     def _check_limit(self) -> None:
         shards, limit = self._cache.shards, self._cache.limit
-        sample = sum(shard.bytes for shard in shards) / sum(shard.samples for shard in shards)
+        tars = self._order.tars
+        sample = sum(shards[tar.number].bytes for tar in tars) / sum(tar.samples for tar in tars)
         at_once = self._needed - self._read + self._reading.shuffle_buffer
         needed = at_once * sample + 2 * max(shard.bytes for shard in shards)
         if limit is not None and needed > limit:

@@ -10,11 +10,13 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
+from dali_pipelines.crops import Interpolation
 from dali_pipelines.decoder import DECODER, Decoder
 from dali_pipelines.outputs import SampleKeys, parse_labels, pipeline_options
 from dali_pipelines.pipelines import centre_crops, full_images
 from dali_pipelines.reader import open_source
 from dali_pipelines.staging import ordered_outputs
+from shards.split_part import SplitPart
 
 
 class ValidationBatch(NamedTuple):
@@ -46,8 +48,11 @@ class ValidationLoader:
         num_threads: int = 4,
         prefetch_queue_depth: int = 2,
         label: str | None = None,
+        part: SplitPart | None = None,
+        interpolation: Interpolation = "linear",
         decoder: Decoder = DECODER,
     ) -> None:
+        """Open the shards. part: part of the split; None: all of it. interpolation: that of the resize."""
         options = pipeline_options(
             device,
             batch_size=batch_size,
@@ -55,12 +60,15 @@ class ValidationLoader:
             prefetch_queue_depth=prefetch_queue_depth,
             decoder=decoder,
         )
-        self._source = open_source(folder, split, label=label, rank=rank, world_size=world_size)
+        self._source = open_source(folder, split, label=label, rank=rank, world_size=world_size, part=part)
         self._batch_size = batch_size
         self.samples = self._source.samples
         """Number of this rank's samples."""
         self._outputs = lambda: ordered_outputs(
-            self._source, lambda: centre_crops(self._source, size, **options), batch_size, prefetch_queue_depth
+            self._source,
+            lambda: centre_crops(self._source, size, interpolation=interpolation, **options),
+            batch_size,
+            prefetch_queue_depth,
         )
 
     def __len__(self) -> int:
@@ -101,8 +109,10 @@ class FullImageLoader:
         world_size: int = 1,
         num_threads: int = 4,
         prefetch_queue_depth: int = 2,
+        part: SplitPart | None = None,
         decoder: Decoder = DECODER,
     ) -> None:
+        """Open the shards. part: part of the split; None: all of it."""
         options = pipeline_options(
             device,
             batch_size=1,  # images of one batch would need the same size
@@ -110,7 +120,7 @@ class FullImageLoader:
             prefetch_queue_depth=prefetch_queue_depth,
             decoder=decoder,
         )
-        self._source = open_source(folder, split, masks=True, rank=rank, world_size=world_size)
+        self._source = open_source(folder, split, masks=True, rank=rank, world_size=world_size, part=part)
         self._outputs = lambda: ordered_outputs(
             self._source, lambda: full_images(self._source, **options), 1, prefetch_queue_depth
         )

@@ -30,8 +30,8 @@ class EncoderConfig:
     init: Initialisation = "ijepa"
     """Initialisation of the encoders and the predictor.
     `ijepa`: truncated normal with standard deviation 0.02, as in I-JEPA's training.
-    `beit`: the same, with block i's output projections divided by √(2i), i from 1. I-JEPA's constructors do this too,
-    but its training then initialises every linear layer again.
+    `beit`: the same, with the output projections of block i divided by √(2i), where i counts from 1.
+    I-JEPA's constructors do this too, but its training then initialises every linear layer again.
     `xavier`: Xavier uniform, better for narrow models (width below about 256)."""
 
 

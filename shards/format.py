@@ -176,9 +176,14 @@ class Entry(NamedTuple):
 
 def format_index(samples: list[list[Entry]]) -> bytes:
     """Return the content of the index file for a tar with these samples, which are in the tar's order."""
-    lines = [f"{VERSION} {len(samples)}"]
-    lines += [" ".join(f"{e.component} {e.offset} {e.size} {e.name}" for e in entries) for entries in samples]
-    return ("\n".join(lines) + "\n").encode("ascii")
+    return format_index_lines(
+        [" ".join(f"{e.component} {e.offset} {e.size} {e.name}" for e in entries) for entries in samples]
+    )
+
+
+def format_index_lines(lines: list[str]) -> bytes:
+    """Return the content of the index file with these lines, one per sample (see index_lines)."""
+    return ("\n".join([f"{VERSION} {len(lines)}", *lines]) + "\n").encode("ascii")
 
 
 def parse_index(content: bytes, path: Path) -> list[list[Entry]]:

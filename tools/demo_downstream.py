@@ -53,11 +53,12 @@ DOWNSTREAM_STAGES = (
     DownstreamStage(
         "linear",
         "Linear probes",
-        f"{COLOUR} {CACHED} --epochs 20 --warmup-epochs 2 --batch-size 256 --micro-batch-size 256",
+        f"{COLOUR} {CACHED} --epochs 20 --warmup-epochs 2 --batch-size 256 --micro-batch-size 256 "
+        "--lr 1.6 3.2 6.4 12.8 25.6",
         0.45,
     ),
     DownstreamStage(
-        "attentive", "Attentive probes", f"{COLOUR} {CACHED} --epochs 15 --batch-size 128 --lrs 1e-3 1e-2", 0.6
+        "attentive", "Attentive probes", f"{COLOUR} {CACHED} --epochs 15 --batch-size 128 --lr 1e-3 1e-2", 0.6
     ),
     DownstreamStage(
         "finetune-encoder", "Finetune the encoder", f"{COLOUR} --epochs 8 --warmup-epochs 1 --batch-size 128", 0.5
@@ -85,7 +86,7 @@ DOWNSTREAM_STAGES = (
     DownstreamStage(
         "segmentation",
         "Segment objects by their colour",
-        "--parts encoder predictor --classes 7 --no-reduce-zero-label --channels 16 --lrs 2e-3 5e-3 --steps 600 "
+        "--parts encoder predictor --classes 7 --no-reduce-zero-label --channels 16 --lr 2e-3 5e-3 --steps 600 "
         "--batch-size 16 --validate-every 0.6 --crops.scale 1.6 2 --crops.photometric.jitter-probability 0",
         0.2,
     ),
@@ -132,6 +133,8 @@ def summary(run: Path) -> Table:
 
 def _figures(result: dict[str, Any]) -> Iterator[tuple[str, float, float]]:
     """Yield (name, accuracy or mIoU, chance) of each table row for a result."""
+    from iwm.downstream.progress import choice_score  # not at the top: it imports torch
+
     protocol = result["protocol"]
     if protocol == "multitask":
         for task, scores in result["trials"]["multitask"]["scores"].items():
@@ -139,14 +142,15 @@ def _figures(result: dict[str, Any]) -> Iterator[tuple[str, float, float]]:
     elif protocol == "segmentation":
         # Background everywhere: its IoU is its share of the pixels, and all other IoUs are 0.
         for part in dict.fromkeys(trial["part"] for trial in result["trials"].values()):
-            best = max(trial["miou"]["mean"] for trial in result["trials"].values() if trial["part"] == part)
-            yield f"segmentation: {part}", best, 1 / result["classes"]
+            trials = [trial for trial in result["trials"].values() if trial["part"] == part]
+            best = max(trials, key=lambda trial: choice_score(trial["best"]))
+            yield f"segmentation: {part}", best["miou"]["mean"], 1 / result["classes"]
     elif protocol == "finetune-predictor":
         for kind in ("pretrained", "random"):
             means = [trial["top1"]["mean"] for trial in result["trials"].values() if trial["predictor"] == kind]
             yield f"{protocol}: {kind}", sum(means) / len(means), result["chance"]
     else:
-        yield protocol, max(trial["top1"]["mean"] for trial in result["trials"].values()), result["chance"]
+        yield protocol, result["trials"][result["chosen"]]["top1"]["mean"], result["chance"]
 
 
 def run(options: DownstreamOptions) -> int:

@@ -10,16 +10,19 @@ from typing import Any, NamedTuple, TypeVar
 from dali_pipelines.crops import CropSettings
 from dali_pipelines.loader import LoaderStateError
 from iwm.config import ConfigError
+from iwm.downstream.cached_features import CachedFeatures
 from iwm.downstream.pretrained import Pretrained
 from iwm.downstream.progress import load_last
 from iwm.downstream.settings import MixupSettings, TrainSettings
 from iwm.downstream.study import FrozenEncoders, Task
-from iwm.downstream.tasks import CachedFeatures, ClassificationTask, LabelColumn
+from iwm.downstream.tasks import ClassificationTask, LabelColumn
 from iwm.evaluation.result_table import ResultTable
 from iwm.training.checkpoint import file_digest
 from iwm.training.distributed import DistEnv, loader_threads
 from iwm.training.runtime import StopFlag
 from iwm.training.train_state import LOADER_RESET_FIELDS, split_batch
+from shards.format import load_manifest
+from shards.split_part import ALL_IMAGES, TrainingParts
 
 TaskT = TypeVar("TaskT", bound=Task)
 
@@ -43,6 +46,8 @@ class RunContext:
     """Content of last.pt to resume from; None for a new training."""
     identity: dict[str, Any] = field(repr=False)
     """Flat settings and checkpoint (run_fingerprint). Training resumes only if they are the same."""
+    holds_out: bool = False
+    """True where training images are held out, by which trial and epoch are chosen."""
 
     @property
     def folder(self) -> Path:
@@ -53,6 +58,21 @@ class RunContext:
     def compiled(self) -> bool:
         """True where encoders and predictors are compiled."""
         return self.settings.compile == "yes" or (self.settings.compile == "auto" and self.dist.device.type == "cuda")
+
+
+def training_parts(context: RunContext, shards: Path, split: str) -> TrainingParts:
+    """Return the parts of a training split. Raises ConfigError where too few images would be held out or trained on."""
+    if not context.holds_out:
+        return ALL_IMAGES
+    images, share = load_manifest(shards, split).samples, context.settings.selection_share
+    count = max(1, round(share * images))
+    if not context.dist.size <= count <= images - context.dist.size:
+        raise ConfigError(
+            f"--selection-share {share:g}: {count:,} of {images:,} images of '{split}' are held out, and each of "
+            f"{context.dist.size} processes needs one for the choice and one for training; change the share, or use "
+            "--selection val"
+        )
+    return TrainingParts.holding_out(count)
 
 
 def open_run(name: str, settings: TrainSettings, pretrained: Pretrained, output: Path, dist: DistEnv) -> RunContext:
@@ -98,11 +118,13 @@ def open_task(
 
     encoders: encoders whose features of centre crops are computed once and cached; None for augmented crops.
     """
-    loading = loading_of(context)
+    loading, parts = loading_of(context), training_parts(context, column.shards, column.train)
     if encoders is not None:
         return CachedFeatures(
             column,
             encoders,
+            interpolation=crops.interpolation,
+            parts=parts,
             batch_size=context.micro_batch,
             label_smoothing=mixing.label_smoothing,
             seed=_seed(context, number),
@@ -116,6 +138,7 @@ def open_task(
             column,
             crops,
             mixing,
+            parts=parts,
             batch_size=context.micro_batch,
             seed=seed,
             dist=context.dist,

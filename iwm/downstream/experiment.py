@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,9 +14,9 @@ from iwm.config import ConfigError
 from iwm.downstream.context import RunContext, open_task
 from iwm.downstream.cost import MakeDummyBatch, count_parameters, dummy_labelled_batch, images_per_second
 from iwm.downstream.micro_batch import choose_micro_batch, micro_batch_state, out_of_memory_error
-from iwm.downstream.progress import TrainPlan, TrainProgress
+from iwm.downstream.progress import Selection, TrainPlan, TrainProgress, choice_score
 from iwm.downstream.registry import PROTOCOLS
-from iwm.downstream.settings import MixupSettings
+from iwm.downstream.settings import MixupSettings, TrainSettings
 from iwm.downstream.study import FrozenEncoders, Study, Task, Trial
 from iwm.downstream.tasks import LabelColumn
 from iwm.downstream.trainer import train
@@ -66,9 +66,11 @@ def run_trials(
         {name: spec.trial for name, spec in specs.items()}, encoders, [spec.metadata["seed"] for spec in specs.values()]
     )
     study.setup(context.dist.device, compiled=context.compiled, attention=context.pretrained.attention)
+    selection = selection_of(context.settings, specs)
+    context = replace(context, holds_out=selection == "train")
     try:
         context, choice = choose_micro_batch(context, study, example, cached)
-        plan = _plan(context, open_tasks, specs, study, shape, choice, best_metadata or {})
+        plan = _plan(context, open_tasks, specs, study, shape, selection, choice, best_metadata or {})
         progress = train(plan, context.dist, stop, context.last)
         if progress is None:
             return None
@@ -108,12 +110,21 @@ def run_classification(
     )
 
 
+def selection_of(settings: TrainSettings, specs: Mapping[str, TrialSpec]) -> Selection:
+    """Return the images of the choice. There is one between learning rates; other trials are compared, not chosen."""
+    if settings.selection == "val":
+        return "val"
+    rates = {spec.metadata["lr"] for spec in specs.values()}
+    return "train" if len(rates) > 1 else "none"
+
+
 def _plan(
     context: RunContext,
     open_tasks: Callable[[RunContext], Sequence[Task]],
     specs: Mapping[str, TrialSpec],
     study: Study,
     shape: LrShape,
+    selection: Selection,
     choice: str,
     best_metadata: Mapping[str, Any],
 ) -> TrainPlan:
@@ -145,6 +156,7 @@ def _plan(
         batch_size=s.batch_size * len(tasks),
         accumulation=context.accumulation,
         bf16=context.pretrained.bf16,
+        selection=selection,
         validate_every=s.validate_every,
         checkpoint_every=s.checkpoint_every,
         log_every=s.log_every,
@@ -157,6 +169,7 @@ def _plan(
         ],
         best_metadata={
             "protocol": context.name,
+            "selection": selection,
             "settings": context.identity,
             "trial_metadata": {name: spec.metadata for name, spec in specs.items()},
             **best_metadata,
@@ -182,7 +195,8 @@ def _result(
     rates: Sequence[float | None],
 ) -> dict[str, Any]:
     tasks = {task.name: task.metadata() for task in plan.tasks}
-    means = [best["score"] for best in progress.best]
+    choices = [choice_score(best) for best in progress.best]
+    first, *_ = plan.full_trials
     trials = {}
     for number, (name, spec) in enumerate(specs.items()):
         scores = {
@@ -210,7 +224,8 @@ def _result(
         "batch_size": plan.batch_size,
         "micro_batch_size": context.micro_batch,
         "trials": trials,
-        "chosen": list(specs)[max(plan.full_trials, key=means.__getitem__)],
+        "chosen": list(specs)[first if plan.selection == "none" else max(plan.full_trials, key=choices.__getitem__)],
+        "selection": plan.selection,
         "training": context.folder.name,
     }
 
@@ -238,7 +253,7 @@ def trials_tables(result: dict[str, Any]) -> list[ResultTable]:
     caption = (
         f"'{result['label']}', {result['classes']} classes, {result['train_images']:,} training images, "
         f"{result['epochs']:.4g} epochs; {result['val_images']:,} held-out images; majority class "
-        f"{100 * result['chance']:.1f}{best_note(result)}."
+        f"{100 * result['chance']:.1f}. {selection_note(result)}"
     )
     title = f"{PROTOCOLS[result['protocol']].title}: accuracy of the last epoch ± standard error"
     return [ResultTable(title, ["", "top-1 %", "best", "parameters", "images/s"], rows, caption)]
@@ -250,9 +265,16 @@ def format_percent(score: dict[str, float]) -> str:
 
 def trial_name(result: dict[str, Any], name: str) -> str:
     """Return a trial's name, with * where it was chosen among several."""
-    return f"{name} *" if name == result["chosen"] and len(result["trials"]) > 1 else name
+    several = len(result["trials"]) > 1 and result["selection"] != "none"
+    return f"{name} *" if name == result["chosen"] and several else name
 
 
-def best_note(result: dict[str, Any]) -> str:
-    """Return the end of a caption that explains *."""
-    return "; * is the best on the held-out images" if len(result["trials"]) > 1 else ""
+def selection_note(result: dict[str, Any]) -> str:
+    """Return the sentence of a caption that says on which images trial and epoch were chosen."""
+    if result["selection"] == "none":
+        return "Nothing was chosen: the last epoch is the best."
+    chosen = "Best epochs and trial (*) are" if len(result["trials"]) > 1 else "The best epoch is"
+    if result["selection"] == "val":
+        return f"{chosen} chosen on the same held-out images."
+    held = [f"{task['selection_images']:,}" for task in result.get("tasks", {"": result}).values()]
+    return f"{chosen} chosen on {' and '.join(held)} training images, which are not trained on."

@@ -3,7 +3,7 @@
 - Encoder: the whole encoder, with a linear layer on average-pooled tokens.
 - Predictor: the predictor on a frozen encoder. With the null action it predicts the whole target, and an attentive head
   classifies the prediction. A predictor with random parameters is trained as a control. All trials share the frozen
-  encoder's forward pass; --features, --actions and --outputs give every combination of table S3.
+  encoder's forward pass; --encoder, --actions and --outputs give every combination of table S3.
 - End to end: encoder and predictor together, with an attentive head.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from iwm.config import ConfigError
+from iwm.config import ConfigError, EncoderName
 from iwm.downstream.context import RunContext, Runner, column_of
 from iwm.downstream.experiment import TrialSpec, run_classification, trials_tables
 from iwm.downstream.optim import adamw, layer_decay_scales
@@ -27,9 +27,7 @@ from iwm.downstream.protocol_settings import (
     FinetunePredictorSettings,
     PredictorInit,
 )
-from iwm.downstream.settings import (
-    sized_crops,
-)
+from iwm.downstream.settings import TrainSettings, sized_crops
 from iwm.downstream.study import FrozenEncoders
 from iwm.downstream.tasks import classes_of
 from iwm.downstream.trials import FinetunedEncoder, FinetunedEncoderPredictor, FinetunedPredictor
@@ -47,12 +45,14 @@ from iwm.models.predictor_backbone import (
 from iwm.training.runtime import StopFlag
 
 
-def optimizer_of(trial: nn.Module, settings: FinetunedPredictorSettings, kind: PredictorInit) -> torch.optim.Optimizer:
+def optimizer_of(
+    trial: nn.Module, settings: FinetunedPredictorSettings, kind: PredictorInit, lr: float
+) -> torch.optim.Optimizer:
     """Return AdamW for a trial that is on its device; pretrained_lr_mult scales a pretrained predictor's rate."""
     share = settings.pretrained_lr_mult if kind == "pretrained" else 1.0
     return adamw(
         trial,
-        settings.lr,
+        lr,
         settings.weight_decay,
         lambda name: share if name.startswith("predictor_backbone.predictor.") else 1.0,
     )
@@ -96,16 +96,22 @@ def attentive_head(
     return AttentiveHead(predictor_backbone.embed_dim, heads, classes, std=FINETUNE_INIT_STD)
 
 
+def varied_words(settings: TrainSettings, features: EncoderName, lr: float) -> list[str]:
+    """Return a trial's encoder and learning rate as parts of its name, each where the protocol has several."""
+    words = [features] if len(settings.encoder) > 1 else []
+    return words + ([f"lr {lr:g}"] if len(settings.lr) > 1 else [])
+
+
 def run_finetune_encoder(
     context: RunContext, settings: FinetuneEncoderSettings, stop: StopFlag
 ) -> dict[str, Any] | None:
     """Train and evaluate. Return None where the stop flag ended it early. Raises ConfigError and ShardError."""
     pretrained, device = context.pretrained, context.dist.device
-    encoder = pretrained.encoder(settings.features)
     column, crops = column_of(context), sized_crops(settings.crops, pretrained.img_size)
     names = classes_of(column, context.dist).names
     specs = {}
-    for seed in settings.seeds:
+    for features, lr, seed in product(settings.encoder, settings.lr, settings.seeds):
+        encoder = pretrained.encoder(features)
         torch.manual_seed(seed)
         head = LinearHead(encoder.embed_dim, len(names), std=FINETUNE_INIT_STD)
         backbone = encoder.finetune_copy(
@@ -113,9 +119,11 @@ def run_finetune_encoder(
         )
         trial = FinetunedEncoder(backbone, head).to(device)
         scales = layer_decay_scales(trial, settings.layer_decay)
-        optimizer = adamw(trial, settings.lr, settings.weight_decay, scales.__getitem__)
-        metadata = {"lr": settings.lr, "seed": seed, "features": settings.features, "predictor": None}
-        specs[f"seed {seed}"] = TrialSpec(trial, optimizer, metadata)
+        optimizer = adamw(trial, lr, settings.weight_decay, scales.__getitem__)
+        metadata = {"lr": lr, "seed": seed, "features": features, "predictor": None}
+        specs[", ".join((*varied_words(settings, features, lr), f"seed {seed}"))] = TrialSpec(
+            trial, optimizer, metadata
+        )
     return run_classification(
         context, column, crops, settings.mixup, names, specs, FrozenEncoders({}), stop, timed=True
     )
@@ -131,12 +139,12 @@ def run_finetune_predictor(
     """Train and evaluate. Return None where the stop flag ended it early. Raises ConfigError and ShardError."""
     pretrained, device = context.pretrained, context.dist.device
     kinds = settings.predictors or (("pretrained", "random") if pretrained.predictor is not None else ("random",))
-    shared = FrozenEncoders({name: pretrained.encoder(name) for name in settings.features})
+    shared = FrozenEncoders({name: pretrained.encoder(name) for name in settings.encoder})
     column, crops = column_of(context), sized_crops(settings.crops, pretrained.img_size)
     names = classes_of(column, context.dist).names
     specs = {}
-    for kind, features, actions, output, seed in product(
-        kinds, settings.features, settings.actions, settings.outputs, settings.seeds
+    for kind, features, actions, output, lr, seed in product(
+        kinds, settings.encoder, settings.actions, settings.outputs, settings.lr, settings.seeds
     ):
         predictor = predictor_of(pretrained, kind, seed, settings.random_predictor)
         predictor_backbone = PredictorBackbone(
@@ -151,9 +159,9 @@ def run_finetune_predictor(
         trial = FinetunedPredictor(
             predictor_backbone, head, features, pretrained.teacher.num_prefix_tokens, sampler
         ).to(device)
-        optimizer = optimizer_of(trial, settings, kind)
+        optimizer = optimizer_of(trial, settings, kind, lr)
         metadata = {
-            "lr": settings.lr,
+            "lr": lr,
             "seed": seed,
             "features": features,
             "predictor": kind,
@@ -163,9 +171,10 @@ def run_finetune_predictor(
         varied = [
             word
             for word, values in (
-                (features, settings.features),
+                (features, settings.encoder),
                 (f"{actions} action", settings.actions),
                 (output, settings.outputs),
+                (f"lr {lr:g}", settings.lr),
             )
             if len(values) > 1
         ]
@@ -180,12 +189,12 @@ def run_finetune_end_to_end(
 ) -> dict[str, Any] | None:
     """Train and evaluate. Return None where the stop flag ended it early. Raises ConfigError and ShardError."""
     pretrained, device = context.pretrained, context.dist.device
-    encoder = pretrained.encoder(settings.features)
     kinds = settings.predictors or (("pretrained",) if pretrained.predictor is not None else ("random",))
     column, crops = column_of(context), sized_crops(settings.crops, pretrained.img_size)
     names, recompute = classes_of(column, context.dist).names, settings.activation_checkpointing
     specs = {}
-    for kind, seed in product(kinds, settings.seeds):
+    for kind, features, lr, seed in product(kinds, settings.encoder, settings.lr, settings.seeds):
+        encoder = pretrained.encoder(features)
         predictor = predictor_of(pretrained, kind, seed, settings.random_predictor)
         predictor_backbone = PredictorBackbone(predictor, drop_path=settings.drop_path, grad_checkpointing=recompute)
         head = attentive_head(predictor_backbone, pretrained, len(names), seed)
@@ -198,9 +207,9 @@ def run_finetune_end_to_end(
             name: scale * shares[name.partition(".")[0]]
             for name, scale in layer_decay_scales(trial, settings.layer_decay).items()
         }
-        metadata = {"lr": settings.lr, "seed": seed, "features": settings.features, "predictor": kind}
-        specs[f"{kind}, seed {seed}"] = TrialSpec(
-            trial, adamw(trial, settings.lr, settings.weight_decay, scales.__getitem__), metadata
+        metadata = {"lr": lr, "seed": seed, "features": features, "predictor": kind}
+        specs[", ".join((kind, *varied_words(settings, features, lr), f"seed {seed}"))] = TrialSpec(
+            trial, adamw(trial, lr, settings.weight_decay, scales.__getitem__), metadata
         )
     return run_classification(
         context, column, crops, settings.mixup, names, specs, FrozenEncoders({}), stop, timed=True

@@ -14,14 +14,15 @@ from itertools import product
 from typing import Any
 
 from iwm.config import ConfigError
+from iwm.downstream.cached_features import CachedFeatures
 from iwm.downstream.context import RunContext, Runner, column_of, open_task
 from iwm.downstream.cost import dummy_labelled_batch
-from iwm.downstream.experiment import TrialSpec, format_percent, run_trials
-from iwm.downstream.finetuning import attentive_head, optimizer_of, predictor_of
+from iwm.downstream.experiment import TrialSpec, format_percent, run_trials, selection_note
+from iwm.downstream.finetuning import attentive_head, optimizer_of, predictor_of, varied_words
 from iwm.downstream.protocol_settings import MultitaskSettings, PredictorInit
 from iwm.downstream.settings import sized_crops
 from iwm.downstream.study import FrozenEncoders
-from iwm.downstream.tasks import CachedFeatures, ClassificationTask, LabelColumn, classes_of
+from iwm.downstream.tasks import ClassificationTask, LabelColumn, classes_of
 from iwm.downstream.trials import FinetunedPredictor, MultitaskPredictor
 from iwm.evaluation.result_table import ResultTable
 from iwm.models.predictor_backbone import PredictorBackbone
@@ -33,7 +34,7 @@ def run_multitask(context: RunContext, settings: MultitaskSettings, stop: StopFl
     """Train and evaluate. Return None where the stop flag ended it early. Raises ConfigError and ShardError."""
     pretrained, device = context.pretrained, context.dist.device
     columns = _columns(context, settings)
-    shared = FrozenEncoders({settings.features: pretrained.encoder(settings.features)})
+    shared = FrozenEncoders({name: pretrained.encoder(name) for name in settings.encoder})
     cached = shared if settings.cache_features else None
     crops = sized_crops(settings.crops, pretrained.img_size)
     names = {}
@@ -51,12 +52,11 @@ def run_multitask(context: RunContext, settings: MultitaskSettings, stop: StopFl
 
     prefix, all_tasks = pretrained.teacher.num_prefix_tokens, tuple(range(len(columns)))
     specs = {}
-    for kind, seed in product(settings.predictors, settings.seeds):
-        metadata = {"lr": settings.lr, "seed": seed, "features": settings.features, "predictor": kind}
-        suffix = ", ".join(
-            word for word, values in ((kind, settings.predictors), (f"seed {seed}", settings.seeds)) if len(values) > 1
-        )
-        suffix = f", {suffix}" if suffix else ""
+    for kind, features, lr, seed in product(settings.predictors, settings.encoder, settings.lr, settings.seeds):
+        metadata = {"lr": lr, "seed": seed, "features": features, "predictor": kind}
+        words: list[str] = [kind] if len(settings.predictors) > 1 else []
+        words += varied_words(settings, features, lr) + ([f"seed {seed}"] if len(settings.seeds) > 1 else [])
+        suffix = "".join(f", {word}" for word in words)
 
         def new_predictor_backbone(tokens: int, kind: PredictorInit = kind, seed: int = seed) -> PredictorBackbone:
             predictor = predictor_of(pretrained, kind, seed, settings.random_predictor)
@@ -70,14 +70,14 @@ def run_multitask(context: RunContext, settings: MultitaskSettings, stop: StopFl
 
         predictor_backbone = new_predictor_backbone(len(columns))
         heads = [attentive_head(predictor_backbone, pretrained, count, seed) for count in classes]
-        trial = MultitaskPredictor(predictor_backbone, heads, settings.features, prefix).to(device)
-        optimizer = optimizer_of(trial, settings, kind)
+        trial = MultitaskPredictor(predictor_backbone, heads, features, prefix).to(device)
+        optimizer = optimizer_of(trial, settings, kind, lr)
         specs[f"multitask{suffix}"] = TrialSpec(trial, optimizer, metadata, all_tasks)
         for number in all_tasks if settings.controls else ():
             predictor_backbone = new_predictor_backbone(0)
             head = attentive_head(predictor_backbone, pretrained, classes[number], seed)
-            control = FinetunedPredictor(predictor_backbone, head, settings.features, prefix, task=number).to(device)
-            optimizer = optimizer_of(control, settings, kind)
+            control = FinetunedPredictor(predictor_backbone, head, features, prefix, task=number).to(device)
+            optimizer = optimizer_of(control, settings, kind, lr)
             specs[f"single-{columns[number].name}{suffix}"] = TrialSpec(control, optimizer, metadata, (number,))
     return run_trials(
         context,
@@ -140,7 +140,7 @@ def multitask_tables(result: dict[str, Any]) -> list[ResultTable]:
                 ]
             )
     title = "Multitask finetuning of the predictor: accuracy of the last epoch in % ± standard error"
-    caption = f"{result['steps']:,} steps of {result['batch_size']:,} images. {task_notes}"
+    caption = f"{result['steps']:,} steps of {result['batch_size']:,} images. {task_notes}. {selection_note(result)}"
     return [ResultTable(title, ["task", "single-task", "multitask", "difference"], rows, caption)]
 
 

@@ -77,7 +77,7 @@ class Pretrained:
     def encoder(self, which: EncoderName) -> Backbone:
         """Return an encoder. Raises ConfigError, naming the option, where there is none."""
         if which not in self.encoders:
-            raise ConfigError(f"--features {which}: a {self.kind} encoder has no student; use --features teacher")
+            raise ConfigError(f"--encoder {which}: a {self.kind} encoder has no student; use --encoder teacher")
         return self.encoders[which]
 
 

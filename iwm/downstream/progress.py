@@ -5,13 +5,14 @@ RUN/eval/NAME/ contains last.pt, to resume from, and best.pt, the best trial in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from dali_pipelines.crops import Interpolation
 from iwm.config import ConfigError, EncoderName, LayerNormKind
 from iwm.config_io import flat_diff, split_changes
 from iwm.downstream.study import Study, Task
@@ -19,6 +20,11 @@ from iwm.training.checkpoint import CheckpointError, load_verified, save_atomic
 
 Scores = list[dict[str, dict[str, Any]]]
 """Scores of every trial, by task and metric (top1, …); numbers, except for details such as per_class."""
+
+
+Selection = Literal["train", "val", "none"]
+"""Images by which trial and epoch are chosen: training images that are held out, or the held-out split.
+`none`: there is nothing to choose, and the last epoch is the best."""
 
 
 @dataclass
@@ -48,6 +54,7 @@ class TrainPlan:
     """Passes of a step."""
     bf16: bool
     """Compute in bfloat16 autocast."""
+    selection: Selection
     validate_every: float
     """Interval of evaluation (epochs)."""
     checkpoint_every: int
@@ -78,9 +85,15 @@ class TrainProgress:
     scores: Scores = field(default_factory=list)
     """Scores of the last evaluation."""
     best: list[dict[str, float]] = field(default_factory=list)
-    """Each trial's best mean over its tasks (`score`, 0 to 1), and its `epoch`."""
+    """Each trial's best evaluation: its `epoch`, the mean over its tasks (`score`, 0 to 1) on the held-out split, and
+    with Selection `train` the same on the images of the selection (`selection`), by which it is the best."""
     skipped: list[int] = field(default_factory=list)
     """Number of each trial's steps with a non-finite gradient, which changed nothing."""
+
+
+def choice_score(best: Mapping[str, float]) -> float:
+    """Return the score by which a trial's best evaluation was chosen."""
+    return best.get("selection", best["score"])
 
 
 @dataclass(frozen=True)
@@ -113,6 +126,10 @@ class TrainedHead:
     tasks: dict[str, TaskInfo]
     layer_norm: LayerNormKind = "shared"
     """Norms of the layers that UPerNet receives. Heads that were trained before there was a choice have `shared`."""
+    interpolation: Interpolation = "linear"
+    """Interpolation of the resize of its training images, and so of images to classify."""
+    selection: Selection = "val"
+    """Images by which trial and epoch were chosen."""
 
     @property
     def features(self) -> EncoderName:

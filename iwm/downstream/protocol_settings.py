@@ -11,12 +11,15 @@ from typing import Annotated, Literal
 
 from dali_pipelines.augmentations import PhotometricConfig
 from dali_pipelines.crops import CropSettings, SegmentationCrops
-from iwm.config import EncoderName, LayerNormKind
-from iwm.downstream.settings import LEARNING_RATE, MixupSettings, TrainSettings, require, require_unique
+from iwm.config import LayerNormKind
+from iwm.downstream.settings import MixupSettings, TrainSettings, require, require_unique
 from iwm.model_config import PredictorConfig
 from iwm.ranges import Range
 
 LEARNING_RATE_SHARE = Range(min=0, below=math.inf)
+
+Pool = Literal["mean", "cls", "both"]
+"""Input of a linear probe: the mean of the patches, the class token, or the one after the other."""
 
 PredictorInit = Literal["pretrained", "random"]
 """Initial parameters of a predictor: the pretrained ones, or random ones, initialised as for pretraining."""
@@ -28,30 +31,25 @@ Part = Literal["encoder", "predictor", "end-to-end"]
 class ProbeSettings(TrainSettings):
     """Options of probing. There is one probe for each encoder and learning rate."""
 
-    features: tuple[EncoderName, ...] = ("teacher",)
-    """Encoders to probe: `teacher` (EMA target encoder), `student` (context encoder)."""
-    lrs: Annotated[tuple[float, ...], LEARNING_RATE] = ()
-    """Peak learning rates, one probe each."""
     crops: CropSettings = field(default_factory=CropSettings)
     """Crops and augmentations of training images; `size` is the encoder's image size."""
     cache_features: bool = False
     """Compute the features of centre crops once and train on them, many times faster, but without augmentation.
     The features must fit into the device's memory: images × tokens × width × 2 bytes (4 in fp32).
-    Linear probes store one token, the mean."""
+    Linear probes store one token, as --pool says."""
     epochs: float = 90.0
-
-    def check(self) -> None:
-        super().check()
-        require_unique("--lrs", self.lrs)
-        require_unique("--features", self.features)
 
 
 @dataclass(frozen=True)
 class LinearProbeSettings(ProbeSettings):
     """Train a linear layer on average-pooled tokens of the frozen encoder: LARS, crops from 8% of the image (A.2)."""
 
-    lrs: tuple[float, ...] = (1.6, 3.2, 6.4, 12.8, 25.6)
-    """Peak learning rates, one probe each; the paper's is 6.4 at its batch size."""
+    pool: Pool = "mean"
+    """Input of the linear layer: `mean` of the patches, the class token `cls`, or `both`, of twice the width.
+    `cls` and `both` need an encoder with a class token."""
+    batch_norm: bool = False
+    """Normalise the input by a batch norm without parameters, as MAE's linear probe does, whose rate A.2 has."""
+    lr: tuple[float, ...] = (6.4,)
     momentum: Annotated[float, Range(min=0, below=1)] = 0.9
     """Momentum of LARS."""
     warmup_epochs: float = 10.0
@@ -63,8 +61,7 @@ class LinearProbeSettings(ProbeSettings):
 class AttentiveProbeSettings(ProbeSettings):
     """Train a head that pools the frozen encoder's tokens by cross-attention from one learned token: AdamW (A.2)."""
 
-    lrs: tuple[float, ...] = (1e-4,)
-    """Peak learning rates, one probe each; the paper's is 1e-4 at its batch size."""
+    lr: tuple[float, ...] = (1e-4,)
     crops: CropSettings = field(
         default_factory=lambda: CropSettings(crop_scale=(0.3, 1.0), photometric=PhotometricConfig())
     )
@@ -94,8 +91,7 @@ class FinetuneSettings(TrainSettings):
     """Drop path rate of the last block; it grows linearly over the depth."""
     activation_checkpointing: bool = False
     """Store only the inputs of trained blocks, and recompute the blocks in the backward pass. This saves memory."""
-    lr: Annotated[float, LEARNING_RATE] = 1e-3
-    """Peak learning rate."""
+    lr: tuple[float, ...] = (1e-3,)
     epochs: float = 100.0
     warmup_epochs: float = 5.0
     batch_size: int = 1024
@@ -124,9 +120,7 @@ class FinetunedPredictorSettings(FinetuneSettings):
 class FinetuneEncoderSettings(FinetuneSettings):
     """Finetune the encoder with a linear layer: AdamW, layer decay, drop path, RandAugment, mixup, cutmix, erasing."""
 
-    features: EncoderName = "teacher"
-    """Encoder to finetune: `teacher` (EMA target encoder) or `student` (context encoder)."""
-    lr: float = 2e-3
+    lr: tuple[float, ...] = (2e-3,)
     layer_decay: Annotated[float, Range(above=0, max=1)] = 0.65
     """Ratio of a layer's learning rate to that of the next layer."""
     weight_decay: float = 0.005
@@ -138,8 +132,6 @@ class FinetunePredictorSettings(FinetunedPredictorSettings):
 
     predictors: tuple[PredictorInit, ...] | None = None
     """Predictors to finetune. Default: `pretrained` and `random`; only `random` for an encoder without a predictor."""
-    features: tuple[EncoderName, ...] = ("teacher",)
-    """Frozen encoders that feed the predictors: `teacher` (EMA target encoder), `student` (context encoder)."""
     actions: tuple[Literal["null", "random"], ...] = ("null",)
     """Actions in training: `null` (no change), or `random` (sampled as in pretraining).
     Held-out images always use the null action."""
@@ -148,7 +140,7 @@ class FinetunePredictorSettings(FinetunedPredictorSettings):
 
     def check(self) -> None:
         super().check()
-        for name in ("predictors", "features", "actions", "outputs"):
+        for name in ("predictors", "actions", "outputs"):
             values = getattr(self, name)
             if values is not None:
                 require_unique(f"--{name}", values)
@@ -160,9 +152,7 @@ class FinetuneEndToEndSettings(FinetuneSettings):
 
     predictors: tuple[PredictorInit, ...] | None = None
     """Predictors to finetune. Default: `pretrained`; `random` for an encoder without a predictor."""
-    features: EncoderName = "teacher"
-    """Encoder to finetune: `teacher` (EMA target encoder) or `student` (context encoder)."""
-    lr: float = 2e-3
+    lr: tuple[float, ...] = (2e-3,)
     encoder_lr_mult: Annotated[float, LEARNING_RATE_SHARE] = 0.1
     """Factor of the learning rate for the encoder."""
     predictor_lr_mult: Annotated[float, LEARNING_RATE_SHARE] = 0.1
@@ -187,8 +177,6 @@ class MultitaskSettings(FinetunedPredictorSettings):
     An epoch is one pass over the first task's images."""
     predictors: tuple[PredictorInit, ...] = ("pretrained",)
     """Predictors to finetune."""
-    features: EncoderName = "teacher"
-    """Frozen encoder that feeds the predictors: `teacher` (EMA target encoder) or `student` (context encoder)."""
     controls: bool = True
     """Also train a predictor for each single task."""
     batch_size: int = 512
@@ -213,10 +201,7 @@ class SegmentationSettings(TrainSettings):
     Otherwise ids 0 to `classes` - 1 are the classes, and 255 is ignored."""
     predictors: tuple[PredictorInit, ...] | None = None
     """Predictors to train. Default: `pretrained`; `random` for an encoder without a predictor."""
-    features: EncoderName = "teacher"
-    """Encoder: `teacher` (EMA target encoder) or `student` (context encoder)."""
-    lrs: Annotated[tuple[float, ...], LEARNING_RATE] = (1e-5, 2e-5, 3e-5)
-    """Peak learning rates, one trial each."""
+    lr: tuple[float, ...] = (1e-5, 2e-5, 3e-5)
     seeds: Annotated[tuple[int, ...], Range(min=0)] = (0,)
     """Seeds of the parameters that are not pretrained (heads, random predictors).
     Each seed is a trial; all trials see the same batches."""
@@ -251,5 +236,4 @@ class SegmentationSettings(TrainSettings):
         require_unique("--parts", self.parts)
         if self.predictors is not None:
             require_unique("--predictors", self.predictors)
-        require_unique("--lrs", self.lrs)
         require_unique("--seeds", self.seeds)

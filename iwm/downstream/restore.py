@@ -21,7 +21,7 @@ from iwm.downstream.trials import (
     Segmenter,
 )
 from iwm.models.backbone import Backbone
-from iwm.models.heads import AttentiveHead, LinearHead, UPerNet
+from iwm.models.heads import BATCH_NORM_EPS, AttentiveHead, LinearHead, UPerNet
 from iwm.models.predictor import Predictor
 from iwm.models.predictor_backbone import PredictorBackbone
 from iwm.training.checkpoint import CheckpointError, load_verified
@@ -57,12 +57,25 @@ def load_head(folder: Path) -> tuple[TrainedHead, dict[str, Tensor]]:
                 name: TaskInfo(names[name], content["tasks"][name], scores)
                 for name, scores in content["scores"].items()
             },
+            interpolation=settings.get("crops.interpolation", "linear"),
+            selection=content.get("selection", "val"),
         )
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path} lacks {error}: another version of iwm wrote it; train the head again") from error
     if external is not None:
         raise ConfigError(f"{path} was trained on a {external} encoder; only heads trained on a run can be exported")
-    return head, content["state"]
+    return head, _without_batch_norm(content["state"]) if head.protocol == "linear" else content["state"]
+
+
+def _without_batch_norm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a linear probe's tensors with its batch norm, if it has one, folded into the linear layer."""
+    mean, variance = tensors.get("head.bn.running_mean"), tensors.get("head.bn.running_var")
+    if mean is None or variance is None:
+        return dict(tensors)
+    weight, bias = tensors["head.fc.weight"].double(), tensors["head.fc.bias"].double()
+    weight = weight / (variance.double() + BATCH_NORM_EPS).sqrt()
+    folded = {"head.fc.weight": weight, "head.fc.bias": bias - weight @ mean.double()}
+    return {name: folded[name].to(tensors[name].dtype) for name in folded}
 
 
 def _classes(content: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
@@ -84,13 +97,13 @@ def split_state(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor] | None
 
 def build_linear_probe(head: TrainedHead, config: Config, backbone: Backbone) -> Trial:
     """Build the trial of `head` with new parameters, on `backbone`."""
-    return Probe(LinearHead(backbone.embed_dim, head.num_classes[0]), head.features, backbone.num_prefix_tokens)
+    return Probe(LinearHead(backbone.embed_dim, head.num_classes[0]), head.features)
 
 
 def build_attentive_probe(head: TrainedHead, config: Config, backbone: Backbone) -> Trial:
     """Build the trial of `head` with new parameters, on `backbone`."""
     classifier = AttentiveHead(backbone.embed_dim, backbone.num_heads, head.num_classes[0])
-    return Probe(classifier, head.features, backbone.num_prefix_tokens)
+    return Probe(classifier, head.features)
 
 
 def build_finetuned_encoder(head: TrainedHead, config: Config, backbone: Backbone) -> Trial:

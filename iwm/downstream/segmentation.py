@@ -13,16 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from iwm.downstream.context import RunContext, Runner, loading_of, resume_task
+from iwm.downstream.context import RunContext, Runner, loading_of, resume_task, training_parts
 from iwm.downstream.cost import dummy_masked_batch
-from iwm.downstream.experiment import TrialSpec, best_note, run_trials, trial_name
+from iwm.downstream.experiment import TrialSpec, run_trials, selection_note, trial_name
 from iwm.downstream.finetuning import predictor_of
 from iwm.downstream.optim import adamw
 from iwm.downstream.protocol_settings import PredictorInit, SegmentationSettings
 from iwm.downstream.segmentation_task import SegmentationTask
-from iwm.downstream.settings import (
-    sized_crops,
-)
+from iwm.downstream.settings import sized_crops
 from iwm.downstream.study import FrozenEncoders
 from iwm.downstream.trials import Segmenter
 from iwm.evaluation.held_out import require_splits
@@ -36,12 +34,14 @@ def run_segmentation(context: RunContext, settings: SegmentationSettings, stop: 
     """Train and evaluate. Return None where the stop flag ended it early. Raises ConfigError and ShardError."""
     pretrained, dist = context.pretrained, context.dist
     require_splits(pretrained.shards, pretrained.train, pretrained.val, "--data.train")
-    encoder = pretrained.encoder(settings.features)
+    patch = pretrained.teacher.patch_size
     crops = replace(
         sized_crops(settings.crops, pretrained.img_size), ignore_index=0 if settings.reduce_zero_label else 255
     )
 
     def open_tasks(fitted: RunContext) -> list[SegmentationTask]:
+        parts = training_parts(fitted, pretrained.shards, pretrained.train)
+
         def open_with(seed: int, state: dict[str, Any] | None) -> SegmentationTask:
             return SegmentationTask(
                 pretrained.shards,
@@ -50,11 +50,12 @@ def run_segmentation(context: RunContext, settings: SegmentationSettings, stop: 
                 crops,
                 classes=settings.classes,
                 reduce_zero_label=settings.reduce_zero_label,
-                patch=encoder.patch_size,
+                patch=patch,
                 batch_size=fitted.micro_batch,
                 seed=seed,
                 dist=dist,
                 loading=loading_of(fitted),
+                parts=parts,
                 state=state,
             )
 
@@ -64,7 +65,8 @@ def run_segmentation(context: RunContext, settings: SegmentationSettings, stop: 
     kinds: tuple[PredictorInit, ...] = settings.predictors or (default,)
     recompute = settings.activation_checkpointing
     specs = {}
-    for part, lr, seed in product(settings.parts, settings.lrs, settings.seeds):
+    for part, features, lr, seed in product(settings.parts, settings.encoder, settings.lr, settings.seeds):
+        encoder = pretrained.encoder(features)
         for kind in (None,) if part == "encoder" else kinds:
             torch.manual_seed(seed)
             backbone = None
@@ -84,21 +86,24 @@ def run_segmentation(context: RunContext, settings: SegmentationSettings, stop: 
             head = UPerNet(width, settings.classes, channels=settings.channels, layer_norm=settings.layer_norm)
             trial: nn.Module = Segmenter(
                 head,
-                encoder.patch_size,
+                patch,
                 backbone=backbone,
                 predictor_backbone=predictor_backbone,
-                features=settings.features,
+                features=features,
                 num_prefix_tokens=encoder.num_prefix_tokens,
             )
             if dist.size > 1 and dist.device.type == "cuda":
                 trial = nn.SyncBatchNorm.convert_sync_batchnorm(trial)
             assert isinstance(trial, Segmenter)
             trial.to(dist.device)
-            metadata = {"part": part, "lr": lr, "seed": seed, "features": settings.features, "predictor": kind}
-            words = [part, *([kind] if kind and len(kinds) > 1 else []), f"lr {lr:g}"]
+            metadata = {"part": part, "lr": lr, "seed": seed, "features": features, "predictor": kind}
+            words: list[str] = [part, *([kind] if kind and len(kinds) > 1 else [])]
+            words += [features] if len(settings.encoder) > 1 else []
+            words.append(f"lr {lr:g}")
             words += [f"seed {seed}"] if len(settings.seeds) > 1 else []
             specs[", ".join(words)] = TrialSpec(trial, adamw(trial, lr, settings.weight_decay), metadata)
-    frozen = FrozenEncoders({settings.features: encoder} if "predictor" in settings.parts else {})
+    frozen_names = settings.encoder if "predictor" in settings.parts else ()
+    frozen = FrozenEncoders({name: pretrained.encoder(name) for name in frozen_names})
     return run_trials(
         context,
         open_tasks,
@@ -125,7 +130,7 @@ def segmentation_tables(result: dict[str, Any]) -> list[ResultTable]:
     ]
     caption = (
         f"{result['classes']} classes, {result['train_images']:,} training images, {result['steps']:,} steps of "
-        f"{result['batch_size']}; {result['val_images']:,} held-out images{best_note(result)}."
+        f"{result['batch_size']}; {result['val_images']:,} held-out images. {selection_note(result)}"
     )
     title = "Segmentation: mIoU of the last step, whole images"
     return [ResultTable(title, ["", "mIoU %", "pixels %", "best", "parameters"], rows, caption)]

@@ -20,11 +20,13 @@ from dali_pipelines.crops import SegmentationCrops
 from dali_pipelines.loader import SegmentationLoader
 from dali_pipelines.validation_loader import FullImageLoader
 from iwm.config import ConfigError
-from iwm.downstream.study import Study
+from iwm.downstream.study import Evaluated, Study
+from iwm.downstream.tasks import selection_metadata
 from iwm.downstream.trials import pad_to_patches
 from iwm.models.heads import IGNORE_INDEX, upsample
 from iwm.training.distributed import DistEnv
 from shards.cache import location_of
+from shards.split_part import ALL_IMAGES, TrainingParts
 
 
 class SegmentationTask:
@@ -52,9 +54,10 @@ class SegmentationTask:
         seed: int,
         dist: DistEnv,
         loading: dict[str, Any],
+        parts: TrainingParts = ALL_IMAGES,
         state: dict[str, Any] | None = None,
     ) -> None:
-        """Open the loaders.
+        """Open the loaders. parts: those of the training split.
 
         patch: patch size of the encoder; whole images are padded to multiples of it. loading: arguments of all loaders
         (context.loading_of). Raises ShardError for shards without masks, LoaderStateError for a state of other data.
@@ -62,11 +65,13 @@ class SegmentationTask:
         self.classes, self._reduce_zero_label, self._patch, self._dist = classes, reduce_zero_label, patch, dist
         self._shards, self._train, self._val = shards, train, val
         self._loader = SegmentationLoader(
-            shards, train, crops, batch_size=batch_size, seed=seed, state=state, **loading
+            shards, train, crops, batch_size=batch_size, seed=seed, part=parts.training, state=state, **loading
         )
-        self._held_out = FullImageLoader(shards, val, **loading)
+        self._held_out = {"val": FullImageLoader(shards, val, **loading)}
+        if parts.selection is not None:
+            self._held_out["selection"] = FullImageLoader(shards, train, part=parts.selection, **loading)
         self._wrong = torch.zeros((), dtype=torch.int64, device=dist.device)
-        self._evaluated: dict[str, Any] = {}
+        self._evaluated = selection_metadata(parts)
 
     @property
     def images(self) -> int:
@@ -99,23 +104,25 @@ class SegmentationTask:
     def state(self) -> dict[str, Any]:
         return self._loader.state_dict()
 
-    def evaluate(self, study: Study, task_index: int, trials: Sequence[int]) -> list[dict[str, Any]]:
+    def evaluate(
+        self, study: Study, task_index: int, trials: Sequence[int], images: Evaluated = "val"
+    ) -> list[dict[str, Any]]:
         """Return mIoU and pixel accuracy (0 to 1) on whole images at their own size, with interpolated positions."""
         self._check()
         confusions = [ConfusionMatrix(self.classes, self._dist.device) for _ in trials]
         # Each image size would be compiled separately.
         with torch.compiler.set_stance("force_eager"):
-            for image, mask, _ in self._held_out:
+            for image, mask, _ in self._held_out[images]:
                 for confusion, logits in zip(confusions, self._predict(study, task_index, trials, image), strict=True):
                     confusion.add(logits, self._ids(mask))
         try:
             scores = [confusion.score() for confusion in confusions]
         except ConfigError as error:
-            raise ConfigError(
-                f"{self._shards}, split '{self._val}': {error} (--classes, --reduce-zero-label)"
-            ) from error
-        images = self._dist.sum(torch.tensor(float(len(self._held_out)), device=self._dist.device))
-        self._evaluated = {"val_images": int(images.item())}
+            split = self._val if images == "val" else self._train
+            raise ConfigError(f"{self._shards}, split '{split}': {error} (--classes, --reduce-zero-label)") from error
+        if images == "val":
+            count = self._dist.sum(torch.tensor(float(len(self._held_out[images])), device=self._dist.device))
+            self._evaluated |= {"val_images": int(count.item())}
         return [
             {
                 "miou": score.miou,

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, TypeVar
 
 from dali_pipelines.augmentations import AugmentationError
 from dali_pipelines.crops import CropSettings, SegmentationCrops
-from iwm.config import ConfigError
+from iwm.config import ConfigError, EncoderName
 from iwm.evaluation.settings import EvalData, EvalSettings
 from iwm.ranges import Range, check_ranges
 from shards.listing import LABEL
@@ -57,6 +57,17 @@ class TrainSettings(EvalSettings):
     """Seed of the sample order, the augmentations and the heads of probes.
     In protocols with `--seeds`, that option seeds heads and random predictors."""
     external: ExternalModel = field(default_factory=ExternalModel)
+    encoder: tuple[EncoderName, ...] = ("teacher",)
+    """Encoders: `teacher` (EMA target encoder), `student` (context encoder). Several are trials of their own."""
+    lr: Annotated[tuple[float, ...], LEARNING_RATE] = ()
+    """Peak learning rates. Several are a sweep: a trial for each."""
+    selection: Literal["train", "val"] = "train"
+    """Images by which the best trial of a sweep and its best epoch are chosen.
+    `train`: training images that are held out from training. `val`: those of the held-out split, which are reported.
+    With `train` and one learning rate nothing is chosen: all training images are trained on.
+    The last epoch of the first trial is then the best one."""
+    selection_share: Annotated[float, Range(above=0, below=1)] = 0.05
+    """Share of the training images that --selection train holds out."""
     epochs: Annotated[float, Range(above=0)] = 90.0
     """Length of training (epochs)."""
     steps: Annotated[int | None, Range(min=1)] = None
@@ -88,6 +99,8 @@ class TrainSettings(EvalSettings):
     def check(self) -> None:
         """Raise ConfigError, naming the option, where a value is out of range or options contradict each other."""
         check_ranges(self)
+        require_unique("--lr", self.lr)
+        require_unique("--encoder", self.encoder)
         require(
             self.warmup_epochs < self.epochs,
             f"--warmup-epochs {self.warmup_epochs} must be below --epochs {self.epochs}",

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from jaxtyping import Float, Real
 from torch import Tensor, nn
 
 from dali_pipelines.seeds import derive_seed
-from iwm.config import AttentionImpl
+from iwm.config import AttentionImpl, ConfigError
+from iwm.downstream.protocol_settings import Pool
 from iwm.models.attention import to_device
 from iwm.models.backbone import Backbone
 from iwm.models.predictor_backbone import PredictorBackbone
@@ -26,8 +27,11 @@ PIXELS = "pixels"
 
 SharedInputs = Mapping[str, Tensor]
 """Inputs of all trials. PIXELS: [b, h, w, 3], uint8 or float grey levels from 0 to 255, for trials that train an
-encoder. Name of a frozen encoder: its tokens after the last norm, [b, s, d], prefix tokens (class token) first; or the
-mean of its patches, [b, 1, d]."""
+encoder. Name of a frozen encoder: its tokens after the last norm, [b, s, d], prefix tokens (class token) first; or one
+token that they are pooled to, [b, 1, d] or [b, 1, 2·d]."""
+
+Evaluated = Literal["val", "selection"]
+"""Images that trials are evaluated on: the held-out split, or training images that are held out for the choice."""
 
 
 class Trial(nn.Module):
@@ -49,11 +53,15 @@ class Trial(nn.Module):
 class FrozenEncoders(nn.Module):
     """Encoders without training; there may be none."""
 
-    def __init__(self, encoders: Mapping[str, Backbone], *, pooled: bool = False) -> None:
-        """Freeze the encoders. pooled: return the mean of the patches, without prefix tokens, computed once for all
-        trials."""
+    def __init__(self, encoders: Mapping[str, Backbone], *, pool: Pool | None = None) -> None:
+        """Freeze the encoders. pool: return one token, computed once for all trials; None: return all tokens.
+
+        Raises ConfigError for `cls` and `both` where an encoder has no class token.
+        """
         super().__init__()
-        self.names, self._pooled = tuple(encoders), pooled
+        if pool in ("cls", "both") and not all(encoder.has_class_token for encoder in encoders.values()):
+            raise ConfigError(f"--pool {pool}: this encoder has no class token; use --pool mean")
+        self.names, self._pool = tuple(encoders), pool
         self.encoders = nn.ModuleList(encoders.values()).requires_grad_(False).eval()
 
     @torch.no_grad()
@@ -63,7 +71,15 @@ class FrozenEncoders(nn.Module):
         return {PIXELS: pixels, **features}
 
     def _features(self, encoder: Backbone, pixels: Real[Tensor, "b h w 3"]) -> Float[Tensor, "b s d"]:
-        return encoder.patches(pixels).mean(1, keepdim=True) if self._pooled else encoder.tokens(pixels)
+        tokens = encoder.tokens(pixels)
+        if self._pool is None:
+            return tokens
+        parts = []
+        if self._pool != "mean":
+            parts.append(tokens[:, :1])  # a class token is the first of the prefix tokens
+        if self._pool != "cls":
+            parts.append(tokens[:, encoder.num_prefix_tokens :].mean(1, keepdim=True))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
     def train(self, mode: bool = True) -> FrozenEncoders:
         return super().train(False)
@@ -137,8 +153,10 @@ class Task(Protocol):
     def state(self) -> dict[str, Any]:
         """Return the state from which `get_batch` resumes, in addition to the number."""
 
-    def evaluate(self, study: Study, task_index: int, trials: Sequence[int]) -> list[dict[str, Any]]:
-        """Return the metrics of some trials on the held-out images, the same on every process.
+    def evaluate(
+        self, study: Study, task_index: int, trials: Sequence[int], images: Evaluated = "val"
+    ) -> list[dict[str, Any]]:
+        """Return the metrics of some trials on held-out images, the same on every process.
 
         task_index: index of the task in the study.
         """

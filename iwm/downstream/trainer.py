@@ -17,8 +17,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from iwm.downstream.optim import set_lr
-from iwm.downstream.progress import BEST, LAST, Scores, TrainPlan, TrainProgress, save_state
+from iwm.downstream.progress import LAST, TrainPlan, TrainProgress, save_state
 from iwm.downstream.study import Study
+from iwm.downstream.validation import scores_of_trials, validate
 from iwm.training.checkpoint_writer import CheckpointWriter
 from iwm.training.distributed import DistEnv, StopConsensus
 from iwm.training.loggers import open_files
@@ -89,7 +90,7 @@ def train(plan: TrainPlan, dist: DistEnv, stop: StopFlag, last: dict[str, Any] |
                 queue.write_all()
             if evaluating:
                 dist.progress.enter(Phase.VALIDATING)
-                _evaluate(plan, progress, monitor, dist)
+                validate(plan, progress, monitor, dist)
                 window = MetricWindow(device)
             if saving:
                 dist.progress.enter(Phase.SAVING)
@@ -101,7 +102,7 @@ def train(plan: TrainPlan, dist: DistEnv, stop: StopFlag, last: dict[str, Any] |
             return None
     if not progress.scores:
         # The training had ended before, so this process has not evaluated it yet.
-        progress.scores = _scores(plan, dist)
+        progress.scores = scores_of_trials(plan, dist)
     return progress
 
 
@@ -217,57 +218,6 @@ def _mean_losses(names: Sequence[str], losses: Float[Tensor, "steps a"]) -> dict
     means = losses.mean(dim=0).tolist()
     per_trial = {f"loss/{name}": mean for name, mean in zip(names, means, strict=True)} if len(names) > 1 else {}
     return {"loss": sum(means) / len(means), **per_trial}
-
-
-def _scores(plan: TrainPlan, dist: DistEnv) -> Scores:
-    """Return all trials' scores on the held-out images."""
-    study = plan.study.eval()
-    if dist.size > 1:
-        # Each process has its own running means since the last broadcast; those of rank 0 are saved.
-        for part in study.trials.modules():
-            if isinstance(part, _BatchNorm):
-                for buffer in part.buffers():
-                    torch.distributed.broadcast(buffer, src=0)
-    scores: Scores = [{} for _ in study.names]
-    for task_index, task in enumerate(plan.tasks):
-        trials = [trial for trial, task_ids in enumerate(plan.task_ids) if task_index in task_ids]
-        with torch.autocast(dist.device.type, torch.bfloat16, enabled=plan.bf16):
-            metrics = task.evaluate(study, task_index, trials)
-        for trial, values in zip(trials, metrics, strict=True):
-            scores[trial][task.name] = values
-    study.train()
-    return scores
-
-
-def _evaluate(plan: TrainPlan, progress: TrainProgress, monitor: MetricLogger, dist: DistEnv) -> None:
-    """Evaluate all trials, update their best epochs, and save best.pt if the best trial improved."""
-    progress.scores = _scores(plan, dist)
-    metric_of = {task.name: task.metric for task in plan.tasks}
-    means = [sum(figures[metric_of[task]] for task, figures in trial.items()) / len(trial) for trial in progress.scores]
-    epoch = progress.step / plan.steps_per_epoch
-    scores = [best["score"] for best in progress.best]
-    best_before = max((scores[trial] for trial in plan.full_trials), default=-1.0) if scores else -1.0
-    current = [{"score": mean, "epoch": epoch} for mean in means]
-    progress.best = [
-        max(pair, key=lambda best: best["score"]) for pair in zip(progress.best or current, current, strict=True)
-    ]
-    leader = max(plan.full_trials, key=means.__getitem__)
-    if dist.is_main and means[leader] > best_before:
-        save_state(
-            plan.folder,
-            BEST,
-            {
-                **plan.best_metadata,
-                "trial": plan.study.names[leader],
-                "epoch": epoch,
-                "scores": progress.scores[leader],
-                "tasks": {task.name: task.metadata() for task in plan.tasks},
-                "state": plan.study.trials[leader].state_dict(),
-            },
-        )
-    main = plan.tasks[0].metric
-    per_trial = {f"{main}/{name}": mean for name, mean in zip(plan.study.names, means, strict=True)}
-    monitor.log(progress.step, {main: means[leader], **(per_trial if len(means) > 1 else {})})
 
 
 def _checkpoint_writer(plan: TrainPlan, monitor: MetricLogger, dist: DistEnv) -> CheckpointWriter:

@@ -46,15 +46,15 @@ class ClassifierTrial(Trial):
 
 
 class Probe(ClassifierTrial):
-    """Head (iwm.models.heads) on a frozen encoder's patch features."""
+    """Head (iwm.models.heads) on a frozen encoder's tokens: patches, class token, registers."""
 
-    def __init__(self, head: nn.Module, features: EncoderName, num_prefix_tokens: int) -> None:
-        """Set the head. features: name of the encoder. num_prefix_tokens: tokens before the patches, dropped here."""
+    def __init__(self, head: nn.Module, features: EncoderName) -> None:
+        """Set the head. features: name of the encoder."""
         super().__init__()
-        self.head, self._features, self._prefix = head, features, num_prefix_tokens
+        self.head, self._features = head, features
 
     def logits(self, shared: SharedInputs, task: int) -> Float[Tensor, "b c"]:
-        logits: Tensor = self.head(shared[self._features][:, self._prefix :])
+        logits: Tensor = self.head(shared[self._features])
         return logits
 
 

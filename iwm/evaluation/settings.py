@@ -103,8 +103,8 @@ class MRRSettings(EvalSettings):
 
     bank: BankSettings = field(default_factory=BankSettings)
     jitter_impl: JitterImpl | None = None
-    """Computation of the jitter of the bank's views: `linear` or `torchvision`. Default: the run's own
-    (views.jitter_impl). The action to a view is the same with both."""
+    """Computation of the jitter of the bank's views: `linear` or `torchvision`.
+    The action to a view is the same with both. Default: the run's own (views.jitter_impl)."""
 
 
 @dataclass(frozen=True)

@@ -56,9 +56,15 @@ def read_results(checkpoint: Path) -> CheckpointResults:
 
 
 def _scores(record: ProtocolResult) -> list[DownstreamScore]:
-    """Return the scores of the trial with the highest mean over its tasks, among those that learned every task."""
+    """Return the scores of the best trial among those that learned every task.
+
+    It has the highest mean over its tasks: on held-out training images, where there are such, or on the held-out split.
+    """
     whole = [trial for trial in record.trials if trial.scores.keys() == record.tasks.keys()]
     if not whole:
         return []
-    best = max(whole, key=lambda trial: sum(score.mean for score in trial.scores.values()))
+    if all(trial.selection is not None for trial in whole):
+        best = max(whole, key=lambda trial: trial.selection or 0.0)
+    else:
+        best = max(whole, key=lambda trial: sum(score.mean for score in trial.scores.values()))
     return [DownstreamScore(record, best, task) for task in record.tasks]

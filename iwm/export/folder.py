@@ -138,9 +138,10 @@ def write_export(
 def _files(exported: ExportedModel) -> dict[str, bytes]:
     """Return the content of each file by name, except for the card."""
     encoder, classes = timm_state(exported)
+    interpolation = exported.head.interpolation if exported.head else "linear"
     files = {
         ENCODER: _packed(encoder),
-        TIMM_CONFIG: _json(timm_config(exported.config, classes)),
+        TIMM_CONFIG: _json(timm_config(exported.config, classes, interpolation)),
         DESCRIPTION: _json(_description(exported)),
     }
     if exported.predictor is not None:

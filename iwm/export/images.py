@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Real, UInt8
 from torch import Tensor
 
+from dali_pipelines.crops import Interpolation
 from dali_pipelines.replay import resized_centre_crop
 from iwm.config import ConfigError
 from shards.errors import one_line
@@ -33,21 +34,27 @@ CHANNELS = (1, 3, 4)
 """Numbers of channels: grey, RGB, RGBA."""
 
 
-def to_pixels(images: Images, device: torch.device, size: int | None, resize: bool = True) -> UInt8[Tensor, "b h w 3"]:
+def to_pixels(
+    images: Images,
+    device: torch.device,
+    size: int | None,
+    resize: bool = True,
+    interpolation: Interpolation = "linear",
+) -> UInt8[Tensor, "b h w 3"]:
     """Return images as pixels on `device`; one image gives a batch of one.
 
     size: side that images are resized and cropped to as held-out images are in evaluation (`resized_centre_crop`),
     except for images of that size, whose pixels are not changed. resize: False refuses other sizes. size None: images
     keep their size, which must then be the same for all. Images that are on a device already are converted there; a
-    batch is resized in one call, the images of a list one after another. Raises ConfigError for what is no image,
-    cannot be read, or could mean two things.
+    batch is resized in one call, with `interpolation`, the images of a list one after another. Raises ConfigError for
+    what is no image, cannot be read, or could mean two things.
     """
     if isinstance(images, str | os.PathLike | PIL.Image.Image | np.ndarray | Tensor):
-        return _fit(_read(images, "images").to(device), size, resize, "images").contiguous()
+        return _fit(_read(images, "images").to(device), size, resize, interpolation, "images").contiguous()
     if not isinstance(images, Iterable) or isinstance(images, bytes | Mapping):
         raise ConfigError(f"images: {_described(images)}; give {KINDS}")
     fitted = [
-        _fit(_read_one(image, f"images[{number}]").to(device), size, resize, f"images[{number}]")
+        _fit(_read_one(image, f"images[{number}]").to(device), size, resize, interpolation, f"images[{number}]")
         for number, image in enumerate(images)
     ]
     if not fitted:
@@ -56,7 +63,9 @@ def to_pixels(images: Images, device: torch.device, size: int | None, resize: bo
     return torch.cat(fitted)
 
 
-def _fit(pixels: UInt8[Tensor, "b h w 3"], size: int | None, resize: bool, name: str) -> UInt8[Tensor, "b h2 w2 3"]:
+def _fit(
+    pixels: UInt8[Tensor, "b h w 3"], size: int | None, resize: bool, interpolation: Interpolation, name: str
+) -> UInt8[Tensor, "b h2 w2 3"]:
     height, width = pixels.shape[1:3]
     if min(height, width) == 0:
         raise ConfigError(f"{name}: {list(pixels.shape)} has no pixels; give images of at least 1 × 1")
@@ -67,7 +76,7 @@ def _fit(pixels: UInt8[Tensor, "b h w 3"], size: int | None, resize: bool, name:
             f"{name}: height {height}, width {width}; this model takes {size} × {size} px and was loaded with "
             "resize=False; resize the images, or load it with resize=True"
         )
-    return resized_centre_crop(pixels, size)
+    return resized_centre_crop(pixels, size, interpolation)
 
 
 def _need_one_size(images: Sequence[UInt8[Tensor, "1 h w 3"]]) -> None:

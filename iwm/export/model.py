@@ -78,11 +78,13 @@ class PretrainedModel(nn.Module):
         """Return the pixels that the encoder sees, RGB from 0 to 255, on the device of the parameters.
 
         Images of another size than the run's `views.size` are resized and centre-cropped as held-out images are in
-        evaluation: shorter side to size · 256 / 224, antialiased. Images of that size are not changed. Arrays and
+        evaluation: shorter side to size · 256 / 224, antialiased; with a finetuned head bicubic as its training images,
+        otherwise bilinear. Images of that size are not changed. Arrays and
         tensors are uint8 (0 to 255), uint16 (0 to 65535) or float (0 to 1, rounded to 256 levels), with 1, 3 or 4
         channels, first or last. Transparency is put on white. The EXIF orientation of files and PIL images is applied.
         """
-        return to_pixels(images, self.device, self.config.views.size, self.resize)
+        interpolation = self.head.interpolation if self.head else "linear"
+        return to_pixels(images, self.device, self.config.views.size, self.resize, interpolation)
 
     def forward(self, images: Images) -> Float[Tensor, "b d"]:
         """Return `pooled`, so that `model(images)` is one vector for each image, as of timm's and DINOv2's encoders."""

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 import timm
 
-from dali_pipelines.crops import resized_side
+from dali_pipelines.crops import Interpolation, resized_side
+from dali_pipelines.replay import MODES
 from iwm.config import Config
 from iwm.models.encoder import IMAGENET_MEAN, IMAGENET_STD, timm_arguments
 
@@ -21,8 +22,13 @@ OTHER = "vit_base_patch16_224"
 """Architecture of encoders without a published name; `model_args` overrides all its dimensions."""
 
 
-def timm_config(config: Config, classes: Sequence[str] = ()) -> dict[str, object]:
-    """Return the content of timm's config.json. classes: names by number of a linear head's classes; empty: no head."""
+def timm_config(
+    config: Config, classes: Sequence[str] = (), interpolation: Interpolation = "linear"
+) -> dict[str, object]:
+    """Return the content of timm's config.json.
+
+    classes: names by number of a linear head's classes; empty: no head. interpolation: that of the images' resize.
+    """
     size = config.views.size
     content: dict[str, object] = {
         "architecture": architecture(config.encoder.embed_dim, config.encoder.patch_size),
@@ -34,7 +40,7 @@ def timm_config(config: Config, classes: Sequence[str] = ()) -> dict[str, object
             "custom_load": False,
             "input_size": [3, size, size],
             "fixed_input_size": True,
-            "interpolation": "bilinear",
+            "interpolation": MODES[interpolation],
             "crop_pct": crop_share(size),
             "crop_mode": "center",
             "mean": IMAGENET_MEAN,

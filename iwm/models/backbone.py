@@ -34,6 +34,8 @@ class Backbone(nn.Module):
         self.num_heads: int = vit.blocks[0].attn.num_heads
         self.num_prefix_tokens: int = vit.num_prefix_tokens
         """Number of tokens before the patches: class token and registers; 0 for this project's encoders."""
+        self.has_class_token: bool = vit.has_class_token
+        """True where the first prefix token is a class token."""
         self.img_size: int = vit.patch_embed.img_size[0]
         """Image side that the positions were made for (pixels)."""
         self.patch_size: int = vit.patch_embed.patch_size[0]

@@ -15,6 +15,8 @@ from iwm.config import ConfigError, LayerNormKind
 PROBE_INIT_STD = 0.01
 """Standard deviation of a probe's initial classifier weights, as in MAE, MoCo v3 and the context autoencoder. All
 classes begin about equally likely."""
+BATCH_NORM_EPS = 1e-6
+"""Value that a linear probe's batch norm adds to variances, as MAE's."""
 FINETUNE_INIT_STD = 2e-5
 """Standard deviation of a classifier's initial weights in finetuning, as in MAE. A larger one would send noisy
 gradients into the encoder at first."""
@@ -23,14 +25,19 @@ gradients into the encoder at first."""
 class LinearHead(nn.Module):
     """Average pooling of the tokens and a linear layer (A.2, linear and encoder finetuning)."""
 
-    def __init__(self, width: int, classes: int, *, std: float = PROBE_INIT_STD) -> None:
-        """Initialise. width: width of the tokens; std: standard deviation of the initial weights."""
+    def __init__(self, width: int, classes: int, *, std: float = PROBE_INIT_STD, batch_norm: bool = False) -> None:
+        """Initialise. width: width of the tokens; std: standard deviation of the initial weights.
+
+        batch_norm: normalise the mean by a batch norm without parameters, as in MAE's linear probe.
+        """
         super().__init__()
+        self.bn = nn.BatchNorm1d(width, affine=False, eps=BATCH_NORM_EPS) if batch_norm else None
         self.fc = _linear(width, classes, std)
 
     def forward(self, tokens: Float[Tensor, "b s d"]) -> Float[Tensor, "b c"]:
-        """Return logits from the tokens to average (without the class token)."""
-        return self.fc(tokens.mean(1))
+        """Return logits from the tokens to average. In training a batch norm needs at least two images."""
+        mean = tokens.mean(1)
+        return self.fc(mean if self.bn is None else self.bn(mean.float()))
 
 
 class AttentiveHead(nn.Module):

@@ -54,8 +54,8 @@ TUNED_COLUMNS = ["trained", "top-1 %", "chance", "trained parameters", "images/s
 
 MEANING = (
     "Each trial is trained on labelled images and evaluated on held-out images. The score is the top-1 accuracy "
-    "(mIoU for segmentation) of the last epoch in % ± standard error over images. The best epoch is selected on the "
-    "same held-out images."
+    "(mIoU for segmentation) of the last epoch in % ± standard error over images. The score at the best epoch is on "
+    "the same images; each result says on which images that epoch was chosen."
 )
 
 
@@ -168,7 +168,7 @@ def _describe(record: ProtocolResult) -> str:
         for name, task in record.tasks.items()
     )
     length = f"{record.steps:,} steps of {record.batch:,} images, {record.epochs:.4g} epochs"
-    return f"{tasks}. {length}. {record.encoder}, {record.checkpoint}."
+    return f"{tasks}. {length}; {record.choice}. {record.encoder}, {record.checkpoint}."
 
 
 def _trial(record: ProtocolResult, trial: TrialResult, timed: bool) -> list[Cell | str]:

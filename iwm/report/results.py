@@ -51,6 +51,8 @@ class TaskResult:
     chance: float | None
     train_images: int
     val_images: int
+    selection_images: int | None
+    """Number of training images that were held out, by which trials and epochs were chosen; None: there were none."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,9 @@ class TrialResult:
     seed: int
     scores: dict[str, Metric]
     best: tuple[float, float] | None
-    """Highest score (mean over tasks) and its epoch."""
+    """Score of the best epoch on the held-out split (mean over tasks), and the epoch."""
+    selection: float | None
+    """Score of the best epoch (mean over tasks) on training images that were held out; None: there were none."""
     parameters: int | None
     """Number of trained parameters."""
     skipped_steps: int
@@ -92,6 +96,16 @@ class ProtocolResult:
     settings: str
     """Settings of the command as JSON, without seeds and paths. Trials of one seed group have the same."""
     trials: list[TrialResult]
+    selection: str
+    """Images by which trials and epochs were chosen: `train`, `val`, or `none`, as in iwm.downstream.progress."""
+
+    @property
+    def choice(self) -> str:
+        """Phrase that says on which images trials and epochs were chosen."""
+        counts = [f"{task.selection_images:,}" for task in self.tasks.values() if task.selection_images is not None]
+        if counts:
+            return f"chosen on {' and '.join(counts)} held-out training images"
+        return "nothing chosen" if self.selection == "none" else "chosen on the held-out images"
 
     @property
     def metric(self) -> str:
@@ -129,6 +143,8 @@ class SeedScores:
     """Number of trained parameters of each trial."""
     images_per_second: float | None
     """Mean training speed over the seeds."""
+    selection: float | None
+    """Mean over the seeds of the scores on held-out training images; None where a trial has none."""
 
     @property
     def mean(self) -> float:
@@ -158,6 +174,7 @@ def best_trials(
 ) -> SeedScores | None:
     """Return the settings with the highest mean over seeds among the selected trials; None without scores.
 
+    The mean is that on held-out training images where all of them have one, otherwise that on the held-out split.
     Trials of several results form one seed group if settings, checkpoint, epochs, batch size and task are the same.
     """
     groups: dict[str, list[tuple[ProtocolResult, TrialResult]]] = {}
@@ -171,6 +188,7 @@ def best_trials(
     scores = []
     for group in groups.values():
         record = group[0][0]
+        chosen_by = [trial.selection for _, trial in group if trial.selection is not None]
         rates = [trial.images_per_second for _, trial in group if trial.images_per_second is not None]
         scores.append(
             SeedScores(
@@ -179,8 +197,12 @@ def best_trials(
                 {trial.seed: trial.scores[task] for _, trial in group},
                 group[0][1].parameters,
                 statistics.mean(rates) if rates else None,
+                statistics.mean(chosen_by) if len(chosen_by) == len(group) else None,
             )
         )
+    by_selection = [(score.selection, score) for score in scores if score.selection is not None]
+    if by_selection and len(by_selection) == len(scores):
+        return max(by_selection, key=lambda pair: pair[0])[1]
     return max(scores, key=lambda score: score.mean, default=None)
 
 
@@ -227,6 +249,7 @@ def _record(file: str, result: dict[str, Any]) -> ProtocolResult:
             sort_keys=True,
         ),
         trials=[_trial(name, trial, several) for name, trial in result["trials"].items()],
+        selection=result.get("selection", "val"),
     )
 
 
@@ -239,6 +262,7 @@ def _task(task: dict[str, Any], protocol: str) -> TaskResult:
         chance=task.get("chance"),
         train_images=task["train_images"],
         val_images=task["val_images"],
+        selection_images=task.get("selection_images"),
     )
 
 
@@ -260,6 +284,7 @@ def _trial(name: str, trial: dict[str, Any], several: bool) -> TrialResult:
             if score is not None and score["mean"] is not None
         },
         best=(best["score"], best["epoch"]) if best else None,
+        selection=best.get("selection") if best else None,
         parameters=trial.get("parameters"),
         skipped_steps=trial.get("skipped_steps", 0),
         images_per_second=trial.get("images_per_second"),

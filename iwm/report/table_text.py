@@ -55,7 +55,8 @@ def _description(score: SeedScores) -> str:
     record, task = score.record, score.task
     chance = "" if task.chance is None else f" (chance {100 * task.chance:.1f})"
     return (
-        f"{record.protocol} on {task.data}: {record.encoder}, {record.checkpoint}; {task.classes} classes{chance}, "
+        f"{record.protocol} on {task.data}: {record.encoder}, {record.checkpoint}; {record.choice}; "
+        f"{task.classes} classes{chance}, "
         f"{task.train_images:,} training and {task.val_images:,} held-out images, {record.epochs:g} epochs, "
         f"batch {record.batch:,}"
     )

@@ -109,7 +109,7 @@ SHORT = {
 
 @pytest.fixture
 def leverage(run: Path) -> Callable[..., dict[str, Any] | None]:
-    """Return a function that runs a protocol in this process: `leverage("linear", lrs=(1.0,))`."""
+    """Return a function that runs a protocol in this process: `leverage("linear", lr=(1.0,))`."""
 
     def run_protocol(name: str, **options: Any) -> dict[str, Any] | None:
         return train_and_evaluate(name, settings_for(name, run, **options))

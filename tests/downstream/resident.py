@@ -17,7 +17,7 @@ from torch import Tensor
 from iwm.config import Config, TrainConfig
 from iwm.downstream.optim import adamw, lars
 from iwm.downstream.progress import TrainPlan
-from iwm.downstream.study import FrozenEncoders, Study
+from iwm.downstream.study import Evaluated, FrozenEncoders, Study
 from iwm.downstream.trainer import train
 from iwm.downstream.trials import FinetunedEncoder, FinetunedPredictor, Probe
 from iwm.model_config import EncoderConfig, PredictorConfig
@@ -55,7 +55,9 @@ class Resident:
     def state(self) -> dict[str, Any]:
         return {}
 
-    def evaluate(self, study: Study, task_index: int, trials: Sequence[int]) -> list[dict[str, Any]]:
+    def evaluate(
+        self, study: Study, task_index: int, trials: Sequence[int], images: Evaluated = "val"
+    ) -> list[dict[str, Any]]:
         """Return the largest difference between the processes' logits of the same images (`apart`)."""
         predictions = self._dist.all_gather(study.predict(self._images(99)[0], task_index, trials))
         return [
@@ -81,13 +83,13 @@ def trajectory(folder: Path, dist: DistEnv, accumulation: int) -> dict[str, Any]
     torch.manual_seed(0)
     model = WorldModel(config)
     teacher, student = frozen_backbone(model.target_encoder), frozen_backbone(model.encoder)
-    probe = Probe(LinearHead(32, CLASSES), "teacher", 0)
+    probe = Probe(LinearHead(32, CLASSES), "teacher")
     encoder = FinetunedEncoder(student.finetune_copy(), LinearHead(32, CLASSES))
     predictor = FinetunedPredictor(
         PredictorBackbone(copy_pretrained(model.predictor)), LinearHead(32, CLASSES), "teacher", 0
     )
-    normed = Probe(AttentiveHead(32, 2, CLASSES), "teacher", 0)
-    still = Probe(LinearHead(32, CLASSES), "teacher", 0).requires_grad_(False)
+    normed = Probe(AttentiveHead(32, 2, CLASSES), "teacher")
+    still = Probe(LinearHead(32, CLASSES), "teacher").requires_grad_(False)
     trials = {"probe": probe, "encoder": encoder, "predictor": predictor, "normed": normed, "still": still}
     plan = TrainPlan(
         title="resident",
@@ -109,6 +111,7 @@ def trajectory(folder: Path, dist: DistEnv, accumulation: int) -> dict[str, Any]
         batch_size=BATCH,
         accumulation=accumulation,
         bf16=False,
+        selection="val",
         validate_every=1.0,
         checkpoint_every=100,
         log_every=1,

@@ -152,6 +152,7 @@ def plan_of(
         batch_size=images,
         accumulation=1,
         bf16=False,
+        selection="val",
         validate_every=1.0,
         checkpoint_every=1,
         log_every=1,

@@ -25,7 +25,7 @@ CASES: list[tuple[str, dict[str, Any], int]] = [
     # other sizes than crops and are evaluated uncompiled.
     (
         "segmentation",
-        {"classes": 4, "reduce_zero_label": False, "channels": 8, "lrs": [1e-3], "parts": ["encoder", "predictor"]},
+        {"classes": 4, "reduce_zero_label": False, "channels": 8, "lr": [1e-3], "parts": ["encoder", "predictor"]},
         2 + 2 + 2,
     ),
 ]

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from iwm.downstream import experiment, trainer
+from iwm.downstream.cached_features import CachedFeatures
 from iwm.downstream.optim import adamw, lars, set_lr
 from iwm.downstream.progress import TrainPlan
-from iwm.downstream.tasks import CachedFeatures
 from iwm.training.distributed import DistEnv
 from iwm.training.metric_window import MetricWindow
 from iwm.training.optim import step_if_finite
@@ -21,7 +21,7 @@ from iwm.training.step import StepResult
 from tests.training.test_no_waiting import NoReads
 
 PROTOCOLS: list[tuple[str, dict[str, Any]]] = [
-    ("linear", {"lrs": (1.0, 10.0)}),
+    ("linear", {"lr": (1.0, 10.0)}),
     ("linear", {"cache_features": True}),
     ("attentive", {}),
     ("finetune-encoder", {}),
@@ -32,7 +32,7 @@ PROTOCOLS: list[tuple[str, dict[str, Any]]] = [
     ("multitask", {"tasks": ("label", "side")}),
     (
         "segmentation",
-        {"classes": 4, "reduce_zero_label": False, "channels": 8, "lrs": (1e-3,), "parts": ("encoder", "predictor")},
+        {"classes": 4, "reduce_zero_label": False, "channels": 8, "lr": (1e-3,), "parts": ("encoder", "predictor")},
     ),
 ]
 STEPS = 5

@@ -61,7 +61,7 @@ def test_checkpointing_keeps_much_less(kind: str) -> None:
         (
             "segmentation",
             {
-                "drop_path": 0.5, "classes": 4, "reduce_zero_label": False, "channels": 8, "lrs": (1e-3,),
+                "drop_path": 0.5, "classes": 4, "reduce_zero_label": False, "channels": 8, "lr": (1e-3,),
                 "parts": ("encoder", "predictor", "end-to-end"),
             },
         ),
@@ -173,7 +173,7 @@ def test_a_training_that_goes_on_keeps_the_micro_batch_that_was_chosen_when_it_b
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """With free memory for twice as many images, it ends bit for bit as with that micro-batch size throughout."""
-    name, options = "finetune-encoder", {"lr": 1e-2, "steps": 8}
+    name, options = "finetune-encoder", {"lr": (1e-2,), "steps": 8}
     whole = leverage(name, output=run / "eval/whole.json", micro_batch_size=10, **options)
     room(name, 10)
     with stopping_after(3, monkeypatch):
@@ -189,5 +189,5 @@ def test_a_training_that_goes_on_keeps_the_micro_batch_that_was_chosen_when_it_b
 
 
 def test_on_a_cpu_a_pass_has_the_whole_share(leverage: Leverage, capfd: pytest.CaptureFixture[str]) -> None:
-    leverage("linear", lrs=(1.0,))
+    leverage("linear", lr=(1.0,))
     assert "--micro-batch-size 20 of 20: on a CPU, a process's whole share in one pass" in capfd.readouterr().out

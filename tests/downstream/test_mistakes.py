@@ -16,7 +16,7 @@ import torch
 
 from iwm import evaluate, protocols
 from iwm.config import Config, DataConfig
-from iwm.downstream import trainer
+from iwm.downstream import trainer, validation
 from iwm.downstream.trials import FinetunedEncoder
 from iwm.model_config import ActionConfig
 from iwm.training import train_state
@@ -58,6 +58,17 @@ def of_timm(vit: Path, boxes: Path, size: int = 48) -> list[object]:
     return ["--checkpoint", vit, *named, "--data.shards", boxes, *SHORT]
 
 
+@pytest.mark.parametrize("words", ["linear --lrs 1", "attentive --features student", "segmentation --lrs 1"])
+def test_names_of_before_are_unknown_options(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["iwm/evaluate.py", *words.split(), "--checkpoint", "nothing-here"])
+    with pytest.raises(SystemExit) as ended:
+        evaluate.main()
+    assert ended.value.code == 2
+    assert f"Unrecognized options: {words.split()[1]}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -65,11 +76,14 @@ def of_timm(vit: Path, boxes: Path, size: int = 48) -> list[object]:
         ("linear --epochs nan", "--epochs nan: must be above 0"),
         ("linear --warmup-epochs 100", "--warmup-epochs 100.0 must be below --epochs 90.0"),
         ("linear --weight-decay -1", "--weight-decay -1.0: must be at least 0"),
+        ("linear --selection-share 0", "--selection-share 0.0: must be above 0 and below 1"),
+        ("multitask --lr 1 1", "--lr: give at least one value, each only once"),
+        ("segmentation --encoder teacher teacher", "--encoder: give at least one value, each only once"),
         ("linear --momentum 1", "--momentum 1.0: must be at least 0 and below 1"),
-        ("linear --lrs 1 0", "--lrs 1.0 0.0: each must be above 0"),
-        ("linear --lrs", "--lrs: give at least one value, each only once"),
-        ("linear --lrs 1 1", "--lrs: give at least one value, each only once"),
-        ("linear --features", "--features: give at least one value, each only once"),
+        ("linear --lr 1 0", "--lr 1.0 0.0: each must be above 0"),
+        ("linear --lr", "--lr: give at least one value, each only once"),
+        ("linear --lr 1 1", "--lr: give at least one value, each only once"),
+        ("linear --encoder", "--encoder: give at least one value, each only once"),
         ("finetune-predictor --outputs image image", "--outputs: give at least one value, each only once"),
         ("finetune-end-to-end --predictors", "--predictors: give at least one value, each only once"),
         ("multitask --predictors", "--predictors: give at least one value, each only once"),
@@ -77,8 +91,8 @@ def of_timm(vit: Path, boxes: Path, size: int = 48) -> list[object]:
         ("linear --data.prefetch-queue-depth 0", "--data.prefetch-queue-depth 0: must be at least 1"),
         ("linear --data.num-threads -1", "--data.num-threads -1: must be at least 0"),
         ("linear --output result", "--output result must end in .json"),
-        ("finetune-encoder --lr -1", "--lr -1.0: must be above 0"),
-        ("finetune-encoder --lr inf", "--lr inf: must be above 0 and finite"),
+        ("finetune-encoder --lr -1", "--lr -1.0: each must be above 0"),
+        ("finetune-encoder --lr inf", "--lr inf: each must be above 0 and finite"),
         ("finetune-encoder --layer-decay 0", "--layer-decay 0.0: must be above 0 and at most 1"),
         ("finetune-encoder --drop-path 1", "--drop-path 1.0: must be at least 0 and below 1"),
         ("finetune-encoder --mixup.random-erasing 3", "--mixup.random-erasing 3.0: must be from 0 to 1"),
@@ -176,7 +190,7 @@ def test_what_is_no_checkpoint_is_told_with_what_is_one(
 ) -> None:
     text = tmp_path / "notes.pt"
     text.write_text("no checkpoint")
-    leverage("linear", lrs=(1.0,), steps=1)
+    leverage("linear", lr=(1.0,), steps=1)
     for path, expected in (
         (text, "is damaged or is not a checkpoint"),
         (run / "eval/linear/best.pt", "is another kind of file"),
@@ -191,8 +205,8 @@ def test_what_a_foreign_encoder_has_not_is_told(told: Told, vit: Path, boxes: Pa
     external = of_timm(vit, boxes)
     line = told("finetune-predictor", *external, "--predictors", "pretrained")
     assert f"--predictors pretrained: {vit} has no predictor; use --predictors random" in line
-    line = told("linear", *external, "--features", "student", "--micro-batch-size", "None")
-    assert "--features student: a timm encoder has no student; use --features teacher" in line
+    line = told("linear", *external, "--encoder", "student", "--micro-batch-size", "None")
+    assert "--encoder student: a timm encoder has no student; use --encoder teacher" in line
     line = told("linear", *of_timm(vit, boxes, size=50))
     assert "--external.image-size 50 is not a multiple of the encoder's patch size, 16 px" in line
     line = told("finetune-predictor", *external, "--random-predictor.embed-dim", 25)
@@ -219,10 +233,10 @@ def test_actions_cannot_be_drawn_for_a_predictor_that_is_told_none(
 def test_other_settings_than_those_of_the_folders_training_are_named(
     told: Told, leverage: Callable[..., Any], run: Path, small: Config, boxes: Path
 ) -> None:
-    leverage("linear", lrs=(1.0,), steps=1)
+    leverage("linear", lr=(1.0,), steps=1)
     short = ("--steps", 1, "--batch-size", 20, "--micro-batch-size", "None", "--validate-every", 1)
-    line = told("linear", "--checkpoint", run, *short, "--lrs", 2, "--log-every", 7)
-    assert f"{run}/eval/linear holds a training with other settings: lrs (2.0,) (it was (1.0,))" in line
+    line = told("linear", "--checkpoint", run, *short, "--lr", 2, "--log-every", 7)
+    assert f"{run}/eval/linear holds a training with other settings: lr (2.0,) (it was (1.0,))" in line
     assert "set them back, delete the folder, or choose another --output" in line
     assert "log_every" not in line, "this may change"
     # A checkpoint with the same name and other weights.
@@ -230,7 +244,7 @@ def test_other_settings_than_those_of_the_folders_training_are_named(
     shutil.rmtree(run / "checkpoints")
     model = replace(small, data=DataConfig(shards=str(boxes)), encoder=replace(small.encoder, embed_dim=64))
     untrained(run, model)
-    assert "checkpoint step-000000007.pt" in told("linear", "--checkpoint", run, *short, "--lrs", 1)
+    assert "checkpoint step-000000007.pt" in told("linear", "--checkpoint", run, *short, "--lr", 1)
 
 
 def test_shards_without_masks_are_told(told: Told, run: Path, tiny_shards: Path) -> None:
@@ -283,7 +297,7 @@ def test_a_full_disk_on_the_way_is_said_and_at_the_end_is_an_error_and_the_older
     """The disk is full from step 5 on: last.pt of step 6 cannot be written; it has space again for the last one."""
     with small_disk(tmp_path / "disk", "3m") as disk:
         options: dict[str, Any] = {
-            "lrs": (1.0,), "steps": 8, "checkpoint_every": 2, "validate_every": 100.0, "output": disk / "linear.json"
+            "lr": (1.0,), "steps": 8, "checkpoint_every": 2, "validate_every": 100.0, "output": disk / "linear.json"
         }  # fmt: skip
         filler, write = disk / "filler", trainer.save_state
 
@@ -296,7 +310,8 @@ def test_a_full_disk_on_the_way_is_said_and_at_the_end_is_an_error_and_the_older
                     filler.unlink()
                 write(folder, name, content)
 
-            monkeypatch.setattr(trainer, "save_state", written)
+            for module in (trainer, validation):
+                monkeypatch.setattr(module, "save_state", written)
 
         fill(until=9)
         with pytest.raises(OSError, match=r"last\.pt could not be written .*older checkpoints are untouched"):
@@ -313,11 +328,11 @@ def test_a_full_disk_on_the_way_is_said_and_at_the_end_is_an_error_and_the_older
 
 
 def test_a_damaged_last_file_is_named(told: Told, leverage: Callable[..., Any], run: Path) -> None:
-    leverage("linear", lrs=(1.0,), steps=1)
+    leverage("linear", lr=(1.0,), steps=1)
     path = run / "eval/linear/last.pt"
     path.write_bytes(path.read_bytes()[:-100])
     line = told(
-        "linear", "--checkpoint", run, "--steps", 1, "--batch-size", 20, "--micro-batch-size", "None", "--lrs", 1
+        "linear", "--checkpoint", run, "--steps", 1, "--batch-size", 20, "--micro-batch-size", "None", "--lr", 1
     )
     assert line.endswith("; delete it to restart this training")
     assert f"{path} is damaged or is not a checkpoint" in line

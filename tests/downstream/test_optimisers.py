@@ -207,7 +207,7 @@ PRETRAINED, RANDOM = ({"predictor_backbone.predictor.": share, **HEAD} for share
 @pytest.mark.parametrize(
     ("name", "options", "expected"),
     [
-        ("linear", {"lrs": (1.6, 6.4)}, {"teacher, lr 1.6": (1.6, 0.0, HEAD), "teacher, lr 6.4": (6.4, 0.0, HEAD)}),
+        ("linear", {"lr": (1.6, 6.4)}, {"teacher, lr 1.6": (1.6, 0.0, HEAD), "teacher, lr 6.4": (6.4, 0.0, HEAD)}),
         ("attentive", {}, {"teacher, lr 0.0001": (1e-4, 0.01, HEAD)}),
         ("finetune-encoder", {}, {"seed 0": (2e-3, 0.005, ENCODER)}),
         (
@@ -235,7 +235,7 @@ PRETRAINED, RANDOM = ({"predictor_backbone.predictor.": share, **HEAD} for share
         ),
         (
             "segmentation",
-            {"lrs": (2e-5,), "parts": ("encoder", "predictor", "end-to-end"), "classes": 4, "channels": 8},
+            {"lr": (2e-5,), "parts": ("encoder", "predictor", "end-to-end"), "classes": 4, "channels": 8},
             {f"{part}, lr 2e-05": (2e-5, 0.01, {"": 1.0}) for part in ("encoder", "predictor", "end-to-end")},
         ),
     ],

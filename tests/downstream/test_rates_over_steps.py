@@ -81,20 +81,20 @@ def test_epochs_are_as_many_steps_however_a_batch_is_split(
     monkeypatch.setattr(protocols, "open_run", lambda *given: opened(*given[:-1], replace(given[-1], size=processes)))
     monkeypatch.setattr(DistEnv, "sum", lambda self, values: values * self.size)
     monkeypatch.setattr(DistEnv, "all_gather", lambda self, value: [value] * self.size)
-    plan = planned("linear", lrs=(1.0,), epochs=2.5, batch_size=50, micro_batch_size=micro_batch)
+    plan = planned("linear", lr=(1.0,), epochs=2.5, batch_size=50, micro_batch_size=micro_batch)
     assert plan.steps == 6
     assert plan.accumulation * (micro_batch or 50 // processes) * processes == 50
 
 
 def test_the_warm_up_is_so_many_epochs_and_of_fewer_steps_the_same_share(planned: Callable[..., TrainPlan]) -> None:
-    plan = planned("linear", lrs=(1.0,), epochs=20.0, warmup_epochs=5.0, batch_size=20)
+    plan = planned("linear", lr=(1.0,), epochs=20.0, warmup_epochs=5.0, batch_size=20)
     assert (plan.steps, plan.steps_per_epoch) == (120, 6)
     rates = [plan.lr_factor(step) for step in range(plan.steps)]
     assert rates == pytest.approx([lr_factor(step, 120, 30, "cosine") for step in range(120)])
-    short = planned("linear", lrs=(1.0,), epochs=20.0, warmup_epochs=5.0, batch_size=20, steps=8)
+    short = planned("linear", lr=(1.0,), epochs=20.0, warmup_epochs=5.0, batch_size=20, steps=8)
     assert [short.lr_factor(step) for step in range(3)] == [0.5, 1, 1]
 
 
 def test_segmentation_decays_linearly(planned: Callable[..., TrainPlan]) -> None:
-    plan = planned("segmentation", steps=10, classes=4, channels=8, lrs=(1e-5,))
+    plan = planned("segmentation", steps=10, classes=4, channels=8, lr=(1e-5,))
     assert [plan.lr_factor(step) for step in range(10)] == pytest.approx([1 - step / 10 for step in range(10)])

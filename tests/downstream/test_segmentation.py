@@ -32,7 +32,7 @@ def test_encoder_and_predictor_learn_to_find_the_boxes(leverage: Leverage) -> No
     """Predicting only background has an mIoU of 0.2."""
     plain = SegmentationCrops(scale=(1.2, 1.6), photometric=NO_PHOTOMETRIC)
     parts = ("encoder", "predictor")
-    result = leverage("segmentation", **BOXES, parts=parts, lrs=(5e-3,), steps=120, crops=plain, batch_size=16)
+    result = leverage("segmentation", **BOXES, parts=parts, lr=(5e-3,), steps=120, crops=plain, batch_size=16)
     encoder, predictor = result["trials"].values()
     assert encoder["miou"]["mean"] > 0.45
     assert predictor["miou"]["mean"] > 0.25
@@ -43,14 +43,14 @@ def test_encoder_and_predictor_learn_to_find_the_boxes(leverage: Leverage) -> No
 
 def test_every_part_is_trained(leverage: Leverage) -> None:
     parts = ("encoder", "predictor", "end-to-end")
-    result = leverage("segmentation", **BOXES, parts=parts, predictors=("pretrained", "random"), lrs=(1e-4,), steps=2)
+    result = leverage("segmentation", **BOXES, parts=parts, predictors=("pretrained", "random"), lr=(1e-4,), steps=2)
     trained = [(trial["part"], trial["predictor"]) for trial in result["trials"].values()]
     both = [(part, kind) for part in parts[1:] for kind in ("pretrained", "random")]
     assert trained == [("encoder", None), *both]
 
 
 def test_without_a_class_zero_the_background_does_not_count(leverage: Leverage) -> None:
-    result = leverage("segmentation", classes=3, channels=8, lrs=(1e-3,), steps=1)
+    result = leverage("segmentation", classes=3, channels=8, lr=(1e-3,), steps=1)
     assert len(next(iter(result["trials"].values()))["per_class"]) == 3
 
 
@@ -152,7 +152,7 @@ def test_shards_without_masks_are_told(leverage: Leverage, tiny_shards: Path) ->
 
 
 def test_a_class_that_occurs_nowhere_is_left_out_of_the_mean(leverage: Leverage, run: Path) -> None:
-    result = leverage("segmentation", **{**BOXES, "classes": 9}, lrs=(1e-3,), steps=1)
+    result = leverage("segmentation", **{**BOXES, "classes": 9}, lr=(1e-3,), steps=1)
     per_class = next(iter(result["trials"].values()))["per_class"]
     known = [iou for iou in per_class if iou is not None]
     assert 4 <= len(known) <= 9

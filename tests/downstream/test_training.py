@@ -19,8 +19,8 @@ from torch import Tensor
 
 from iwm import protocols
 from iwm.downstream import experiment
+from iwm.downstream.cached_features import CachedFeatures
 from iwm.downstream.progress import TrainPlan
-from iwm.downstream.tasks import CachedFeatures
 from iwm.training.runtime import StopFlag
 from tests.downstream.resident import trajectory
 from tests.training.runs import alone, assert_same, finish, start
@@ -61,8 +61,8 @@ def learnt(result: dict[str, Any]) -> dict[str, Any]:
     [
         (
             "linear",
-            {"lrs": (1.0, 10.0), "features": ("student", "teacher")},
-            {"lrs": (10.0,), "features": ("teacher",)},
+            {"lr": (1.0, 10.0), "encoder": ("student", "teacher")},
+            {"lr": (10.0,), "encoder": ("teacher",)},
         ),
         (
             "finetune-predictor",
@@ -76,8 +76,8 @@ def test_an_arm_among_others_ends_bit_for_bit_as_alone(
     leverage: Leverage, run: Path, name: str, together: dict[str, Any], apart: dict[str, Any]
 ) -> None:
     """Drop path, mixup and sampled actions are included. The single trial is the last of the joint trials."""
-    among = leverage(name, **together)
-    single = leverage(name, output=run / "eval/apart.json", **apart)
+    among = leverage(name, selection="val", **together)
+    single = leverage(name, selection="val", output=run / "eval/apart.json", **apart)
     count = len(among["trials"])
     assert count > len(single["trials"]) == 1
     one = arm_of(load(run / "eval/apart/last.pt"), 0)
@@ -87,8 +87,8 @@ def test_an_arm_among_others_ends_bit_for_bit_as_alone(
 
 
 def test_an_arm_that_diverges_disturbs_no_other_and_no_file(leverage: Leverage, run: Path) -> None:
-    result = leverage("linear", lrs=(1.0, 1e30))
-    single = leverage("linear", lrs=(1.0,), output=run / "eval/apart.json")
+    result = leverage("linear", lr=(1.0, 1e30), selection="val")
+    single = leverage("linear", lr=(1.0,), selection="val", output=run / "eval/apart.json")
     sane, absurd = result["trials"].values()
     assert absurd["skipped_steps"] > 0
     assert sane["skipped_steps"] == 0
@@ -144,9 +144,9 @@ def stopping_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("linear", {"lrs": (1.0, 30.0), "micro_batch_size": 10}),
-        ("finetune-encoder", {"lr": 1e-2}),
-        ("multitask", {"tasks": ("label", "side"), "cache_features": True, "lr": 1e-2}),
+        ("linear", {"lr": (1.0, 30.0), "micro_batch_size": 10}),
+        ("finetune-encoder", {"lr": (1e-2,)}),
+        ("multitask", {"tasks": ("label", "side"), "cache_features": True, "lr": (1e-2,)}),
     ],
 )
 def test_a_training_that_is_stopped_goes_on_bit_for_bit(
@@ -177,9 +177,9 @@ def test_a_training_that_is_stopped_goes_on_bit_for_bit(
 
 
 def test_a_finished_training_given_again_is_judged_and_not_trained(leverage: Leverage, run: Path) -> None:
-    first = leverage("linear", lrs=(1.0, 10.0))
+    first = leverage("linear", lr=(1.0, 10.0))
     before = load(run / "eval/linear/last.pt")
-    again = leverage("linear", lrs=(1.0, 10.0))
+    again = leverage("linear", lr=(1.0, 10.0))
     assert learnt(again) == learnt(first)
     assert again["val_images"] == 48
     assert_same(load(run / "eval/linear/last.pt")["trials"], before["trials"])
@@ -194,7 +194,7 @@ def test_best_is_the_best_epoch_of_the_best_arm(monkeypatch: pytest.MonkeyPatch,
         return trained(plan, *rest)
 
     monkeypatch.setattr(experiment, "train", kept)
-    result = leverage("linear", lrs=(30.0, 300.0, 3000.0), steps=30, validate_every=0.5)
+    result = leverage("linear", lr=(30.0, 300.0, 3000.0), steps=30, validate_every=0.5, selection="val")
     curve = [line for line in lines(run / "eval/linear") if "top1" in line]
     assert len(curve) == 10
     reached = {name: [line[f"top1/{name}"] for line in curve] for name in result["trials"]}
@@ -247,8 +247,8 @@ def command(run: Path, name: str, *words: str, processes: int = 0) -> list[str]:
 
 def test_two_processes_count_every_held_out_image_once_as_one_would(leverage: Leverage, run: Path) -> None:
     """The same command on one process only evaluates the parameters (and batch norms) of the two processes."""
-    options: dict[str, Any] = {"steps": 6, "batch_size": 20, "lrs": (1e-3, 1e-2), "validate_every": 1.0}
-    words = ["--steps", "6", "--batch-size", "20", "--lrs", "1e-3", "1e-2", "--validate-every", "1"]
+    options: dict[str, Any] = {"steps": 6, "batch_size": 20, "lr": (1e-3, 1e-2), "validate_every": 1.0}
+    words = ["--steps", "6", "--batch-size", "20", "--lr", "1e-3", "1e-2", "--validate-every", "1"]
     finish(command(run, "attentive", *words, processes=2))
     two = json.loads((run / "eval/attentive.json").read_text())
     assert two["processes"] == 2
@@ -267,12 +267,12 @@ def test_kill_9_and_the_same_settings_again_end_as_if_nothing_had_been(
     options: dict[str, Any] = {
         "steps": 120,
         "batch_size": 20,
-        "lrs": (1.0, 10.0),
+        "lr": (1.0, 10.0),
         "log_every": 5,
         "checkpoint_every": 10,
     }
     whole = leverage("linear", output=run / "eval/whole.json", warmup_epochs=10.0, **options)
-    words = ["--steps", "120", "--batch-size", "20", "--lrs", "1", "10", "--log-every", "5", "--checkpoint-every", "10"]
+    words = ["--steps", "120", "--batch-size", "20", "--lr", "1", "10", "--log-every", "5", "--checkpoint-every", "10"]
     words += ["--warmup-epochs", "10", "--validate-every", "1", "--micro-batch-size", "None"]
     killed = start(command(run, "linear", *words))
     wait_for_step(run / "eval/linear", 25, killed)

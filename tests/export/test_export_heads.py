@@ -70,13 +70,14 @@ def exported(run: Path, name: str, out: Path) -> PretrainedModel:
 
 
 PROTOCOLS: list[tuple[str, dict[str, Any]]] = [
-    ("linear", {"lrs": (1.0, 10.0)}),
-    ("linear", {"lrs": (10.0,), "features": ("student",)}),
-    ("attentive", {"lrs": (1e-3,)}),
+    ("linear", {"lr": (1.0, 10.0)}),
+    ("linear", {"lr": (10.0,), "encoder": ("student",)}),
+    ("attentive", {"lr": (1e-3,)}),
     ("finetune-encoder", {}),
     ("finetune-predictor", {"outputs": ("image", "token"), "actions": ("random",)}),
     ("finetune-end-to-end", {}),
     ("multitask", {"tasks": ("side", "label"), "cache_features": True, "controls": True}),
+    ("linear", {"lr": (1.0,), "batch_norm": True}),
 ]
 
 
@@ -113,11 +114,13 @@ def test_predictors_of_every_conditioning_are_built_again(
 
 
 @needs_local_dir
-@pytest.mark.parametrize("name", ["linear", "finetune-encoder"])
+@pytest.mark.parametrize(
+    ("name", "options"), [("linear", {}), ("linear", {"batch_norm": True}), ("finetune-encoder", {})]
+)
 def test_stock_timm_takes_the_encoder_with_its_linear_head(
-    trained: Callable[..., Asked], run: Path, tmp_path: Path, name: str
+    trained: Callable[..., Asked], run: Path, tmp_path: Path, name: str, options: dict[str, Any]
 ) -> None:
-    trial = trained(name)
+    trial = trained(name, **options)
     exported(run, name, tmp_path / "model")
     stock = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True)
     assert stock.num_classes == 3
@@ -129,7 +132,7 @@ def test_stock_timm_takes_the_encoder_with_its_linear_head(
 def test_the_world_model_stays_beside_a_head_and_goes_with_a_finetuned_encoder(
     trained: Callable[..., Asked], run: Path, tmp_path: Path
 ) -> None:
-    trained("finetune-predictor", predictors=("pretrained",), lr=0.1)
+    trained("finetune-predictor", predictors=("pretrained",), lr=(0.1,))
     trained("finetune-end-to-end")
     plain = iwm.load(run)
     beside = exported(run, "finetune-predictor", tmp_path / "beside")
@@ -156,7 +159,7 @@ def test_a_segmenter_says_the_class_of_every_pixel_at_any_size(
         classes=4,
         reduce_zero_label=False,
         channels=8,
-        lrs=(1e-3,),
+        lr=(1e-3,),
         steps=2,
         batch_size=8,
     )
@@ -213,7 +216,12 @@ def test_the_card_says_how_good_it_is_and_its_code_runs(
     card = (tmp_path / "m" / "README.md").read_text()
     best = result["trials"][result["chosen"]]["best"]["score"]
     if name != "multitask":
-        assert f"| label | 3 | {100 * best:.1f} | 37.5 | 48 of split `val` | 120 of split `train`" in card
+        assert (
+            f"| label | 3 | {100 * best:.1f} | 37.5 | 48 of split `val` | {result['train_images']} of split `train`"
+            in card
+        )
+        assert ("training images that were held out" in card) == (result["selection"] == "train")
+        assert ("Nothing was chosen on these" in card) == (result["selection"] == "none")
     assert f"Protocol `{name}`" in card
     assert ("MRR" in card or "World model evaluation" in card) == (name != "finetune-encoder")
     monkeypatch.chdir(tmp_path)
@@ -234,7 +242,7 @@ def test_a_model_without_a_head_says_how_to_get_one(run: Path) -> None:
 def test_a_head_goes_with_its_own_checkpoint_and_encoder(
     leverage: Leverage, run: Path, small: Config, tmp_path: Path
 ) -> None:
-    leverage("linear", features=("student",))
+    leverage("linear", encoder=("student",))
     head, checkpoint = run / "eval" / "linear", run / "checkpoints" / "step-000000007.pt"
     with pytest.raises(ConfigError, match="was trained on the student; omit --encoder"):
         export(ExportOptions(run, tmp_path / "model", encoder="teacher", head=head))

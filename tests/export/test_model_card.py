@@ -37,7 +37,7 @@ def evaluate_mrr(run: Path) -> None:
 def test_scores_of_the_checkpoint_are_in_the_card_and_in_its_metadata(
     leverage: Leverage, run: Path, tmp_path: Path
 ) -> None:
-    result = leverage("linear", lrs=(10.0,))
+    result = leverage("linear", lr=(10.0,))
     evaluate_mrr(run)
     text, data = exported(run, tmp_path / "model")
     top1 = next(iter(result["trials"].values()))["top1"]["mean"]
@@ -55,7 +55,7 @@ def test_scores_of_the_checkpoint_are_in_the_card_and_in_its_metadata(
 def test_results_of_other_checkpoints_and_older_ones_are_left_out(
     leverage: Leverage, run: Path, tmp_path: Path
 ) -> None:
-    leverage("linear", lrs=(10.0,))
+    leverage("linear", lr=(10.0,))
     result = run / "eval" / "linear.json"
     content = json.loads(result.read_text())
     result.write_text(json.dumps({**content, "checkpoint": "elsewhere/checkpoints/step-000000003.pt"}))
@@ -71,7 +71,7 @@ def test_results_of_other_checkpoints_and_older_ones_are_left_out(
 def test_a_finetuned_encoders_card_has_no_scores_of_the_encoder_before(
     leverage: Leverage, run: Path, tmp_path: Path
 ) -> None:
-    leverage("linear", lrs=(10.0,))
+    leverage("linear", lr=(10.0,))
     leverage("finetune-encoder")
     evaluate_mrr(run)
     text, data = exported(run, tmp_path / "model", head=run / "eval" / "finetune-encoder")
@@ -94,7 +94,7 @@ def test_data_recipe_and_licence_are_stated(run: Path, small: Config, tmp_path: 
 
 
 def test_a_linear_heads_export_is_a_classifier_on_the_hub(leverage: Leverage, run: Path, tmp_path: Path) -> None:
-    leverage("linear", lrs=(10.0,))
+    leverage("linear", lr=(10.0,))
     _, data = exported(run, tmp_path / "model", head=run / "eval" / "linear")
     assert data.pipeline_tag == "image-classification"
 

@@ -49,7 +49,7 @@ def execute(folder: Path, names: list[str]) -> tuple[str, dict[str, Any]]:
 def test_what_it_prints_about_a_run_is_right(
     leverage: Callable[..., dict[str, Any]], run: Path, boxes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    result = leverage("linear", lrs=(10.0,), validate_every=100.0)
+    result = leverage("linear", lr=(10.0,), validate_every=100.0)
     monkeypatch.setenv("IWM_RUN", str(run))
     monkeypatch.setenv("IWM_LABEL", "label")
     printed, values = execute(tmp_path, ["images", "labels", "nearest", "params", "scores", "exchanged"])

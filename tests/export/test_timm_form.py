@@ -20,6 +20,7 @@ from PIL import Image
 import iwm
 from dali_pipelines.crops import resized_side
 from iwm.export.__main__ import ExportOptions, export
+from iwm.export.images import to_pixels
 from iwm.export.timm_config import architecture, crop_share
 from tests.export.local_dir import needs_local_dir
 from tests.export.test_export import CONFIG, make_run
@@ -76,15 +77,21 @@ def test_stock_timm_has_the_models_pixels_and_features(tmp_path: Path, size: int
 
 
 @needs_local_dir
+@pytest.mark.parametrize("name", ["linear", "finetune-encoder"])
 def test_stock_timm_classifies_with_an_exported_linear_head(
-    leverage: Callable[..., dict[str, Any]], run: Path, tmp_path: Path
+    leverage: Callable[..., dict[str, Any]], run: Path, tmp_path: Path, name: str
 ) -> None:
-    leverage("linear", lrs=(10.0,))
-    export(ExportOptions(run, tmp_path / "model", head=run / "eval" / "linear"))
-    image = photo(tmp_path / "photo.png")
+    """Images for a finetuned encoder are resized with the bicubic filter of its training, others bilinear."""
+    leverage(name, lr=(1e-3,))
+    export(ExportOptions(run, tmp_path / "model", head=run / "eval" / name))
+    image = tmp_path / "noise.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 131, 3), dtype=np.uint8)).save(image)
     stock = without_iwm(f"local-dir:{tmp_path / 'model'}", image, tmp_path / "out.pt")
     model = iwm.load(tmp_path / "model")
     pixels = stock["pixels"].round().to(torch.uint8).permute(0, 2, 3, 1)
+    assert (pixels.int() - model.pixels(image).int()).abs().max() <= 2
+    other = to_pixels(image, model.device, 32, interpolation="linear" if name == "finetune-encoder" else "cubic")
+    assert (pixels.int() - other.int()).abs().max() > 5, "the filters are not told apart"
     torch.testing.assert_close(stock["output"], model.classify(pixels), atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(stock["pooled"], model(pixels), atol=2e-5, rtol=1e-4)
     assert stock["classes"] == list(model.classes) == ["blue", "green", "red"]
