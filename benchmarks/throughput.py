@@ -8,6 +8,8 @@ python benchmarks/throughput.py downstream [--recipe R] [--protocols P ...]
 
 python benchmarks/throughput.py traffic [--recipe R] [--batch-size B] [--SECTION.FIELD V]
 
+python benchmarks/throughput.py ijepa-parity [--recipes R ...]
+
 torchrun --nproc_per_node N benchmarks/throughput.py scaling [--recipe R] [--images I]
 """
 
@@ -24,6 +26,7 @@ from options import (
     AllOptions,
     DownstreamRateOptions,
     EndToEndOptions,
+    IjepaParityOptions,
     InterferenceOptions,
     LoaderOptions,
     ModelOptions,
@@ -52,6 +55,7 @@ def modes(arguments: Sequence[str]) -> dict[str, tuple[Any, str]]:
         "scaling": (default_options(ScalingOptions, arguments), "scaling"),
         "downstream": (DownstreamRateOptions(), "downstream"),
         "traffic": (traffic_options(arguments), "traffic"),
+        "ijepa-parity": (IjepaParityOptions(), "ijepa_parity"),
     }
 
 

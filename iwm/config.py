@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 from dali_pipelines.augmentations import AugmentationError, ViewBackend, Views
 from dali_pipelines.decoder import DECODER, Decoder, DecoderDevice
+from iwm.block_sizes import check_sizes
 from iwm.model_config import ActionConfig, EncoderConfig, LossConfig, MaskingConfig, PredictorConfig
 from iwm.ranges import ConfigError as ConfigError
 from iwm.ranges import Range, check_ranges
@@ -308,6 +309,13 @@ class Config:
             c.masking.block_scale[0] <= c.masking.block_scale[1],
             f"masking.block_scale {c.masking.block_scale[0]} {c.masking.block_scale[1]} must be MIN MAX, MIN <= MAX",
         )
+        _need(
+            c.masking.type == "ijepa" or not c.masking.cut,
+            "masking.cut: masking.type iwm predicts all that is hidden, so nothing can be cut; use --masking.no-cut "
+            "or --masking.type ijepa",
+        )
+        if c.masking.sampler == "official":
+            check_sizes(c.masking, c.grid_size)
         _need(
             c.train.parallel == "ddp" or c.optim.implementation != "apex",
             "optim.implementation apex: apex does not support sharded parameters; use --optim.implementation auto with "

@@ -4,8 +4,8 @@ A mask is a pure function of (seed, step, index of the sample in the global batc
 needs to be saved, any mask can be regenerated, and a batch has the same masks for any number of processes. Random
 numbers come from integer hashing, which gives the same results on every device.
 
-Differences from I-JEPA's code: each sample draws its own block sizes (I-JEPA draws one per batch), blocks can reach the
-last row and column, and no visible patch is discarded to make a batch rectangular.
+Differences from I-JEPA's code (masking.sampler `paper`): each sample draws its own block sizes, blocks can reach the
+last row and column, and no visible patch is discarded to make a batch rectangular. iwm/official_masks.py has I-JEPA's.
 """
 
 from __future__ import annotations
@@ -19,9 +19,23 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
+from iwm.block_sizes import Sides, size_shares
+from iwm.hashing import hashed_uniform
 from iwm.loss_tokens import LossTokens, loss_mask, pack_loss_tokens
 from iwm.model_config import LossConfig, MaskingConfig
-from iwm.packing import BufferSize, Packing, buffer_size, copy_to_device_together, pack_tokens
+from iwm.official_masks import Drawn, draw_and_cut, draw_official, sizes_of_step
+from iwm.packing import (
+    CAPACITY_SIGMAS,
+    CUT_SIGMAS,
+    BufferSize,
+    Packing,
+    buffer_size,
+    copy_to_device_together,
+    pack_tokens,
+)
+
+Sizes = tuple[Sides, Sides] | None
+"""Sides of all target blocks and of all context blocks; None: each block has its own."""
 
 
 class Masks(NamedTuple):
@@ -39,22 +53,64 @@ def sample_masks(masking: MaskingConfig, grid: int, seed: int, step: int, index:
 
     At least one patch stays visible, unless all blocks but the last cover the grid (`iwm`, large block_scale).
     """
-    k = masking.num_blocks
-    draws = hashed_uniform(seed, step, index, 4 * k + 3)
-    blocks = _blocks(draws[:, : 4 * k].unflatten(1, (k, 4)), grid, masking.block_scale, masking.block_aspect_ratio)
-    union = blocks.any(dim=1)
+    sizes = sizes_of_step(masking, grid, seed, step) if masking.sampler == "official" else None
+    return _sample_sized(masking, grid, sizes, seed, step, index)
+
+
+def _sample_sized(
+    masking: MaskingConfig,
+    grid: int,
+    sizes: Sizes,
+    seed: int,
+    step: int,
+    index: Int64[Tensor, "b"],
+) -> Masks:
+    """Sample masks whose blocks have these sizes."""
     if masking.type == "iwm":
+        blocks = _target_blocks(masking, grid, sizes, seed, step, index)
+        union = blocks.any(dim=1)
         # On a tiny grid the blocks can cover all patches; the last block is then left out.
         union = torch.where(union.all(dim=1, keepdim=True), blocks[:, :-1].any(dim=1), union)
         return Masks(visible=~union, predicted=union[:, None])
+
+    def draw(members: Int64[Tensor, "g"]) -> Drawn:
+        if sizes is not None:
+            return draw_official(masking, grid, sizes, seed, step, members)
+        return _draw_separate(masking, grid, seed, step, members)
+
+    blocks, visible = draw_and_cut(index, masking.cut_group, draw) if masking.cut else draw(index)
+    return Masks(visible=visible, predicted=blocks)
+
+
+def _target_blocks(
+    masking: MaskingConfig,
+    grid: int,
+    sizes: Sizes,
+    seed: int,
+    step: int,
+    index: Int64[Tensor, "b"],
+) -> Bool[Tensor, "b k n"]:
+    if sizes is not None:
+        return draw_official(masking, grid, sizes, seed, step, index)[0]
+    return _own_blocks(masking, grid, hashed_uniform(seed, step, index, 4 * masking.num_blocks))
+
+
+def _own_blocks(masking: MaskingConfig, grid: int, draws: Float64[Tensor, "b d"]) -> Bool[Tensor, "b k n"]:
+    k = masking.num_blocks
+    return _blocks(draws[:, : 4 * k].unflatten(1, (k, 4)), grid, masking.block_scale, masking.block_aspect_ratio)
+
+
+def _draw_separate(masking: MaskingConfig, grid: int, seed: int, step: int, index: Int64[Tensor, "b"]) -> Drawn:
+    """Draw target blocks of their own sizes, and the context without them."""
+    draws = hashed_uniform(seed, step, index, 4 * masking.num_blocks + 3)
+    blocks = _own_blocks(masking, grid, draws)
+    union = blocks.any(dim=1)
     size_and_place = torch.stack((draws[:, -3], torch.zeros_like(draws[:, -3]), draws[:, -2], draws[:, -1]), dim=-1)
     context = _blocks(size_and_place[:, None], grid, masking.context_scale, (1.0, 1.0))[:, 0]
     visible = context & ~union
-    # Likewise for I-JEPA: if no context patch is left, the context is all patches outside the target blocks, or outside
-    # the first one.
+    # If no context patch is left, the context is all patches outside the target blocks, or outside the first one.
     visible = torch.where(visible.any(dim=1, keepdim=True), visible, ~union)
-    visible = torch.where(visible.any(dim=1, keepdim=True), visible, ~blocks[:, 0])
-    return Masks(visible=visible, predicted=blocks)
+    return blocks, torch.where(visible.any(dim=1, keepdim=True), visible, ~blocks[:, 0])
 
 
 def _blocks(
@@ -143,14 +199,22 @@ def mask_buffer_sizes(
 
     predict: loss.predict.
     """
-    tokens = token_statistics(masking, grid)
-    context = buffer_size(tokens.visible, tokens.visible_deviation, images, grid * grid)
-    seen = tokens.seen + masking.num_blocks * extra
-    predictor = buffer_size(seen, tokens.seen_deviation, images, grid * grid + extra)
-    counted, deviation = (
-        (tokens.predicted, tokens.predicted_deviation) if predict == "masked" else (float(grid * grid), 0.0)
+    kinds = _statistics_by_size(masking, grid)
+    # After the cut the images of a group have the same numbers of tokens, so that their deviations add up.
+    group = min(images, masking.cut_group) if masking.cut else 1
+    many, few = CUT_SIGMAS if masking.cut else (CAPACITY_SIGMAS, CAPACITY_SIGMAS)
+
+    def size(mean: str, extra_tokens: int, longest: int, above: float = many) -> BufferSize:
+        means = [getattr(kind, mean) + extra_tokens for _, kind in kinds]
+        deviation = max(getattr(kind, f"{mean}_deviation") for _, kind in kinds)
+        return buffer_size(max(means), deviation * group**0.5, images, longest, max(means) - min(means), (above, few))
+
+    every = buffer_size(float(grid * grid), 0.0, images, grid * grid)
+    return MaskBufferSizes(
+        size("visible", 0, grid * grid),
+        size("seen", masking.num_blocks * extra, grid * grid + extra),
+        size("predicted", 0, grid * grid, few) if predict == "masked" else every,
     )
-    return MaskBufferSizes(context, predictor, buffer_size(counted, deviation, images, grid * grid))
 
 
 class TokenStatistics(NamedTuple):
@@ -168,33 +232,37 @@ class TokenStatistics(NamedTuple):
 
 
 @lru_cache
-def token_statistics(masking: MaskingConfig, grid: int, images: int = 4096) -> TokenStatistics:
+def token_statistics(masking: MaskingConfig, grid: int) -> TokenStatistics:
     """Measure the token statistics on masks of seed 0."""
-    masks = sample_masks(masking, grid, seed=0, step=0, index=torch.arange(images))
+    kinds = _statistics_by_size(masking, grid)
+    if len(kinds) == 1:
+        return kinds[0][1]
+    values: list[float] = []
+    for name in ("visible", "seen", "predicted"):
+        parts = [(share, getattr(kind, name), getattr(kind, f"{name}_deviation")) for share, kind in kinds]
+        mean = sum(share * value for share, value, _ in parts)
+        variance = sum(share * (deviation**2 + (value - mean) ** 2) for share, value, deviation in parts)
+        values += [mean, variance**0.5]
+    return TokenStatistics(*values)
+
+
+@lru_cache
+def _statistics_by_size(masking: MaskingConfig, grid: int) -> list[tuple[float, TokenStatistics]]:
+    """Return the statistics of the batches of each size of blocks, with their share of the batches.
+
+    Without masking.sampler `official` blocks have their own sizes, and there is one kind of batch.
+    """
+    if masking.sampler != "official":
+        return [(1.0, _measure(masking, grid, None))]
+    return [(share, _measure(masking, grid, sizes)) for sizes, share in size_shares(masking, grid).items()]
+
+
+def _measure(masking: MaskingConfig, grid: int, sizes: Sizes) -> TokenStatistics:
+    # After the cut the images of a group have the same numbers, so that groups are the samples.
+    images = 64 * masking.cut_group if masking.cut else 4096
+    masks = _sample_sized(masking, grid, sizes, 0, 0, torch.arange(images))
     statistics: list[float] = []
     for tokens in (masks.visible, masks.visible[:, None] | masks.predicted, masks.predicted):
         counts = tokens.flatten(1).sum(1).double()
         statistics += [counts.mean().item(), counts.std().item()]
     return TokenStatistics(*statistics)
-
-
-def hashed_uniform(seed: int, step: int, index: Int64[Tensor, "b"], draws: int) -> Float64[Tensor, "b {draws}"]:
-    """Return numbers in [0, 1) that depend on (seed, step, index, position) alone, the same on every device.
-
-    SplitMix64 in counter mode (Steele, Lea and Flood, 2014), in wrapping int64 arithmetic.
-    """
-    state = _mix(_mix(torch.full_like(index, seed)) + step)
-    state = _mix(_mix(state + index)[:, None] + torch.arange(draws, device=index.device))
-    return _shift(state, 11).to(torch.float64) * 2.0**-53
-
-
-def _mix(state: Int64[Tensor, "..."]) -> Int64[Tensor, "..."]:
-    state = state - 0x61C8864680B583EB  # the golden-ratio increment 0x9E3779B97F4A7C15, as a signed number
-    state = (state ^ _shift(state, 30)) * -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
-    state = (state ^ _shift(state, 27)) * -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
-    return state ^ _shift(state, 31)
-
-
-def _shift(state: Int64[Tensor, "..."], bits: int) -> Int64[Tensor, "..."]:
-    """Shift right logically; torch's own shift is arithmetic (it extends the sign)."""
-    return (state >> bits) & ((1 << (64 - bits)) - 1)

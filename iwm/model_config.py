@@ -78,6 +78,19 @@ class MaskingConfig:
     context_scale: tuple[float, float] = (0.85, 1.0)
     """For `ijepa`: range of the square context block's area as a share of the image (0 to 1).
     The target blocks are then removed from it."""
+    sampler: Literal["paper", "official"] = "paper"
+    """Draw of the blocks. `paper`: each block has its own size and can lie anywhere (A.1).
+    `official`: as in I-JEPA's code. All blocks of a step have one size, and none reaches the last row and column.
+    Area and aspect ratio come from one number. The context is drawn again if min_keep or fewer patches are left."""
+    min_keep: Annotated[int, Range(min=0)] = 10
+    """For sampler `official`: number of patches that every block, and the context, must exceed."""
+    cut: bool = False
+    """For `ijepa`: cut every context to the fewest patches that an image of its group has.
+    Target blocks are cut to the smallest of the group. I-JEPA's code does this to make a batch rectangular.
+    The patches of the last rows go."""
+    cut_group: Annotated[int, Range(min=1)] = 128
+    """For `cut`: number of consecutive images of the global batch in a group, I-JEPA's batch of one GPU.
+    It does not depend on the number of processes or on data.micro_batch_size."""
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,9 @@ CAPACITY_SIGMAS = 4.0
 """Buffer size above the mean, in standard deviations of a batch's number of tokens. About one batch in 30,000 needs
 more; pack_tokens then enlarges the buffer."""
 
+CUT_SIGMAS = (3.0, 8.0)
+"""The same above and below the mean for the least of many images (masking.cut), whose distribution is as skewed as
+Gumbel's: far above the mean is rare, far below is not. That of the smallest block has few values and no such skew."""
 
 TOKEN_MULTIPLE = 16
 """Factor of every static number of tokens: the alignment for tensor cores, 8 in bf16 and 16 in float8."""
@@ -103,14 +106,24 @@ class BufferSize(NamedTuple):
         return self.tokens + max(0, math.ceil((total - self.tokens) / self.growth)) * self.growth
 
 
-def buffer_size(mean: float, deviation: float, images: int, longest: int) -> BufferSize:
+def buffer_size(
+    mean: float,
+    deviation: float,
+    images: int,
+    longest: int,
+    spread: float = 0.0,
+    sigmas: tuple[float, float] = (CAPACITY_SIGMAS, CAPACITY_SIGMAS),
+) -> BufferSize:
     """Return the buffer size for a batch of images in rows of at most `longest` tokens.
 
-    mean, deviation: mean and standard deviation of the number of tokens per image.
+    mean, deviation: mean and standard deviation of the number of tokens per image. spread: difference of this mean from
+    that of batches with the fewest tokens. sigmas: standard deviations of a batch's number of tokens above and below
+    the mean that the buffer has room for.
     """
     unit = deviation * images**0.5
-    tokens = _round_up(images * mean + CAPACITY_SIGMAS * unit)
-    return BufferSize(tokens, max(1, math.ceil(2 * CAPACITY_SIGMAS * unit / longest)), _round_up(unit))
+    tokens = _round_up(images * mean + sigmas[0] * unit)
+    filling = min(float(tokens), images * spread + sum(sigmas) * unit)
+    return BufferSize(tokens, max(1, math.ceil(filling / longest)), max(TOKEN_MULTIPLE, _round_up(unit)))
 
 
 def _round_up(tokens: float) -> int:

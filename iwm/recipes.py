@@ -17,7 +17,8 @@ from iwm.model_config import ActionConfig, EncoderConfig, LossConfig, MaskingCon
 VIT_S = EncoderConfig(embed_dim=384, depth=12, num_heads=6)
 VIT_B = EncoderConfig(embed_dim=768, depth=12, num_heads=12)
 VIT_L = EncoderConfig(embed_dim=1024, depth=24, num_heads=16)
-"""ViT-S/16, ViT-B/16 and ViT-L/16."""
+VIT_H14 = EncoderConfig(embed_dim=1280, depth=32, num_heads=16, patch_size=14)
+"""ViT-S/16, ViT-B/16, ViT-L/16 and ViT-H/14."""
 
 
 def demo() -> Config:
@@ -60,6 +61,43 @@ def ijepa_b16_12x384() -> Config:
     )
 
 
+def ijepa_l16_12x384() -> Config:
+    """I-JEPA with a ViT-L/16 encoder (table S4), its predictor with the encoder's number of heads as in I-JEPA."""
+    return replace(
+        ijepa_b16_12x384(), encoder=VIT_L, predictor=PredictorConfig(embed_dim=384, depth=12, num_heads=VIT_L.num_heads)
+    )
+
+
+def ijepa_official_h14() -> Config:
+    """I-JEPA as its authors train it: configs/in1k_vith14_ep300.yaml of facebookresearch/ijepa."""
+    return _ijepa_official(VIT_H14, depth=12)
+
+
+def ijepa_official_l16() -> Config:
+    """I-JEPA as its authors train it, with a ViT-L/16: the settings of their ViT-H/14, as they publish none for it."""
+    return _ijepa_official(VIT_L, depth=12)
+
+
+def ijepa_official_b16() -> Config:
+    """I-JEPA as its authors train it, with a ViT-B/16: the settings of their ViT-H/14, as they publish none for it.
+
+    The predictor has 6 blocks, the default of their code for a ViT-B/16.
+    """
+    return _ijepa_official(VIT_B, depth=6)
+
+
+def _ijepa_official(encoder: EncoderConfig, depth: int) -> Config:
+    paper = ijepa_b16_12x384()
+    return replace(
+        paper,
+        views=replace(paper.views, flip_probability=0.0),
+        encoder=encoder,
+        predictor=PredictorConfig(embed_dim=384, depth=depth, num_heads=encoder.num_heads),
+        masking=MaskingConfig(type="ijepa", sampler="official", cut=True),
+        schedule=ScheduleConfig(scale=1.0),
+    )
+
+
 def iwm_s16_inv_12x192() -> Config:
     """IWM-Inv 12×192 with a ViT-S/16 encoder: the proportions of iwm_b16_inv_12x384, not in the paper."""
     return Config(encoder=VIT_S, predictor=PredictorConfig(embed_dim=192, depth=12, num_heads=6))
@@ -96,6 +134,10 @@ RECIPES: dict[str, Callable[[], Config]] = {
         demo,
         cpu_small,
         ijepa_b16_12x384,
+        ijepa_l16_12x384,
+        ijepa_official_b16,
+        ijepa_official_l16,
+        ijepa_official_h14,
         iwm_s16_inv_12x192,
         iwm_s16_equi_18x192,
         iwm_b16_inv_12x384,

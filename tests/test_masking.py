@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from iwm.masking import hashed_uniform, sample_masks, token_statistics
+from iwm.hashing import hashed_uniform
+from iwm.masking import sample_masks, token_statistics
 from iwm.model_config import MaskingConfig
 
 GRID = 14

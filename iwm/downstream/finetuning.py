@@ -42,6 +42,7 @@ from iwm.models.predictor_backbone import (
     init_predictor,
     init_predictor_for,
 )
+from iwm.models.predictor_shape import shape_of_predictor
 from iwm.training.runtime import StopFlag
 
 
@@ -64,7 +65,7 @@ def predictor_of(
     """Return a new predictor for a trial: a copy of the pretrained one, or one with random parameters.
 
     shape: that of a random predictor, used only for an external encoder without a predictor. Raises ConfigError where
-    `kind` is "pretrained" and there is no pretrained predictor.
+    `kind` is "pretrained" and there is no pretrained predictor, or `shape` is impossible.
     """
     own = pretrained.predictor
     if kind == "pretrained":
@@ -77,10 +78,7 @@ def predictor_of(
         return init_mae_decoder(own, seed)
     if pretrained.config is not None:
         return init_predictor(pretrained.config, seed)
-    try:
-        return init_predictor_for(pretrained.teacher, shape, seed)
-    except ConfigError as error:
-        raise ConfigError(f"--random-predictor: {error}") from error
+    return init_predictor_for(pretrained.teacher, shape if own is None else shape_of_predictor(own), seed)
 
 
 def attentive_head(

@@ -13,7 +13,13 @@ from iwm.config import AttentionImpl, Config, ConfigError, EncoderName
 from iwm.downstream.settings import TrainSettings
 from iwm.models.attention import to_device
 from iwm.models.backbone import Backbone, frozen_backbone
-from iwm.models.external.loading import ExternalCheckpointError, MaeDecoder, NoDecoderError, load_external
+from iwm.models.external.loading import (
+    WITH_PREDICTOR,
+    ExternalCheckpointError,
+    MaeDecoder,
+    NoPredictorError,
+    load_external,
+)
 from iwm.models.predictor import Predictor
 from iwm.training.checkpoint import CheckpointError, load_world_model, resolve, run_dir_of
 from iwm.training.runtime import configure_cpu
@@ -34,7 +40,7 @@ class Pretrained:
     encoders: dict[EncoderName, Backbone]
     """`teacher` (EMA target encoder) and `student` (context encoder); an external encoder is a teacher."""
     predictor: Predictor | MaeDecoder | None
-    """None for an external encoder other than MAE with its decoder."""
+    """None for an external encoder other than MAE with its decoder and I-JEPA with its predictor."""
     config: Config | None
     """Configuration of the run; None for an external encoder."""
     shards: Path
@@ -67,7 +73,7 @@ class Pretrained:
 
     @property
     def description(self) -> str:
-        """Shape of the encoder and of the run's predictor as text."""
+        """Shape of the encoder and of its predictor as text."""
         t = self.teacher
         parts = [f"ViT {t.depth}×{t.embed_dim}, patch {t.patch_size}, {t.img_size} px"]
         if isinstance(self.predictor, Predictor):
@@ -122,11 +128,19 @@ def _load_external(settings: TrainSettings, device: torch.device) -> Pretrained:
         raise ConfigError(
             f"--checkpoint {path} has no suffix, so the folder of its results would have the same name; use --output"
         )
-    load = partial(load_external, external.format, path, name=external.name, image_size=external.image_size)
+    load = partial(
+        load_external,
+        external.format,
+        path,
+        name=external.name,
+        image_size=external.image_size,
+        heads=external.heads,
+        predictor_heads=external.predictor_heads,
+    )
     try:
         try:
-            encoder = load(decoder=external.format == "mae")
-        except NoDecoderError:
+            encoder = load(predictor=external.format in WITH_PREDICTOR)
+        except NoPredictorError:
             encoder = load()
     except ExternalCheckpointError as error:
         raise CheckpointError(f"--external.format {external.format}: {error}") from error
@@ -142,7 +156,7 @@ def _load_external(settings: TrainSettings, device: torch.device) -> Pretrained:
         run=path.with_suffix(""),
         checkpoint=path,
         encoders={"teacher": backbone},
-        predictor=encoder.decoder,
+        predictor=encoder.predictor,
         config=None,
         shards=local_folder(data.shards, data.cache, None),
         train=data.train or "train",

@@ -29,6 +29,11 @@ class ExternalModel:
     """Name of timm's ViT, for --external.format timm."""
     image_size: Annotated[int, Range(min=1)] = 224
     """Side of input images in pixels. Positions are interpolated where the encoder was trained at another size."""
+    heads: Annotated[int | None, Range(min=1)] = None
+    """Number of attention heads of the encoder, for files of a width that was never published (not with timm)."""
+    predictor_heads: Annotated[int | None, Range(min=1)] = None
+    """Number of heads of MAE's decoder or I-JEPA's predictor.
+    None: as published for MAE's width; as many as I-JEPA's encoder has."""
 
 
 @dataclass(frozen=True)

@@ -86,11 +86,11 @@ class Backbone(nn.Module):
 
         drop_path: rate of the last block, linear over depth. This project's fixed positions stay fixed; learned
         positions are trained, and so are MAE's, as in its own finetuning. Parts that do not contribute to the tokens
-        are removed (MAE's decoder) or frozen (timm's pooling).
+        are removed (MAE's decoder, I-JEPA's predictor) or frozen (timm's pooling).
         """
         encoder = copy.deepcopy(self.encoder).requires_grad_(True)
         if isinstance(encoder, ExternalEncoder):
-            encoder.decoder = None
+            encoder.predictor = None
             for unused in (encoder.vit.fc_norm, encoder.vit.attn_pool):
                 if unused is not None:
                     unused.requires_grad_(False)

@@ -12,15 +12,15 @@ from jaxtyping import Float, Int64
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from dali_pipelines.augmentations import Views
 from iwm.actions import action_spec
 from iwm.config import AttentionImpl, Config, LayerNormKind
-from iwm.model_config import ActionConfig, EncoderConfig, PredictorConfig
+from iwm.model_config import PredictorConfig
 from iwm.models.attention import to_device
 from iwm.models.backbone import Backbone, intermediate_layers
 from iwm.models.external.loading import MaeDecoder
 from iwm.models.layers import compile_blocks, forward_blocks, init_weights, set_drop_path
 from iwm.models.predictor import Predictor
+from iwm.models.predictor_shape import unconditioned
 
 
 class PredictorBackbone(nn.Module):
@@ -174,15 +174,14 @@ def init_predictor(config: Config, seed: int) -> Predictor:
 
 
 def init_predictor_for(backbone: Backbone, shape: PredictorConfig, seed: int) -> Predictor:
-    """Return a randomly initialised, unconditioned predictor on the patches of an encoder that has none (table S1)."""
-    encoder = EncoderConfig(
-        embed_dim=backbone.embed_dim, depth=backbone.depth, num_heads=backbone.num_heads, patch_size=backbone.patch_size
+    """Return a randomly initialised, unconditioned predictor on the patches of an encoder that has none (table S1).
+
+    Raises ConfigError, which names the option, where `shape` is impossible.
+    """
+    prefix = "--random-predictor."
+    return init_predictor(
+        unconditioned(backbone.embed_dim, backbone.img_size, backbone.patch_size, shape, prefix), seed
     )
-    config = Config(
-        views=Views(size=backbone.img_size), encoder=encoder, predictor=shape, action=ActionConfig(conditioning="none")
-    )
-    config.check()
-    return init_predictor(config, seed)
 
 
 def init_mae_decoder(decoder: MaeDecoder, seed: int) -> MaeDecoder:

@@ -13,13 +13,8 @@ from pathlib import Path
 from iwm.config import Config, ConfigError
 from iwm.config_io import from_dict
 from iwm.models.encoder import IMAGENET_MEAN, IMAGENET_STD
-from iwm.models.external.conversion import (
-    IJEPA_POSITIONS,
-    convert_ijepa_predictor,
-    has_sincos_positions,
-    ijepa_predictor_names,
-)
 from iwm.models.external.formats import Layout, State, below, entries, find_layouts, flatten, has_vit, read_file
+from iwm.models.external.ijepa_predictor import POSITIONS, convert_predictor, has_sincos_positions, our_names
 from iwm.models.external.loading import HEADS
 from iwm.models.external.tensors import shape_of
 from iwm.models.external.timm_folder import TimmArchitecture, find_weights, read_architecture
@@ -145,6 +140,8 @@ def _read_external(path: Path) -> WeightSource:
     if "format" in content:
         return _read_checkpoint(path)
     layouts = find_layouts(content)
+    if len(layouts) > 1 and {layout.encoder for layout in layouts.values()} == {""}:
+        layouts = {"timm": Layout("")}  # a file with a ViT alone is the same in all formats
     if len(layouts) != 1:
         like = f"looks like {' and '.join(layouts)}" if layouts else "is of no known format"
         raise ConfigError(f"{path} {like}; it holds {entries(content)}; give {ACCEPTED}")
@@ -192,7 +189,9 @@ def _ijepa_predictor(
 ) -> tuple[SourcePredictor | None, list[str]]:
     """Return I-JEPA's predictor, which has as many heads as its encoder; None, with the reason, if it does not fit."""
     state = below(layout.predictor, flat)
+    if not state:
+        return None, []
     if not has_sincos_positions(state, path):
-        return None, [f"predictor not loaded: {IJEPA_POSITIONS} is not the sine-cosine that this project computes"]
-    names = {ours: layout.predictor + theirs for ours, theirs in ijepa_predictor_names(state).items()}
-    return SourcePredictor(names, convert_ijepa_predictor(state), heads), []
+        return None, [f"predictor not loaded: {POSITIONS} is not the sine-cosine that this project computes"]
+    names = {ours: layout.predictor + theirs for ours, theirs in our_names(state).items()}
+    return SourcePredictor(names, convert_predictor(state), heads), []

@@ -210,7 +210,9 @@ def test_what_a_foreign_encoder_has_not_is_told(told: Told, vit: Path, boxes: Pa
     line = told("linear", *of_timm(vit, boxes, size=50))
     assert "--external.image-size 50 is not a multiple of the encoder's patch size, 16 px" in line
     line = told("finetune-predictor", *external, "--random-predictor.embed-dim", 25)
-    assert "--random-predictor: predictor.embed_dim 25 is not a multiple of predictor.num_heads" in line
+    assert "--random-predictor.embed-dim 25 is not a multiple of --random-predictor.num-heads 12" in line
+    line = told("finetune-predictor", *external, "--random-predictor.depth", 0)
+    assert "--random-predictor.depth 0: must be above 0" in line
     line = told("linear", "--checkpoint", vit, "--external.format", "timm", "--external.name", "vit_tiny_patch16_224")
     assert "--external.format timm: the encoder has no data; use --data.shards FOLDER" in line
     line = told("linear", "--checkpoint", vit, "--external.format", "mae", "--data.shards", boxes)

@@ -11,7 +11,7 @@ import torch
 
 from iwm.downstream.settings import DataSettings, ExternalModel, MixupSettings
 from iwm.model_config import PredictorConfig
-from tests.models.test_external import decoder_state, vit_state
+from tests.models.published import decoder_state, ijepa, ijepa_predictor_state, under, vit_state
 
 Leverage = Callable[..., dict[str, Any]]
 
@@ -126,7 +126,7 @@ def test_an_encoder_without_a_predictor_gets_a_random_one(leverage: Leverage, tm
     assert (tmp_path / "vit" / "eval" / "finetune-predictor.json").exists()
 
 
-@pytest.mark.parametrize(
+WHOLE_IMAGE_PROTOCOLS = pytest.mark.parametrize(
     ("name", "options"),
     [
         ("finetune-predictor", {"outputs": ("image", "token")}),
@@ -137,6 +137,37 @@ def test_an_encoder_without_a_predictor_gets_a_random_one(leverage: Leverage, tm
         ),
     ],
 )
+
+
+@WHOLE_IMAGE_PROTOCOLS
+def test_ijepas_predictor_is_finetuned_and_a_file_without_it_gets_a_random_one(
+    leverage: Leverage, tmp_path: Path, boxes: Path, name: str, options: dict[str, Any]
+) -> None:
+    """The width of the encoder is none that was published; --external.heads gives its heads."""
+    whole = ijepa(vit_state(class_token=False)) | {"predictor": under("module.", ijepa_predictor_state(depth=4))}
+    encoder = {entry: part for entry, part in whole.items() if entry != "predictor"}
+    trained = {}
+    for kind, content in (("whole", whole), ("encoder", encoder)):
+        file = tmp_path / f"{kind}.pth"
+        torch.save(content, file)
+        result = leverage(
+            name,
+            checkpoint=file,
+            external=ExternalModel(format="ijepa", image_size=48, heads=2),
+            data=DataSettings(shards=str(boxes), num_threads=1),
+            random_predictor=PredictorConfig(embed_dim=24, depth=4, num_heads=3),
+            **options | {"steps": 1, "batch_size": 8},
+        )
+        trained[kind] = {trial["predictor"] for trial in result["trials"].values()}
+        if kind == "whole" and name == "finetune-predictor":
+            counts = {trial["parameters"] for trial in result["trials"].values() if trial["tokens"] == "all"}
+            assert len(counts) == 1, "the random control has another shape"
+            assert "predictor 4×32" in result["encoder"]["description"]
+    assert trained["whole"] == ({"pretrained", "random"} if name == "finetune-predictor" else {"pretrained"})
+    assert trained["encoder"] == {"random"}
+
+
+@WHOLE_IMAGE_PROTOCOLS
 def test_maes_decoder_is_its_predictor_and_a_file_without_it_gets_a_random_one(
     leverage: Leverage, tmp_path: Path, boxes: Path, name: str, options: dict[str, Any]
 ) -> None:
@@ -158,3 +189,19 @@ def test_maes_decoder_is_its_predictor_and_a_file_without_it_gets_a_random_one(
         trained[kind] = {trial["predictor"] for trial in result["trials"].values()}
     assert trained["whole"] == ({"pretrained", "random"} if name == "finetune-predictor" else {"pretrained"})
     assert trained["encoder"] == {"random"}
+
+
+def test_several_tasks_are_learnt_by_ijepas_predictor(leverage: Leverage, tmp_path: Path, boxes: Path) -> None:
+    predictor = under("module.", ijepa_predictor_state())
+    torch.save(ijepa(vit_state(class_token=False)) | {"predictor": predictor}, tmp_path / "ijepa.pth")
+    result = leverage(
+        "multitask",
+        checkpoint=tmp_path / "ijepa.pth",
+        external=ExternalModel(format="ijepa", image_size=48, heads=2),
+        data=DataSettings(shards=str(boxes), num_threads=1),
+        tasks=("side", "label"),
+        steps=1,
+        batch_size=8,
+    )
+    assert set(result["trials"]) == {"multitask", "single-side", "single-label"}
+    assert {trial["predictor"] for trial in result["trials"].values()} == {"pretrained"}

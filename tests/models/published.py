@@ -106,6 +106,11 @@ def ijepa(state: State) -> dict[str, Any]:
     return {**encoders, "predictor": predictor, "opt": {}, "scaler": None, "epoch": 300, "loss": 0.1, "lr": 1e-3}
 
 
+def with_mask_token(state: State) -> State:
+    """Return the backbone as iBOT's code has it when it masks images."""
+    return {**state, "masked_embed": torch.ones(1, state["norm.weight"].numel())}
+
+
 def dino_full(state: State) -> dict[str, Any]:
     student = {**under("module.backbone.", vit_state(seed=9)), **under("module.", HEAD)}
     teacher = {**under("backbone.", state), **HEAD}
@@ -127,6 +132,8 @@ PUBLISHED: dict[str, tuple[str, Callable[[State], dict[str, Any]]]] = {
     "dino, all of it": ("dino", dino_full),
     "ibot": ("ibot", lambda state: {"state_dict": state}),
     "ibot, all of it": ("ibot", ibot_full),
+    "ibot, extracted": ("ibot", lambda state: {"state_dict": with_mask_token(state) | under("module.", HEAD)}),
+    "ibot, flat": ("ibot", lambda state: with_mask_token(state)),
 }
 
 

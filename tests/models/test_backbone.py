@@ -35,7 +35,7 @@ def foreign(**options: object) -> tuple[ExternalEncoder, VisionTransformer]:
 
 def with_decoder() -> tuple[ExternalEncoder, VisionTransformer]:
     encoder, stock = foreign()
-    encoder.decoder = MaeDecoder(width=32, own_width=16, depth=1, heads=2, hidden=32, grid=4, pixels=192)
+    encoder.predictor = MaeDecoder(width=32, own_width=16, depth=1, heads=2, hidden=32, grid=4, pixels=192)
     return encoder, stock
 
 

@@ -1,4 +1,4 @@
-"""Encoders and predictors of other projects as this project's: the same tensors, or the reason why they do not fit.
+"""Encoders of other projects as this project's: the same tensors, or the reason why they do not fit.
 
 This project's encoder is a pre-norm ViT: learned biases everywhere, LayerNorm (ε 1e-6), GELU, no class token, added
 positions, a norm after the last block. What differs from it is refused, because it would compute something else.
@@ -21,7 +21,6 @@ from iwm.model_config import EncoderConfig
 from iwm.models.encoder import IMAGENET_MEAN, IMAGENET_STD, timm_arguments
 from iwm.models.external.formats import ExternalCheckpointError, State
 from iwm.models.external.tensors import abbreviated, depth_of, grid_of, mismatches, mlp_ratio_of, shape_of
-from iwm.models.layers import sincos_positions
 
 _CANNOT = {
     r"(ls\d|layer_?scale\w*)\.|gamma_?\d|\.gamma$": "LayerScale",
@@ -37,7 +36,7 @@ _CANNOT = {
 """Parts of other ViTs that this project's encoder does not have, by a pattern of their tensors' names."""
 
 _NOT_ENCODER = re.compile(
-    r"(cls_token|dist_token|mask_token|masked_embed)$|(head|head_dist|fc_norm|attn_pool|pre_logits|decoder_\w+)(\.|$)"
+    r"(cls_token|dist_token|mask_token|masked_embed)$|((module\.)?head|head_dist|fc_norm|attn_pool|pre_logits|decoder_\w+)(\.|$)"
 )
 """Beginnings of names that are not used: tokens that are not patches, masks, pooling, heads and MAE's decoder."""
 
@@ -139,36 +138,3 @@ def with_imagenet_pixels(tensors: State, mean: Sequence[float], std: Sequence[fl
     shifted = bias + (weight * ((new_mean - old_mean) / old_std)).sum((1, 2, 3))
     scaled = weight * (new_std / old_std)
     return {**tensors, "patch_embed.proj.weight": scaled.float(), "patch_embed.proj.bias": shifted.float()}
-
-
-_IJEPA_PREDICTOR = {"predictor_blocks.": "blocks.", "predictor_norm.": "norm."}
-"""Beginnings of names in I-JEPA's predictor, and in this project's."""
-IJEPA_POSITIONS = "predictor_pos_embed"
-
-
-def ijepa_predictor_names(state: Mapping[str, Any]) -> dict[str, str]:
-    """Return the names in I-JEPA's predictor by this project's, without those of its positions."""
-    names = {}
-    for name in state:
-        beginning = next((theirs for theirs in _IJEPA_PREDICTOR if name.startswith(theirs)), "")
-        names[_IJEPA_PREDICTOR.get(beginning, "") + name.removeprefix(beginning)] = name
-    names.pop(IJEPA_POSITIONS, None)
-    return names
-
-
-def convert_ijepa_predictor(state: Mapping[str, Any]) -> State:
-    """Return I-JEPA's predictor by this project's names, in float32. It may be of another shape than this run's."""
-    converted = {ours: state[name].float() for ours, name in ijepa_predictor_names(state).items()}
-    return {name: tensor.flatten() if name == "mask_token" else tensor for name, tensor in converted.items()}
-
-
-def has_sincos_positions(state: Mapping[str, Any], path: Path) -> bool:
-    """Return True where the positions of I-JEPA's predictor are those that this project's predictor computes.
-
-    Raises ExternalCheckpointError where they are not those of a square.
-    """
-    if IJEPA_POSITIONS not in state:
-        return True
-    grid, width = grid_of(state, IJEPA_POSITIONS, 0, path), state[IJEPA_POSITIONS].shape[-1]
-    found = state[IJEPA_POSITIONS][0].float()
-    return width % 4 == 0 and torch.allclose(found, sincos_positions(width, grid), atol=1e-5)

@@ -3,10 +3,10 @@
 | format | published as | the encoder |
 | --- | --- | --- |
 | mae | mae_pretrain_vit_*.pth, mae_visualize_vit_*.pth (with the decoder) | under `model` |
-| ijepa | IN1K-vit.h.14-300e.pth.tar | under `target_encoder`, each name after `module.` |
+| ijepa | IN1K-vit.h.14-300e.pth.tar, with the predictor | under `target_encoder`, each name after `module.` |
 | moco_v3 | vit-b-300ep.pth.tar | under `state_dict`, each name after `module.base_encoder.` |
 | dino | dino_vitbase16_pretrain.pth | the file itself; of a full checkpoint, the teacher's backbone |
-| ibot | checkpoint_teacher.pth | under `state_dict`; of a full checkpoint, the teacher's backbone |
+| ibot | checkpoint_teacher.pth | under `state_dict`, or the file itself; of a full checkpoint, the teacher's backbone |
 
 All of them name a ViT's parameters as timm does. Files of I-JEPA and MoCo v3 and full checkpoints hold two encoders:
 the trained one (student) and its moving average (teacher).
@@ -35,8 +35,8 @@ class ExternalCheckpointError(UserError):
     """A file or image that an external encoder cannot use; the message names it and the remedy."""
 
 
-class NoDecoderError(ExternalCheckpointError):
-    """A decoder is requested from a file that holds the encoder alone."""
+class NoPredictorError(ExternalCheckpointError):
+    """A predictor or decoder is requested from a file that holds the encoder alone."""
 
 
 def read_file(path: Path) -> dict[str, Any]:
@@ -74,15 +74,18 @@ class Layout:
     """Prefix of the predictor. '': none."""
     marker: str = ""
     """Entry that a file of this layout has."""
-    projection: str = ""
-    """Names that begin with this are a projection that training put in place of timm's `head`."""
+    others: tuple[str, ...] = ()
+    """Beginnings of names that are no part of the encoder: training's projection heads and iBOT's mask token."""
 
 
-def _full(marker: str) -> tuple[Layout, ...]:
+_IBOT = ("head.", "module.head.", "masked_embed")
+
+
+def _full(marker: str, others: tuple[str, ...] = ()) -> tuple[Layout, ...]:
     """Return the layouts of a full checkpoint of DINO or iBOT, whose teacher's names may have the prefix of DDP."""
     student = "student.module.backbone."
     return tuple(
-        Layout(teacher, student=student, teacher=teacher, marker=marker)
+        Layout(teacher, student=student, teacher=teacher, marker=marker, others=others)
         for teacher in ("teacher.module.backbone.", "teacher.backbone.")
     )
 
@@ -96,7 +99,6 @@ _LAYOUTS: dict[str, tuple[Layout, ...]] = {
             student="encoder.module.",
             teacher="target_encoder.module.",
             predictor="predictor.module.",
-            marker="predictor",
         ),
     ),
     "moco_v3": (
@@ -104,11 +106,11 @@ _LAYOUTS: dict[str, tuple[Layout, ...]] = {
             f"{_MOCO}base_encoder.",
             student=f"{_MOCO}base_encoder.",
             teacher=f"{_MOCO}momentum_encoder.",
-            projection="head.",
+            others=("head.",),
         ),
     ),
     "dino": (*_full("dino_loss"), Layout("")),
-    "ibot": (*_full("ibot_loss"), Layout("state_dict.")),
+    "ibot": (*_full("ibot_loss", _IBOT), Layout("state_dict.", others=_IBOT), Layout("", others=_IBOT)),
 }
 FORMATS = tuple(_LAYOUTS)
 
@@ -161,8 +163,13 @@ def find_encoder(format_name: str, content: dict[str, Any], path: Path) -> State
         )
     layout = layouts[format_name]
     state = below(layout.encoder, flatten(content))
-    dropped = layout.projection
-    return {name: value for name, value in state.items() if not (dropped and name.startswith(dropped))}
+    return {name: value for name, value in state.items() if not name.startswith(layout.others)}
+
+
+def find_predictor(format_name: str, content: dict[str, Any]) -> State:
+    """Return the predictor's tensors of a file that `find_encoder` accepts; empty where it has none."""
+    layout = find_layouts(content)[format_name]
+    return below(layout.predictor, flatten(content)) if layout.predictor else {}
 
 
 def _looks_like(content: dict[str, Any], layouts: Mapping[str, Layout]) -> str:

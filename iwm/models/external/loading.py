@@ -11,13 +11,22 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from iwm.models.encoder import IMAGENET_MEAN, IMAGENET_STD
-from iwm.models.external.formats import FORMATS, ExternalCheckpointError, NoDecoderError, State, find_encoder, read_file
+from iwm.models.external.formats import (
+    FORMATS,
+    ExternalCheckpointError,
+    NoPredictorError,
+    State,
+    find_encoder,
+    find_predictor,
+    read_file,
+)
+from iwm.models.external.ijepa_predictor import load_ijepa_predictor
 from iwm.models.external.tensors import abbreviated, depth_of, grid_of, mismatches, mlp_ratio_of, shape_of
 from iwm.models.external.vit import ExternalEncoder, MaeDecoder
 from iwm.models.layers import resample_positions
 from shards.errors import one_line
 
-__all__ = ["FORMATS", "ExternalCheckpointError", "ExternalEncoder", "MaeDecoder", "NoDecoderError", "load_external"]
+__all__ = ["FORMATS", "ExternalCheckpointError", "ExternalEncoder", "MaeDecoder", "NoPredictorError", "load_external"]
 
 HEADS: dict[str, dict[int, int]] = {
     "mae": {768: 12, 1024: 16, 1280: 16},
@@ -28,6 +37,8 @@ HEADS: dict[str, dict[int, int]] = {
     "timm": {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16},
 }
 """Published number of attention heads by width, which a ViT's tensors alone do not determine."""
+WITH_PREDICTOR = ("mae", "ijepa")
+"""Formats whose files can have a predictor or decoder."""
 DECODER_HEADS = {512: 16}
 """Published number of heads of MAE's decoder by width."""
 
@@ -39,22 +50,25 @@ def load_external(
     name: str | None = None,
     image_size: int | None = None,
     heads: int | None = None,
-    decoder: bool = False,
-    decoder_heads: int | None = None,
+    predictor: bool = False,
+    predictor_heads: int | None = None,
 ) -> ExternalEncoder:
     """Load a published encoder, frozen and in evaluation mode, on the CPU.
 
     format_name: mae, ijepa, moco_v3, dino or ibot, from the published file (formats.py); or `timm`: the timm ViT
     `name`, from a file of its parameters or, with path None, from timm's pretrained weights (downloaded).
     image_size: side (pixels); for sizes other than the published one, positions are interpolated (bicubic).
-    heads, decoder_heads: number of heads, for widths that were never published. decoder: also load MAE's decoder.
+    predictor: also load I-JEPA's predictor or MAE's decoder. heads, predictor_heads: number of heads, for widths that
+    were never published.
 
     Raises ExternalCheckpointError for a file of another format (which the message names), for missing, unexpected or
-    misshapen tensors (which it lists), and for options that the format does not support; its subclass NoDecoderError
-    for `decoder` with a file that has none.
+    misshapen tensors (which it lists), and for options that the format does not support; its subclass NoPredictorError
+    for `predictor` with a file that has none.
     """
-    if decoder and format_name != "mae":
-        raise ExternalCheckpointError(f"only mae has a decoder, {format_name} has none")
+    if predictor and format_name not in WITH_PREDICTOR:
+        raise ExternalCheckpointError(
+            f"only {' and '.join(WITH_PREDICTOR)} have a predictor or decoder, {format_name} has none"
+        )
     if format_name == "timm":
         return _frozen(_load_timm(name, path, image_size))
     if format_name not in FORMATS:
@@ -62,17 +76,24 @@ def load_external(
     if path is None or name is not None:
         raise ExternalCheckpointError(f"{format_name} is loaded from its own file (path); a name is for format timm")
     path = Path(path)
-    state = find_encoder(format_name, read_file(path), path)
+    content = read_file(path)
+    state = find_encoder(format_name, content, path)
     decoder_keys = (
         {key for key in state if key == "mask_token" or key.startswith("decoder_")} if format_name == "mae" else set()
     )
     encoder_state = {key: value for key, value in state.items() if key not in decoder_keys}
     vit = _published_vit(format_name, encoder_state, path, image_size, heads)
-    if not decoder:
+    if not predictor:
         return _frozen(ExternalEncoder(format_name, vit, IMAGENET_MEAN, IMAGENET_STD))
+    if format_name == "ijepa":
+        tensors = find_predictor(format_name, content)
+        if not tensors:
+            raise NoPredictorError(f"{path} holds I-JEPA's encoders alone; published files have the predictor too")
+        ijepa_predictor = load_ijepa_predictor(tensors, vit, predictor_heads, path)
+        return _frozen(ExternalEncoder(format_name, vit, IMAGENET_MEAN, IMAGENET_STD, ijepa_predictor))
     if not decoder_keys:
-        raise NoDecoderError(f"{path} holds MAE's encoder alone; files with the decoder are mae_visualize_vit_*.pth")
-    mae_decoder = _decoder({key: state[key] for key in decoder_keys}, vit, path, decoder_heads)
+        raise NoPredictorError(f"{path} holds MAE's encoder alone; files with the decoder are mae_visualize_vit_*.pth")
+    mae_decoder = _decoder({key: state[key] for key in decoder_keys}, vit, path, predictor_heads)
     return _frozen(ExternalEncoder(format_name, vit, IMAGENET_MEAN, IMAGENET_STD, mae_decoder))
 
 
@@ -114,7 +135,7 @@ def _decoder(state: State, vit: VisionTransformer, path: Path, heads: int | None
         width=vit.embed_dim,
         own_width=width,
         depth=depth_of(state, "decoder_blocks"),
-        heads=_heads(heads, DECODER_HEADS, width, "decoder_heads", path),
+        heads=_heads(heads, DECODER_HEADS, width, "predictor_heads", path),
         hidden=hidden,
         grid=new_grid,
         pixels=3 * vit.patch_embed.patch_size[0] ** 2,
@@ -166,14 +187,15 @@ def _load_strictly(module: nn.Module, state: Mapping[str, Tensor], path: Path) -
 
 
 def _heads(given: int | None, published: Mapping[int, int], width: int, option: str, path: Path) -> int:
-    heads = given or published.get(width)
+    """Return the number of heads. option: its name in `load_external`; the protocols' is --external.OPTION."""
+    heads, shown = given or published.get(width), f"--external.{option.replace('_', '-')}"
     if heads is None:
         widths = ", ".join(map(str, published))
         raise ExternalCheckpointError(
-            f"{path}: a width of {width} was never published (known: {widths}); set {option}=..."
+            f"{path}: a width of {width} was never published (known: {widths}); give {shown} (load_external: {option})"
         )
     if width % heads:
-        raise ExternalCheckpointError(f"{option}={heads} does not divide the width {width} of {path}")
+        raise ExternalCheckpointError(f"{shown} {heads} does not divide the width {width} of {path}")
     return heads
 
 

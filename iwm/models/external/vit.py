@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from iwm.models.external.formats import ExternalCheckpointError
 from iwm.models.external.tensors import mlp_ratio_of
 from iwm.models.layers import forward_blocks, resample_positions
+from iwm.models.predictor import Predictor
 
 
 class ExternalEncoder(nn.Module):
@@ -33,14 +34,14 @@ class ExternalEncoder(nn.Module):
         vit: VisionTransformer,
         mean: Sequence[float],
         std: Sequence[float],
-        decoder: MaeDecoder | None = None,
+        predictor: MaeDecoder | Predictor | None = None,
     ) -> None:
         """Initialise. mean, std: channel statistics of the pixels in [0, 1] that the ViT was trained on."""
         super().__init__()
         self.format = kind
         self.vit = vit
-        self.decoder = decoder
-        """MAE's decoder on `tokens`; None where it was not loaded."""
+        self.predictor = predictor
+        """MAE's decoder or I-JEPA's predictor on `tokens`; None where it was not loaded."""
         self.embed_dim: int = vit.embed_dim
         self.num_prefix_tokens: int = vit.num_prefix_tokens
         """Number of tokens before the patches: the class token, and registers after it."""
