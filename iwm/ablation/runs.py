@@ -6,41 +6,34 @@ import json
 import os
 import queue
 import re
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from dali_pipelines.augmentations import JitterImpl
+from iwm.ablation.evaluations import Evaluation, mrr_on_bank, similarity_of
 from iwm.ablation.studies import AblationStudy, Variant
 from iwm.evaluation.settings import BankSize
 from iwm.report.runs import is_up_to_date
+from iwm.training.checkpoint import list_checkpoints
 from iwm.training.distributed import cores_per_process
 from iwm.training.runtime import StopFlag
 from iwm.training.watchdog import WATCHED_PID
+from shards.atomic import write_atomically
 from shards.errors import UserError
 
 TRAIN, EVALUATE = (str(Path(__file__).resolve().parents[1] / name) for name in ("train.py", "evaluate.py"))
 """Absolute paths of the scripts, independent of the working directory."""
 
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Evaluation of a run."""
-
-    protocol: str
-    output: str
-    """Name of its file in RUN/eval, without suffix."""
-    options: tuple[str, ...]
-    settings: dict[str, Any]
-    """Expected settings in the result file; with other settings the evaluation runs again."""
+IDENTITY = "study.json"
+"""File in the folder of a protocol's training: settings and checkpoint that it belongs to."""
 
 
 @dataclass(frozen=True)
@@ -69,19 +62,21 @@ def plan(
     training: Callable[[Variant], Sequence[str]],
     common: str,
     bank: BankSize,
+    protocols: Sequence[Evaluation] = (),
 ) -> dict[tuple[Variant, int], PlannedRun]:
     """Return the run of every variant and seed.
 
     Variants with the same options share a run, which is evaluated on the bank of each of them and on `common`.
-    `training` returns a variant's arguments of iwm/train.py without seed and run folder.
+    `training` returns a variant's arguments of iwm/train.py without seed and run folder. protocols: further evaluations
+    of every run.
     """
     names: dict[tuple[str, ...], str] = {}
     banks: dict[tuple[str, ...], dict[str, Evaluation]] = {}
-    common_bank = _mrr(common, common, None, bank)
+    common_bank = mrr_on_bank(common, common, None, bank)
     for variant in study.variants:
         if variant.options not in names:
             names[variant.options] = _new_name(f"{variant.row} {variant.column}", names.values())
-        own = _mrr(variant.bank_name, variant.bank, variant.bank_jitter_impl, bank)
+        own = mrr_on_bank(variant.bank_name, variant.bank, variant.bank_jitter_impl, bank)
         banks.setdefault(variant.options, {common: common_bank})[variant.bank_name] = own
     runs = {}
     for variant in study.variants:
@@ -90,34 +85,11 @@ def plan(
             arguments = (*training(variant), "--train.seed", str(seed), "--run-dir", str(folder))
             evaluations = (
                 *(evaluation for _, evaluation in sorted(banks[variant.options].items())),
-                _similarity(common, bank.num_images),
+                similarity_of(common, bank.num_images),
+                *protocols,
             )
             runs[variant, seed] = PlannedRun(folder, arguments, evaluations)
     return runs
-
-
-def mrr_file(bank: str) -> str:
-    """Return the name of the MRR file of a bank."""
-    return f"mrr-{bank}"
-
-
-def _mrr(name: str, scenario: str, jitter_impl: JitterImpl | None, bank: BankSize) -> Evaluation:
-    sizes = (
-        "--bank.num-images",
-        str(bank.num_images),
-        "--bank.num-views",
-        str(bank.num_views),
-        "--bank.batch-size",
-        str(bank.batch_size),
-    )
-    computed = () if jitter_impl is None else ("--jitter-impl", jitter_impl)
-    settings = {"bank": {**asdict(bank), "scenario": scenario}}
-    return Evaluation("mrr", mrr_file(name), ("--bank.scenario", scenario, *computed, *sizes), settings)
-
-
-def _similarity(scenario: str, images: int) -> Evaluation:
-    options = ("--scenario", scenario, "--num-images", str(images))
-    return Evaluation("similarity", "similarity", options, {"scenario": scenario, "num_images": images})
 
 
 def _new_name(words: str, taken: Collection[str]) -> str:
@@ -180,27 +152,52 @@ def _train_and_evaluate(run: PlannedRun, processes: int, environment: dict[str, 
     training_seconds = _command(run, (*launch, TRAIN, *run.training), environment, stop)
     evaluation_seconds = 0.0
     for evaluation in run.evaluations:
-        files = ("--checkpoint", str(run.folder), "--output", str(_file(run, evaluation)))
+        if is_done(run, evaluation):
+            continue
+        files = ("--checkpoint", str(run.folder), "--output", str(result_file(run, evaluation)))
         command = (EVALUATE, evaluation.protocol, *files, *evaluation.options)
+        if evaluation.trains:
+            _discard_other_training(run, evaluation)
+            command = (*launch, *command) if processes > 1 else command
         evaluation_seconds += _command(run, command, environment, stop)
     return f"trained in {training_seconds:.0f} s, evaluated in {evaluation_seconds:.0f} s"
 
 
-def _file(run: PlannedRun, evaluation: Evaluation) -> Path:
+def result_file(run: PlannedRun, evaluation: Evaluation) -> Path:
+    """Return the file of an evaluation's result."""
     return run.folder / "eval" / f"{evaluation.output}.json"
 
 
 def is_finished(run: PlannedRun) -> bool:
     """Return True where all evaluations of a run are up to date."""
-    return all(_is_done(run, evaluation) for evaluation in run.evaluations)
+    return all(is_done(run, evaluation) for evaluation in run.evaluations)
 
 
-def _is_done(run: PlannedRun, evaluation: Evaluation) -> bool:
-    path = _file(run, evaluation)
+def is_done(run: PlannedRun, evaluation: Evaluation) -> bool:
+    """Return True where an evaluation has a result of the run's newest checkpoint with the expected settings."""
+    path = result_file(run, evaluation)
     if not is_up_to_date(path, run.folder):
         return False
     settings = json.loads(path.read_bytes())["settings"]
-    return all(settings[name] == value for name, value in evaluation.settings.items())
+    return all(settings.get(name) == value for name, value in evaluation.settings.items())
+
+
+def _discard_other_training(run: PlannedRun, evaluation: Evaluation) -> None:
+    """Remove the unfinished training of a protocol that had other settings or another checkpoint, and note these ones.
+
+    A training with the same settings and checkpoint remains, and resumes.
+    """
+    folder = result_file(run, evaluation).with_suffix("")
+    newest = list_checkpoints(run.folder)[0]
+    identity = {"checkpoint": f"{newest.name} {newest.stat().st_mtime_ns}", "settings": evaluation.settings}
+    content = (json.dumps(identity, indent=1) + "\n").encode()
+    note = folder / IDENTITY
+    if note.exists() and note.read_bytes() == content:
+        return
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    write_atomically(note, content)
 
 
 def _command(run: PlannedRun, command: tuple[str, ...], environment: dict[str, str], stop: StopFlag) -> float:

@@ -37,6 +37,8 @@ class Variant:
     """MRR in the paper's table."""
     bank_jitter_impl: JitterImpl | None = None
     """Computation of the jitter of the variant's own bank; None: the run's own."""
+    table_s2: tuple[int, str] | None = None
+    """Key in TABLE_S2 of the paper's accuracies."""
 
     @property
     def bank_name(self) -> str:
@@ -96,7 +98,14 @@ def complexity(recipe: Config) -> AblationStudy:
     return AblationStudy(
         "Table 2: complexity of the transformations and predictor depth",
         tuple(
-            Variant(ROWS[scenario], column, options(scenario), scenario, TABLE_2[scenario, predictor])
+            Variant(
+                ROWS[scenario],
+                column,
+                options(scenario),
+                scenario,
+                TABLE_2[scenario, predictor],
+                table_s2=_in_table_s2(predictor, scenario),
+            )
             for scenario in ("jitter", "default", "strong")
             for column, predictor, options in columns
         ),
@@ -114,6 +123,7 @@ def augmentation(recipe: Config) -> AblationStudy:
                 (*_scenario(scenario), *_depth(depth)),
                 _own_bank(scenario),
                 TABLE_S2[paper_depth, scenario]["mrr"],
+                table_s2=(paper_depth, scenario),
             )
             for depth, paper_depth in zip(depths(recipe), (12, 18), strict=True)
             for scenario in ("default", "jitter", "more_destructive", "strong", "strong_jitter", "destructive")
@@ -208,6 +218,12 @@ def _scenario(name: str) -> tuple[str, ...]:
 
 def _depth(blocks: int) -> tuple[str, ...]:
     return ("--predictor.depth", str(blocks))
+
+
+def _in_table_s2(predictor: str, scenario: str) -> tuple[int, str] | None:
+    """Return the key in TABLE_S2 of a predictor of table 2; None for I-JEPA, which is not in it."""
+    found = {"iwm_12x384": (12, scenario), "iwm_18x384": (18, scenario)}
+    return found.get(predictor)
 
 
 def _own_bank(scenario: str) -> str:

@@ -3,36 +3,41 @@
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from iwm.ablation.runs import PlannedRun, mrr_file
+from iwm.ablation.cells import PAPER, cell
+from iwm.ablation.evaluations import mrr_file
+from iwm.ablation.protocol_tables import protocol_tables
+from iwm.ablation.runs import PlannedRun, is_done, result_file
 from iwm.ablation.studies import AblationStudy, Variant
 from iwm.evaluation.result_table import ResultTable
 from iwm.report.provenance import kind_of_images
-
-NOT_RUN = "not run"
 
 
 def results(study: AblationStudy, runs: Mapping[tuple[Variant, int], PlannedRun]) -> list[dict[str, Any]]:
     """Return row, column, bank, paper, seed, folder and evaluations by file name of every variant and seed.
 
-    Runs without all evaluations are omitted.
+    Runs without all evaluations of the world model are omitted, and protocols that have not been run.
     """
     records = []
     for (variant, seed), run in runs.items():
-        files = {item.output: run.folder / "eval" / f"{item.output}.json" for item in run.evaluations}
-        if all(file.exists() for file in files.values()):
-            evaluations = {name: json.loads(file.read_bytes()) for name, file in files.items()}
+        done = [item for item in run.evaluations if is_done(run, item)]
+        if all(item in done or item.trains for item in run.evaluations):
+            evaluations = {item.output: json.loads(result_file(run, item).read_bytes()) for item in done}
             place: dict[str, Any] = {"row": variant.row, "column": variant.column, "bank": variant.bank_name}
             place |= {"paper": variant.paper, "seed": seed, "folder": str(run.folder)}
             records.append({**place, "evaluations": evaluations})
     return records
 
 
-def tables(study: AblationStudy, found: Sequence[dict[str, Any]], common: str) -> list[ResultTable]:
-    """Return tables of MRR on the variants' own banks and the common bank, the control, and the variance ratio."""
+def tables(
+    study: AblationStudy, found: Sequence[dict[str, Any]], common: str, protocols: Sequence[str] = ()
+) -> list[ResultTable]:
+    """Return tables of MRR on the variants' own banks and the common bank, the control, and the variance ratio.
+
+    With protocols first those of their scores, and figure 4's correlations.
+    """
     if not found:
         return []
     seeds = sorted({result["seed"] for result in found})
@@ -45,6 +50,7 @@ def tables(study: AblationStudy, found: Sequence[dict[str, Any]], common: str) -
         f"{common}); an invariant encoder has 0. {spread}"
     )
     return [
+        *protocol_tables(study, found, protocols, spread),
         _grid(
             study, found, "MRR on each variant's own bank", f"Pooled. {bank_caption}", _mrr("mrr", "pooled"), paper=True
         ),
@@ -96,20 +102,10 @@ def _grid(
     for row in study.rows:
         cells = [row]
         for column in study.columns:
-            if (row, column) not in papers:
-                cells.append("")
-                continue
-            cell = _spread(by_place.get((row, column), []))
-            printed = papers[row, column]
-            cells.append(f"{cell}, paper {printed:.2f}" if paper and printed is not None else cell)
+            known = (row, column) in papers
+            printed = papers[row, column] if known and paper else None
+            cells.append(cell(by_place.get((row, column), []), printed) if known else "")
         rows.append(cells)
     if paper and any(value is not None for value in papers.values()):
-        caption += " Paper: ViT-B/16, ImageNet, 300 epochs."
+        caption += f" {PAPER}"
     return ResultTable(title, ["", *study.columns], rows, caption)
-
-
-def _spread(values: Sequence[float]) -> str:
-    if not values:
-        return NOT_RUN
-    mean = f"{statistics.mean(values):.3f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.3f}–{max(values):.3f})"

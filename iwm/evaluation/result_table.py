@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from iwm.evaluation.terminal_table import TerminalTable
 
 
 @dataclass(frozen=True)
@@ -22,24 +22,11 @@ class ResultTable:
     caption: str = ""
     """First line: description of the values. Further lines: details, which the page folds."""
 
-    def rich(self) -> Table:
-        """Return the table for the terminal. Text is not parsed as markup: names may have colons or brackets."""
-        from rich.box import SIMPLE_HEAD
-        from rich.table import Table
-        from rich.text import Text
+    def rich(self) -> TerminalTable:
+        """Return the table for the terminal."""
+        from iwm.evaluation.terminal_table import TerminalTable
 
-        table = Table(
-            title=Text(self.title, "table.title"),
-            caption=Text(self.caption, "table.caption") if self.caption else None,
-            caption_justify="left",
-            box=SIMPLE_HEAD,
-            pad_edge=False,
-        )
-        for i, column in enumerate(self.columns):
-            table.add_column(Text(column), justify="right" if i else "left", overflow="fold")
-        for row in self.rows:
-            table.add_row(*map(Text, row))
-        return table
+        return TerminalTable(self.title, self.columns, self.rows, self.caption)
 
     def markdown(self) -> str:
         lines = [self.columns, ["---"] * len(self.columns), *self.rows]

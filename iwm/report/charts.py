@@ -38,6 +38,10 @@ class ChartLine:
     points: Sequence[Point]
     spread: Sequence[float] = ()
     """Half the height of a band around the line, one value per point, or empty. A line with a band is not thinned."""
+    joined: bool = True
+    """False for points that no line joins, such as runs; they may have equal x, and have no band."""
+    point_names: Sequence[str] = ()
+    """Name of each point for its reading, or empty."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +75,11 @@ def line_chart(
 ) -> Markup:
     """Draw lines as SVG. At least one line has points; one without points still takes its colour.
 
-    A line of at most FEW_POINTS points is drawn as points with their values. Curves of more than MOST_POINTS points are
-    averaged over equal intervals. reference: named level such as chance. diagonal: name of the line y = x, '' for none.
-    from_zero, top, x_range: see `fit_axes`.
+    A line of at most FEW_POINTS points is drawn as points with their values, unless it is not joined. Curves of more
+    than MOST_POINTS points are averaged over equal intervals. reference: named level such as chance. diagonal: name of
+    the line y = x, '' for none. from_zero, top, x_range: see `fit_axes`.
     """
-    curves = [line if line.spread else replace(line, points=_thin(line.points)) for line in lines]
+    curves = [line if line.spread or not line.joined else replace(line, points=_thin(line.points)) for line in lines]
     xs = [x for line in curves for x, _ in line.points]
     ys = [y for line in curves for _, y in (*line.points, *_edge(line))] + ([reference[1]] if reference else [])
     axes = fit_axes(xs, ys, from_zero=from_zero, top=top, x_range=x_range, x_title=x_title, y_title=y_title)
@@ -97,6 +101,9 @@ def line_chart(
 def _curve(axes: Axes, i: int, line: ChartLine, several: bool) -> dict[str, object]:
     """Return what the template draws of a line: course, band and markers; of few points error bars and values."""
     places = [axes.place(*point) for point in line.points]
+    if not line.joined:
+        unjoined = {"path": "", "band": "", "bars": [], "values": []}
+        return {"style": style(i), "markers": [marker(i, *place) for place in places], **unjoined}
     few = len(places) <= FEW_POINTS
     stretch = max(1, math.ceil((len(places) - 1) / MARKED))
     marked = places[::-1][:: 1 if few else stretch] if several or few else places[-1:]
@@ -120,11 +127,16 @@ def _bars(axes: Axes, line: ChartLine) -> list[tuple[float, float, float]]:
 def _readings(axes: Axes, line: ChartLine) -> dict[str, object]:
     """Return a line's name and, for each point, position and text, for the page's script."""
     spread = line.spread or [0.0] * len(line.points)
+    names = line.point_names or [""] * len(line.points)
     return {
         "name": line.name,
         "points": [
-            [*axes.place(x, y), exact(x), number(y) + (f" ± {number(half)}" if half else "")]
-            for (x, y), half in zip(line.points, spread, strict=True)
+            [
+                *axes.place(x, y),
+                exact(x),
+                number(y) + (f" ± {number(half)}" if half else "") + (f" ({name})" if name else ""),
+            ]
+            for (x, y), half, name in zip(line.points, spread, names, strict=True)
         ],
     }
 
@@ -225,10 +237,10 @@ def spread_chart(rows: Sequence[SpreadRow], x_title: str, reference: tuple[str, 
     )
 
 
-def legend(names: Sequence[str]) -> Markup:
-    """Return a legend of the lines of a chart, in their order."""
+def legend(names: Sequence[str], joined: bool = True) -> Markup:
+    """Return a legend of the lines of a chart, in their order. joined: False where no line joins their points."""
     entries = [(style(i), marker(i, 13, 6), name) for i, name in enumerate(names)]
-    return call(TEMPLATE, "legend", entries=entries)
+    return call(TEMPLATE, "legend", entries=entries, joined=joined)
 
 
 def chart_grid(charts: Markup) -> Markup:

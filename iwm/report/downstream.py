@@ -11,46 +11,30 @@ from collections.abc import Sequence
 from markupsafe import Markup
 
 from iwm.downstream.registry import PROTOCOLS
-from iwm.evaluation.result_table import ResultTable
 from iwm.report.components import (
     Cell,
     ChartLine,
-    ChartMark,
     chart_card,
     chart_grid,
     details,
     html_table,
     legend,
     line_chart,
-    mark_chart,
     paragraphs,
     section,
     table,
 )
+from iwm.report.efficiency import efficiency_of
 from iwm.report.paper_tables import paper_tables_of
 from iwm.report.results import (
     SEGMENTATION,
-    DatasetResults,
     Metric,
     ProtocolResult,
-    SeedScores,
     TrialResult,
     read_dataset_results,
 )
 from iwm.report.runs import Point, RunResults, read_metrics
-from iwm.report.table_text import cell, gain
 from iwm.report.templates import render
-from iwm.report.trial_selection import finetuned
-
-TUNED = {
-    "encoder": "encoder",
-    "random": "random predictor",
-    "pretrained": "pretrained predictor",
-    "end to end": "end to end",
-}
-"""Trained part by column of table 4."""
-
-TUNED_COLUMNS = ["trained", "top-1 %", "chance", "trained parameters", "images/s in training"]
 
 MEANING = (
     "Each trial is trained on labelled images and evaluated on held-out images. The score is the top-1 accuracy "
@@ -77,53 +61,8 @@ def downstream_section(run: RunResults) -> Markup:
     records = sorted((record for dataset in datasets for record in dataset.records), key=lambda record: record.name)
     protocols = (_protocol(run, name, [record for record in records if record.protocol == name]) for name in PROTOCOLS)
     return section(
-        "Downstream tasks", paragraphs([MEANING], linked=True) + _efficiency(datasets) + Markup().join(protocols)
+        "Downstream tasks", paragraphs([MEANING], linked=True) + efficiency_of(datasets) + Markup().join(protocols)
     )
-
-
-# Accuracy over trained parameters (figure 3)
-
-
-def _efficiency(datasets: Sequence[DatasetResults]) -> Markup:
-    """Return accuracy over the number of trained parameters; '' with fewer than two scores."""
-    charts, compared = [], []
-    for dataset in datasets:
-        by_column = finetuned(dataset)
-        scores = {TUNED[column]: score for column, score in by_column.items() if score is not None}
-        if len(scores) < 2:
-            continue
-        marks = [_mark(TUNED[column], score) for column, score in by_column.items()]
-        if any(marks):
-            chart = mark_chart(marks, x_title="trained parameters, millions", y_title="accuracy, %")
-            charts.append(chart_card(f"Accuracy over trained parameters: {dataset.data}", chart))
-        rows = [_tuned(name, score) for name, score in scores.items()]
-        compared.append(html_table(ResultTable(dataset.data, TUNED_COLUMNS, rows, _gained(scores))))
-    return (chart_grid(Markup().join(charts)) if charts else Markup()) + Markup().join(compared)
-
-
-def _mark(name: str, score: SeedScores | None) -> ChartMark | None:
-    if score is None or score.parameters is None:
-        return None
-    return ChartMark(name, score.parameters / 1e6, 100 * score.mean, 100 * (score.spread or 0.0))
-
-
-def _tuned(name: str, score: SeedScores) -> list[str]:
-    return [
-        name,
-        cell(score),
-        _percent(score.task.chance),
-        "" if score.parameters is None else f"{score.parameters:,}",
-        "" if score.images_per_second is None else f"{score.images_per_second:,.0f}",
-    ]
-
-
-def _gained(scores: dict[str, SeedScores]) -> str:
-    pretrained, random = scores.get(TUNED["pretrained"]), scores.get(TUNED["random"])
-    if pretrained is None or random is None:
-        return ""
-    both = len(pretrained.seeds) > 1 and pretrained.seeds.keys() == random.seeds.keys()
-    over = f", mean ± standard deviation over {len(random.seeds)} seeds" if both else ""
-    return f"pretrained over random predictor: {gain(pretrained, random)} points{over}"
 
 
 # Trials of a protocol

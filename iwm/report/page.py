@@ -16,6 +16,8 @@ from iwm.report.comparison import comparison
 from iwm.report.components import details, with_anchors
 from iwm.report.configuration import configuration
 from iwm.report.downstream import downstream_section, downstream_tables
+from iwm.report.efficiency import efficiency
+from iwm.report.equivariance import equivariance
 from iwm.report.evaluator_sections import (
     corruption_section,
     marginalised,
@@ -38,6 +40,8 @@ from shards.atomic import write_atomically
 OVERVIEW: tuple[tuple[Callable[[Sequence[RunResults]], Markup], str], ...] = (
     (world_model, "mrr"),
     (explorer, "explorer"),
+    (equivariance, ""),
+    (efficiency, ""),
     (downstream_tables, ""),
 )
 """Sections that show all runs in one table or chart, at the top of the page, with the evaluator whose results they show

@@ -221,7 +221,7 @@ def _records(run: RunResults) -> list[ProtocolResult]:
     for name, result in run.evaluations.items():
         if result["protocol"] in PROTOCOLS:
             try:
-                records.append(_record(name, result))
+                records.append(protocol_result(name, result))
             except (KeyError, TypeError, AttributeError) as error:
                 raise ReportError(
                     f"{run.folder / 'eval' / f'{name}.json'} is not a complete {result['protocol']} result "
@@ -230,7 +230,8 @@ def _records(run: RunResults) -> list[ProtocolResult]:
     return records
 
 
-def _record(file: str, result: dict[str, Any]) -> ProtocolResult:
+def protocol_result(file: str, result: dict[str, Any]) -> ProtocolResult:
+    """Return the content of a result file of a protocol. file: its name. Raises KeyError for an incomplete result."""
     several = "tasks" in result
     tasks = result["tasks"] if several else {"": {"shards": result["data"]["shards"], **result}}
     return ProtocolResult(

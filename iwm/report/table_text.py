@@ -38,13 +38,18 @@ def comparison_table(
 
 
 def caption(remark: str, ours: Sequence[OurRow]) -> str:
-    """Return the remark and one line for each of our results: data, images, training length, speed."""
+    """Return the remark on our results, and one line for each of them: data, images, training length, speed."""
+    return caption_of(f"{remark} {OURS}", [score for row in ours for score in row.scores])
+
+
+def caption_of(remark: str, scores: Sequence[SeedScores]) -> str:
+    """Return the remark, and one line for each of the scores' results: data, images, training length, speed."""
     rates: dict[str, list[str]] = {}
-    for score in (score for row in ours for score in row.scores):
+    for score in scores:
         known = rates.setdefault(_description(score), [])
         if score.images_per_second is not None:
             known.append(f"{score.images_per_second:,.0f}")
-    lines = [f"{remark} {OURS}"]
+    lines = [remark]
     for description, known in rates.items():
         speed = f", {' and '.join(dict.fromkeys(known))} images/s in training" if known else ""
         lines.append(f"{description}{speed}.")

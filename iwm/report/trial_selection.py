@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from iwm.report.results import DatasetResults, SeedScores, TrialResult, best_trials
+from iwm.report.results import DatasetResults, ProtocolResult, SeedScores, TrialResult, best_trials
 
 
 def is_plain(trial: TrialResult) -> bool:
@@ -51,3 +51,16 @@ def finetuned(dataset: DatasetResults) -> dict[str, SeedScores | None]:
 def best_probes(dataset: DatasetResults) -> dict[str, SeedScores | None]:
     """Return the best probe of the paper's protocol by kind, linear and attentive; None where a kind was not run."""
     return {protocol: best_trials(dataset.records, protocol, is_plain) for protocol in ("linear", "attentive")}
+
+
+def best_of_result(record: ProtocolResult) -> SeedScores | None:
+    """Return the best settings of one result of a single task; None where no trial has a score.
+
+    Of finetuned predictors only pretrained ones count. Trials of the paper's protocol come first, others where it has
+    none.
+    """
+    kinds = ("pretrained",) if record.protocol == "finetune-predictor" else ("pretrained", "random", None)
+    plain = best_trials(
+        [record], record.protocol, lambda trial: is_plain(trial) and trial.settings.get("predictor") in kinds
+    )
+    return plain or best_trials([record], record.protocol, lambda trial: trial.settings.get("predictor") in kinds)

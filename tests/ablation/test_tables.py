@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from iwm.ablation.studies import AblationStudy, Variant
+import pytest
+
+from iwm.ablation.studies import STUDIES, AblationStudy, Variant
 from iwm.ablation.tables import tables
 from iwm.evaluation.result_table import ResultTable
+from iwm.recipes import RECIPES
 from iwm.report.components import html_table
+from tests.evaluation.printed import assert_whole
 
 STUDY = AblationStudy(
     "Table 1",
@@ -77,3 +81,15 @@ def test_the_page_gets_the_same_table_with_its_words_escaped() -> None:
     found = [_result("a < b", "none", "default", 0, 0.25, 0.25)]
     page = html_table(tables(AblationStudy("One", (trial,)), found, "default")[0])
     assert '<th scope="row">a &lt; b</th><td>0.250, paper 0.50</td>' in page
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_grids_of_every_study_are_whole_in_a_terminal_of_80_columns(name: str) -> None:
+    study = STUDIES[name](RECIPES["iwm_b16_equi_18x384"]())
+    found = [
+        _result(variant.row, variant.column, variant.bank_name, seed, 0.2 + seed / 10, 0.1)
+        for variant in study.variants
+        for seed in (0, 1)
+    ]
+    for table in tables(study, found, "default"):
+        assert_whole(table)

@@ -16,6 +16,7 @@ from iwm.evaluation.result_table import ResultTable
 from iwm.report.paper_tables import markdown, paper_tables
 from iwm.report.runs import ReportError
 from tests.downstream.written_results import predictor, result, run, top1, trial
+from tests.evaluation.printed import assert_whole
 
 
 def titled(made: list[ResultTable], start: str) -> ResultTable:
@@ -160,6 +161,33 @@ def test_data_sets_of_a_run_stand_in_one_row_and_unknown_ones_in_columns_of_thei
     ours = ["", "20.0 ± 1.0", "", "", "30.0 ± 1.0", "40.0 ± 1.0"]
     assert rows(table)["ours: x, IWM 18×384, 300 epochs"] == ours
     assert rows(table)["paper: MAE, 300 epochs"] == ["73.5", "50.1", "70.2", "60.3", "", ""]
+
+
+def test_every_table_is_whole_in_a_terminal_of_80_columns(tmp_path: Path) -> None:
+    seeds = [predictor(kind, 0.5 + seed / 50, seed) for kind in ("random", "pretrained") for seed in (0, 1, 2)]
+    tasks = {
+        name: {"shards": f"/data/{name}", "label": "label", "classes": 5, "train_images": 50, "val_images": 20}
+        for name in ("inat18", "places205")
+    }
+    single = {"lr": 0.001, "seed": 0, "scores": {"inat18": top1(0.6)}}
+    both = {"lr": 0.001, "seed": 0, "scores": {name: top1(0.7) for name in tasks}}
+    parts = {part: {"lr": 1e-5, "seed": 0, "part": part, "miou": {"mean": 0.31}} for part in ("encoder", "predictor")}
+    results = {
+        "linear": result("linear", trial(0.525)),
+        "attentive": result("attentive", trial(0.61), trial(0.62, 1)),
+        "predictor": result("finetune-predictor", *seeds, predictor("pretrained", 0.5, actions="random")),
+        "encoder": result("finetune-encoder", trial(0.7)),
+        "both": result("finetune-end-to-end", predictor("pretrained", 0.68)),
+        "multitask": result("multitask", tasks=tasks) | {"trials": {"multitask": both, "single-inat18": single}},
+        "segmentation": result("segmentation", label=None) | {"trials": parts},
+    }
+    large = {"format": "mae", "description": "ViT 24×1024, patch 16, 224 px"}
+    folders = [run(tmp_path / name, **results) for name in ("a", "run-of-many-seeds_and_long-name")]
+    folders.append(run(tmp_path / "mae_large", None, tuned=result("finetune-encoder", trial(0.7), encoder=large)))
+    made = paper_tables(folders)
+    assert len(made) == 10
+    for table in made:
+        assert_whole(table)
 
 
 def test_arms_that_diverged_and_other_evaluations_are_left_out(tmp_path: Path) -> None:

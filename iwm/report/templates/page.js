@@ -8,10 +8,8 @@
     const places = [...new Map(lines.flatMap((line) => line.points.map(([x, , text]) => [x, text]))).entries()];
     places.sort((one, other) => one[0] - other[0]);
     const words = places.map(([x, at]) => {
-      const values = lines.flatMap((line) => {
-        const point = line.points.find((candidate) => candidate[0] === x);
-        return point ? [`${line.name}: ${point[3]}`] : [];
-      });
+      const values = lines.flatMap((line) =>
+        line.points.filter((point) => point[0] === x).map((point) => `${line.name}: ${point[3]}`));
       return [at, ...values];
     });
     const { width, height } = svg.viewBox.baseVal;
