@@ -290,7 +290,7 @@ def test_every_recipe_is_consistent_and_builds(name: str) -> None:
     with torch.device("meta"):
         model = WorldModel(config)
     assert len(model.predictor.blocks) == config.predictor.depth
-    assert 0 < token_statistics(config.masking, config.grid_size, 256).visible < config.grid_size**2
+    assert 0 < token_statistics(config.masking, config.grid_size).visible < config.grid_size**2
 
 
 def test_the_papers_model_costs_what_the_field_says() -> None:
