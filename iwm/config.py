@@ -22,6 +22,9 @@ EncoderName = Literal["teacher", "student"]
 
 ENCODERS: tuple[EncoderName, ...] = ("teacher", "student")
 
+Pool = Literal["mean", "cls", "both"]
+"""Input of a linear probe: the mean of the patches, the class token, or the one after the other."""
+
 LayerNormKind = Literal["shared", "last", "own", "none"]
 """Norms of the intermediate layers that a segmentation head receives (iwm/models/heads.py, UPerNet)."""
 

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from iwm.config import Pool
 from iwm.downstream.context import RunContext, Runner, column_of
 from iwm.downstream.experiment import TrialSpec, run_classification, trials_tables
 from iwm.downstream.optim import adamw, lars
-from iwm.downstream.protocol_settings import AttentiveProbeSettings, LinearProbeSettings, Pool, ProbeSettings
+from iwm.downstream.protocol_settings import AttentiveProbeSettings, LinearProbeSettings, ProbeSettings
 from iwm.downstream.settings import MixupSettings, sized_crops
 from iwm.downstream.study import FrozenEncoders
 from iwm.downstream.tasks import classes_of

@@ -11,15 +11,12 @@ from typing import Annotated, Literal
 
 from dali_pipelines.augmentations import PhotometricConfig
 from dali_pipelines.crops import CropSettings, SegmentationCrops
-from iwm.config import LayerNormKind
+from iwm.config import LayerNormKind, Pool
 from iwm.downstream.settings import MixupSettings, TrainSettings, require, require_unique
 from iwm.model_config import PredictorConfig
 from iwm.ranges import Range
 
 LEARNING_RATE_SHARE = Range(min=0, below=math.inf)
-
-Pool = Literal["mean", "cls", "both"]
-"""Input of a linear probe: the mean of the patches, the class token, or the one after the other."""
 
 PredictorInit = Literal["pretrained", "random"]
 """Initial parameters of a predictor: the pretrained ones, or random ones, initialised as for pretraining."""

@@ -17,8 +17,7 @@ from jaxtyping import Float, Real
 from torch import Tensor, nn
 
 from dali_pipelines.seeds import derive_seed
-from iwm.config import AttentionImpl, ConfigError
-from iwm.downstream.protocol_settings import Pool
+from iwm.config import AttentionImpl, ConfigError, Pool
 from iwm.models.attention import to_device
 from iwm.models.backbone import Backbone
 from iwm.models.predictor_backbone import PredictorBackbone
