@@ -15,6 +15,7 @@ rejected.jsonl has one line, with the reason, for each source that could not bec
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,6 +66,11 @@ class Manifest:
     """True where every sample has a segmentation mask (component `mask.png`)."""
     settings: dict[str, Any]
     shards: list[Shard]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the hashes of the tars in their order. It identifies the samples and their order."""
+        return hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
 
     def column(self, name: str) -> Column:
         """Return the label column `name`. Raise ShardError, which lists the columns, where it does not exist."""

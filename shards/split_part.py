@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from shards.errors import ShardError
-from shards.format import Manifest, format_index_lines, index_lines
+from shards.format import Manifest, format_index_lines, index_lines, parse_sample
 from shards.hold_out import key_position
 
 
@@ -73,8 +73,10 @@ class PartIndexes:
             )
         scratch = TemporaryDirectory(prefix="iwm-part-")
         weakref.finalize(self, scratch.cleanup)
-        lines = [index_lines((folder / shard.index).read_bytes(), folder / shard.index) for shard in manifest.shards]
-        selected = _selected([line for tar in lines for line in tar], part)
+        paths = [folder / shard.index for shard in manifest.shards]
+        lines = [index_lines(path.read_bytes(), path) for path in paths]
+        keys = [parse_sample(line, path)[0].key for path, tar in zip(paths, lines, strict=True) for line in tar]
+        selected = _selected(keys, part)
         self.tars: list[PartTar] = []
         first = 0
         for number, tar in enumerate(lines):
@@ -87,10 +89,10 @@ class PartIndexes:
                 self.tars.append(PartTar(number, len(kept), index))
 
 
-def _selected(lines: list[str], part: SplitPart) -> list[bool]:
-    """Return True for every line of an image of the part."""
-    positions = np.array([key_position(line.split(" ", 4)[3].partition(".")[0]) for line in lines])
-    held = np.zeros(len(lines), bool)
+def _selected(keys: list[str], part: SplitPart) -> list[bool]:
+    """Return True for every key of an image of the part."""
+    positions = np.array([key_position(key) for key in keys])
+    held = np.zeros(len(keys), bool)
     held[np.argsort(positions, kind="stable")[: part.held_out]] = True
     selected: list[bool] = (held != part.others).tolist()
     return selected

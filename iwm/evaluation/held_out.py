@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from dali_pipelines.reader import DataSource
 from iwm.config import ConfigError, DataConfig
 from iwm.evaluation.settings import EvalData
 from shards.cache import local_folder, location_of
@@ -88,7 +87,7 @@ def _was_trained_on(shards: Path, split: str, data: DataConfig, checkpoint: Path
     loader = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["loader"]
     trained = {state["shards"] for state in loader["ranks"]} if loader else set()
     if trained:
-        return DataSource(shards, load_manifest(shards, split), None, False, 0, 1).fingerprint in trained
+        return load_manifest(shards, split).fingerprint in trained
     return split == data.train and shards.resolve() == data.folder.resolve()
 
 

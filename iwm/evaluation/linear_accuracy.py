@@ -20,7 +20,6 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from dali_pipelines.reader import DataSource
 from iwm.config import ConfigError
 from iwm.evaluation.common import READ_BATCH_SIZE, EvalContext, proportion_stderr
 from iwm.evaluation.feature_store import FeatureStore, WrittenPart
@@ -128,7 +127,7 @@ def _store(
     identity = {
         **features.identity,
         "checkpoint": f"{context.checkpoint.name} {file_digest(context.checkpoint)}",
-        "shards": DataSource(context.data.shards, manifest, None, False, 0, 1).fingerprint,
+        "shards": manifest.fingerprint,
         "label": splits.label,
         "device": context.device.type,
         "random": hashlib.sha256(_state_of(features.generator).encode()).hexdigest(),
