@@ -23,7 +23,7 @@ from iwm.block_sizes import Sides, size_shares
 from iwm.hashing import hashed_uniform
 from iwm.loss_tokens import LossTokens, loss_mask, pack_loss_tokens
 from iwm.model_config import LossConfig, MaskingConfig
-from iwm.official_masks import Drawn, draw_and_cut, draw_official, sizes_of_step
+from iwm.official_masks import Drawn, draw_and_cut, official_blocks, official_context, sizes_of_step
 from iwm.packing import (
     CAPACITY_SIGMAS,
     CUT_SIGMAS,
@@ -66,51 +66,46 @@ def _sample_sized(
     index: Int64[Tensor, "b"],
 ) -> Masks:
     """Sample masks whose blocks have these sizes."""
+    k = masking.num_blocks
     if masking.type == "iwm":
-        blocks = _target_blocks(masking, grid, sizes, seed, step, index)
+        if sizes is None:
+            blocks = _target_blocks(masking, grid, hashed_uniform(seed, step, index, 4 * k))
+        else:
+            blocks = official_blocks(masking, grid, sizes[0], seed, step, index)
         union = blocks.any(dim=1)
         # On a tiny grid the blocks can cover all patches; the last block is then left out.
         union = torch.where(union.all(dim=1, keepdim=True), blocks[:, :-1].any(dim=1), union)
         return Masks(visible=~union, predicted=union[:, None])
 
     def draw(members: Int64[Tensor, "g"]) -> Drawn:
-        if sizes is not None:
-            return draw_official(masking, grid, sizes, seed, step, members)
-        return _draw_separate(masking, grid, seed, step, members)
+        if sizes is None:
+            draws = hashed_uniform(seed, step, members, 4 * k + 3)
+            blocks = _target_blocks(masking, grid, draws)
+            return blocks, _context(masking, grid, draws, blocks)
+        blocks = official_blocks(masking, grid, sizes[0], seed, step, members)
+        return blocks, official_context(masking, grid, sizes[1], seed, step, members, blocks)
 
     blocks, visible = draw_and_cut(index, masking.cut_group, draw) if masking.cut else draw(index)
     return Masks(visible=visible, predicted=blocks)
 
 
-def _target_blocks(
-    masking: MaskingConfig,
-    grid: int,
-    sizes: Sizes,
-    seed: int,
-    step: int,
-    index: Int64[Tensor, "b"],
-) -> Bool[Tensor, "b k n"]:
-    if sizes is not None:
-        return draw_official(masking, grid, sizes, seed, step, index)[0]
-    return _own_blocks(masking, grid, hashed_uniform(seed, step, index, 4 * masking.num_blocks))
-
-
-def _own_blocks(masking: MaskingConfig, grid: int, draws: Float64[Tensor, "b d"]) -> Bool[Tensor, "b k n"]:
+def _target_blocks(masking: MaskingConfig, grid: int, draws: Float64[Tensor, "b d"]) -> Bool[Tensor, "b k n"]:
+    """Return target blocks, each with a size of its own."""
     k = masking.num_blocks
     return _blocks(draws[:, : 4 * k].unflatten(1, (k, 4)), grid, masking.block_scale, masking.block_aspect_ratio)
 
 
-def _draw_separate(masking: MaskingConfig, grid: int, seed: int, step: int, index: Int64[Tensor, "b"]) -> Drawn:
-    """Draw target blocks of their own sizes, and the context without them."""
-    draws = hashed_uniform(seed, step, index, 4 * masking.num_blocks + 3)
-    blocks = _own_blocks(masking, grid, draws)
+def _context(
+    masking: MaskingConfig, grid: int, draws: Float64[Tensor, "b d"], blocks: Bool[Tensor, "b k n"]
+) -> Bool[Tensor, "b n"]:
+    """Return what is visible: a context block, from the last three draws, without the target blocks."""
     union = blocks.any(dim=1)
     size_and_place = torch.stack((draws[:, -3], torch.zeros_like(draws[:, -3]), draws[:, -2], draws[:, -1]), dim=-1)
     context = _blocks(size_and_place[:, None], grid, masking.context_scale, (1.0, 1.0))[:, 0]
     visible = context & ~union
     # If no context patch is left, the context is all patches outside the target blocks, or outside the first one.
     visible = torch.where(visible.any(dim=1, keepdim=True), visible, ~union)
-    return blocks, torch.where(visible.any(dim=1, keepdim=True), visible, ~blocks[:, 0])
+    return torch.where(visible.any(dim=1, keepdim=True), visible, ~blocks[:, 0])
 
 
 def _blocks(

@@ -34,12 +34,25 @@ def sizes_of_step(masking: MaskingConfig, grid: int, seed: int, step: int) -> tu
     return target_sides(masking, grid, target), context_sides(masking, grid, context)
 
 
-def draw_official(
-    masking: MaskingConfig, grid: int, sizes: tuple[Sides, Sides], seed: int, step: int, index: Int64[Tensor, "b"]
-) -> Drawn:
-    """Draw target blocks and context of the given sizes."""
-    k, (target, context) = masking.num_blocks, sizes
-    blocks = _placed(hashed_uniform(seed, step, index, 2 * k).unflatten(1, (k, 2)), grid, target)
+def official_blocks(
+    masking: MaskingConfig, grid: int, target: Sides, seed: int, step: int, index: Int64[Tensor, "b"]
+) -> Bool[Tensor, "b k n"]:
+    """Draw the places of the target blocks, which all have the sides `target`."""
+    k = masking.num_blocks
+    return _placed(hashed_uniform(seed, step, index, 2 * k).unflatten(1, (k, 2)), grid, target)
+
+
+def official_context(
+    masking: MaskingConfig,
+    grid: int,
+    context: Sides,
+    seed: int,
+    step: int,
+    index: Int64[Tensor, "b"],
+    blocks: Bool[Tensor, "b k n"],
+) -> Bool[Tensor, "b n"]:
+    """Draw the place of the context block, and return what is visible: its patches outside the target blocks."""
+    k = masking.num_blocks
     visible = torch.zeros_like(blocks[:, 0])
     missing = torch.arange(len(index), device=index.device)
     for attempt in range(TRIES * k + 1):
@@ -51,7 +64,7 @@ def draw_official(
         missing = missing[found.sum(1) <= masking.min_keep]
         if not len(missing):
             break
-    return blocks, visible
+    return visible
 
 
 def _placed(draws: Float64[Tensor, "b k 2"], grid: int, sides: Sides) -> Bool[Tensor, "b k n"]:
