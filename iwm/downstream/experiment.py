@@ -110,6 +110,11 @@ def run_classification(
     )
 
 
+def varied(*words: tuple[str, Sequence[object]]) -> list[str]:
+    """Return the words for a trial's name: each stands for one of the values beside it, if there are several."""
+    return [word for word, values in words if len(values) > 1]
+
+
 def selection_of(settings: TrainSettings, specs: Mapping[str, TrialSpec]) -> Selection:
     """Return the images of the choice. There is one between learning rates; other trials are compared, not chosen."""
     if settings.selection == "val":
@@ -196,7 +201,6 @@ def _result(
 ) -> dict[str, Any]:
     tasks = {task.name: task.metadata() for task in plan.tasks}
     choices = [choice_score(best) for best in progress.best]
-    first, *_ = plan.full_trials
     trials = {}
     for number, (name, spec) in enumerate(specs.items()):
         scores = {
@@ -224,7 +228,7 @@ def _result(
         "batch_size": plan.batch_size,
         "micro_batch_size": context.micro_batch,
         "trials": trials,
-        "chosen": list(specs)[first if plan.selection == "none" else max(plan.full_trials, key=choices.__getitem__)],
+        "chosen": list(specs)[plan.chosen(choices)],
         "selection": plan.selection,
         "training": context.folder.name,
     }

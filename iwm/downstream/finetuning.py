@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from iwm.config import ConfigError, EncoderName
+from iwm.config import ConfigError
 from iwm.downstream.context import RunContext, Runner, column_of
-from iwm.downstream.experiment import TrialSpec, run_classification, trials_tables
+from iwm.downstream.experiment import TrialSpec, run_classification, trials_tables, varied
 from iwm.downstream.optim import adamw, layer_decay_scales
 from iwm.downstream.pretrained import Pretrained
 from iwm.downstream.protocol_settings import (
@@ -27,7 +27,7 @@ from iwm.downstream.protocol_settings import (
     FinetunePredictorSettings,
     PredictorInit,
 )
-from iwm.downstream.settings import TrainSettings, sized_crops
+from iwm.downstream.settings import sized_crops
 from iwm.downstream.study import FrozenEncoders
 from iwm.downstream.tasks import classes_of
 from iwm.downstream.trials import FinetunedEncoder, FinetunedEncoderPredictor, FinetunedPredictor
@@ -94,12 +94,6 @@ def attentive_head(
     return AttentiveHead(predictor_backbone.embed_dim, heads, classes, std=FINETUNE_INIT_STD)
 
 
-def varied_words(settings: TrainSettings, features: EncoderName, lr: float) -> list[str]:
-    """Return a trial's encoder and learning rate as parts of its name, each where the protocol has several."""
-    words = [features] if len(settings.encoder) > 1 else []
-    return words + ([f"lr {lr:g}"] if len(settings.lr) > 1 else [])
-
-
 def run_finetune_encoder(
     context: RunContext, settings: FinetuneEncoderSettings, stop: StopFlag
 ) -> dict[str, Any] | None:
@@ -119,9 +113,8 @@ def run_finetune_encoder(
         scales = layer_decay_scales(trial, settings.layer_decay)
         optimizer = adamw(trial, lr, settings.weight_decay, scales.__getitem__)
         metadata = {"lr": lr, "seed": seed, "features": features, "predictor": None}
-        specs[", ".join((*varied_words(settings, features, lr), f"seed {seed}"))] = TrialSpec(
-            trial, optimizer, metadata
-        )
+        words = (*varied((features, settings.encoder), (f"lr {lr:g}", settings.lr)), f"seed {seed}")
+        specs[", ".join(words)] = TrialSpec(trial, optimizer, metadata)
     return run_classification(
         context, column, crops, settings.mixup, names, specs, FrozenEncoders({}), stop, timed=True
     )
@@ -166,17 +159,13 @@ def run_finetune_predictor(
             "actions": actions,
             "tokens": TOKENS[output],
         }
-        varied = [
-            word
-            for word, values in (
-                (features, settings.encoder),
-                (f"{actions} action", settings.actions),
-                (output, settings.outputs),
-                (f"lr {lr:g}", settings.lr),
-            )
-            if len(values) > 1
-        ]
-        specs[", ".join((kind, *varied, f"seed {seed}"))] = TrialSpec(trial, optimizer, metadata)
+        words = varied(
+            (features, settings.encoder),
+            (f"{actions} action", settings.actions),
+            (output, settings.outputs),
+            (f"lr {lr:g}", settings.lr),
+        )
+        specs[", ".join((kind, *words, f"seed {seed}"))] = TrialSpec(trial, optimizer, metadata)
     return run_classification(
         context, column, crops, settings.mixup, names, specs, shared, stop, cached=settings.cache_features, timed=True
     )
@@ -206,7 +195,8 @@ def run_finetune_end_to_end(
             for name, scale in layer_decay_scales(trial, settings.layer_decay).items()
         }
         metadata = {"lr": lr, "seed": seed, "features": features, "predictor": kind}
-        specs[", ".join((kind, *varied_words(settings, features, lr), f"seed {seed}"))] = TrialSpec(
+        words = (kind, *varied((features, settings.encoder), (f"lr {lr:g}", settings.lr)), f"seed {seed}")
+        specs[", ".join(words)] = TrialSpec(
             trial, adamw(trial, lr, settings.weight_decay, scales.__getitem__), metadata
         )
     return run_classification(

@@ -17,8 +17,8 @@ from iwm.config import ConfigError
 from iwm.downstream.cached_features import CachedFeatures
 from iwm.downstream.context import RunContext, Runner, column_of, open_task
 from iwm.downstream.cost import dummy_labelled_batch
-from iwm.downstream.experiment import TrialSpec, format_percent, run_trials, selection_note
-from iwm.downstream.finetuning import attentive_head, optimizer_of, predictor_of, varied_words
+from iwm.downstream.experiment import TrialSpec, format_percent, run_trials, selection_note, varied
+from iwm.downstream.finetuning import attentive_head, optimizer_of, predictor_of
 from iwm.downstream.protocol_settings import MultitaskSettings, PredictorInit
 from iwm.downstream.settings import sized_crops
 from iwm.downstream.study import FrozenEncoders
@@ -54,8 +54,12 @@ def run_multitask(context: RunContext, settings: MultitaskSettings, stop: StopFl
     specs = {}
     for kind, features, lr, seed in product(settings.predictors, settings.encoder, settings.lr, settings.seeds):
         metadata = {"lr": lr, "seed": seed, "features": features, "predictor": kind}
-        words: list[str] = [kind] if len(settings.predictors) > 1 else []
-        words += varied_words(settings, features, lr) + ([f"seed {seed}"] if len(settings.seeds) > 1 else [])
+        words = varied(
+            (kind, settings.predictors),
+            (features, settings.encoder),
+            (f"lr {lr:g}", settings.lr),
+            (f"seed {seed}", settings.seeds),
+        )
         suffix = "".join(f", {word}" for word in words)
 
         def new_predictor_backbone(tokens: int, kind: PredictorInit = kind, seed: int = seed) -> PredictorBackbone:

@@ -75,6 +75,10 @@ class TrainPlan:
         easier."""
         return [trial for trial, task_ids in enumerate(self.task_ids) if len(task_ids) == len(self.tasks)]
 
+    def chosen(self, choices: Sequence[float]) -> int:
+        """Return the index of the chosen trial: the best by `choices` (choice_score), or the first full one."""
+        return self.full_trials[0] if self.selection == "none" else max(self.full_trials, key=choices.__getitem__)
+
 
 @dataclass
 class TrainProgress:

@@ -15,7 +15,7 @@ from torch import nn
 
 from iwm.downstream.context import RunContext, Runner, loading_of, resume_task, training_parts
 from iwm.downstream.cost import dummy_masked_batch
-from iwm.downstream.experiment import TrialSpec, run_trials, selection_note, trial_name
+from iwm.downstream.experiment import TrialSpec, run_trials, selection_note, trial_name, varied
 from iwm.downstream.finetuning import predictor_of
 from iwm.downstream.optim import adamw
 from iwm.downstream.protocol_settings import PredictorInit, SegmentationSettings
@@ -97,10 +97,8 @@ def run_segmentation(context: RunContext, settings: SegmentationSettings, stop: 
             assert isinstance(trial, Segmenter)
             trial.to(dist.device)
             metadata = {"part": part, "lr": lr, "seed": seed, "features": features, "predictor": kind}
-            words: list[str] = [part, *([kind] if kind and len(kinds) > 1 else [])]
-            words += [features] if len(settings.encoder) > 1 else []
-            words.append(f"lr {lr:g}")
-            words += [f"seed {seed}"] if len(settings.seeds) > 1 else []
+            words: list[str] = [part, *varied((kind or "", kinds if kind else ()), (features, settings.encoder))]
+            words += [f"lr {lr:g}", *varied((f"seed {seed}", settings.seeds))]
             specs[", ".join(words)] = TrialSpec(trial, adamw(trial, lr, settings.weight_decay), metadata)
     frozen_names = settings.encoder if "predictor" in settings.parts else ()
     frozen = FrozenEncoders({name: pretrained.encoder(name) for name in frozen_names})

@@ -46,13 +46,12 @@ def validate(plan: TrainPlan, progress: TrainProgress, monitor: MetricLogger, di
         chosen_by = _means(plan, scores_of_trials(plan, dist, "selection"))
         current = [{**now, "selection": mean} for now, mean in zip(current, chosen_by, strict=True)]
     choices = [choice_score(now) for now in current]
+    leader = plan.chosen(choices)
     if plan.selection == "none":
-        progress.best, leader = current, plan.full_trials[0]
-        improved = progress.step == plan.steps
+        progress.best, improved = current, progress.step == plan.steps
     else:
         before = max((choice_score(progress.best[trial]) for trial in plan.full_trials if progress.best), default=-1.0)
         progress.best = [max(pair, key=choice_score) for pair in zip(progress.best or current, current, strict=True)]
-        leader = max(plan.full_trials, key=choices.__getitem__)
         improved = choices[leader] > before
     if dist.is_main and improved:
         save_state(

@@ -57,7 +57,7 @@ def has_sincos_positions(state: Mapping[str, Any], path: Path) -> bool:
 
 
 def load_ijepa_predictor(
-    state: Mapping[str, Tensor], vit: VisionTransformer, heads: int | None, path: Path
+    state: Mapping[str, Tensor], vit: VisionTransformer, path: Path, heads: int | None
 ) -> Predictor:
     """Return the predictor of a file of I-JEPA, on the features of its encoder `vit` and for images of its size.
 

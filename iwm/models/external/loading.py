@@ -24,6 +24,7 @@ from iwm.models.external.ijepa_predictor import load_ijepa_predictor
 from iwm.models.external.tensors import abbreviated, depth_of, grid_of, mismatches, mlp_ratio_of, shape_of
 from iwm.models.external.vit import ExternalEncoder, MaeDecoder
 from iwm.models.layers import resample_positions
+from iwm.models.predictor import Predictor
 from shards.errors import one_line
 
 __all__ = ["FORMATS", "ExternalCheckpointError", "ExternalEncoder", "MaeDecoder", "NoPredictorError", "load_external"]
@@ -78,23 +79,25 @@ def load_external(
     path = Path(path)
     content = read_file(path)
     state = find_encoder(format_name, content, path)
-    decoder_keys = (
-        {key for key in state if key == "mask_token" or key.startswith("decoder_")} if format_name == "mae" else set()
+    decoder = (
+        {key: value for key, value in state.items() if key == "mask_token" or key.startswith("decoder_")}
+        if format_name == "mae"
+        else {}
     )
-    encoder_state = {key: value for key, value in state.items() if key not in decoder_keys}
-    vit = _published_vit(format_name, encoder_state, path, image_size, heads)
-    if not predictor:
-        return _frozen(ExternalEncoder(format_name, vit, IMAGENET_MEAN, IMAGENET_STD))
-    if format_name == "ijepa":
+    vit = _published_vit(format_name, {key: state[key] for key in state if key not in decoder}, path, image_size, heads)
+    loaded: MaeDecoder | Predictor | None = None
+    if predictor and format_name == "mae":
+        if not decoder:
+            raise NoPredictorError(
+                f"{path} holds MAE's encoder alone; files with the decoder are mae_visualize_vit_*.pth"
+            )
+        loaded = _decoder(decoder, vit, path, predictor_heads)
+    elif predictor:
         tensors = find_predictor(format_name, content)
         if not tensors:
             raise NoPredictorError(f"{path} holds I-JEPA's encoders alone; published files have the predictor too")
-        ijepa_predictor = load_ijepa_predictor(tensors, vit, predictor_heads, path)
-        return _frozen(ExternalEncoder(format_name, vit, IMAGENET_MEAN, IMAGENET_STD, ijepa_predictor))
-    if not decoder_keys:
-        raise NoPredictorError(f"{path} holds MAE's encoder alone; files with the decoder are mae_visualize_vit_*.pth")
-    mae_decoder = _decoder({key: state[key] for key in decoder_keys}, vit, path, predictor_heads)
-    return _frozen(ExternalEncoder(format_name, vit, IMAGENET_MEAN, IMAGENET_STD, mae_decoder))
+        loaded = load_ijepa_predictor(tensors, vit, path, predictor_heads)
+    return _frozen(ExternalEncoder(format_name, vit, IMAGENET_MEAN, IMAGENET_STD, loaded))
 
 
 def _frozen(encoder: ExternalEncoder) -> ExternalEncoder:
