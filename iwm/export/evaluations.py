@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from iwm.report.results import Metric, ProtocolResult, TrialResult, read_dataset_results
+from iwm.report.results import Metric, ProtocolResult, TrialResult, best_choice, read_dataset_results
 from iwm.report.runs import RunResults, read_result
 from iwm.training.checkpoint import run_dir_of
 
@@ -61,10 +61,5 @@ def _scores(record: ProtocolResult) -> list[DownstreamScore]:
     It has the highest mean over its tasks: on held-out training images, where there are such, or on the held-out split.
     """
     whole = [trial for trial in record.trials if trial.scores.keys() == record.tasks.keys()]
-    if not whole:
-        return []
-    if all(trial.selection is not None for trial in whole):
-        best = max(whole, key=lambda trial: trial.selection or 0.0)
-    else:
-        best = max(whole, key=lambda trial: sum(score.mean for score in trial.scores.values()))
-    return [DownstreamScore(record, best, task) for task in record.tasks]
+    best = best_choice(whole, lambda trial: sum(score.mean for score in trial.scores.values()))
+    return [] if best is None else [DownstreamScore(record, best, task) for task in record.tasks]

@@ -44,6 +44,13 @@ class ChartLine:
     """Name of each point for its reading, or empty."""
 
 
+def unjoined(name: str, points: Sequence[tuple[str, float, float]]) -> ChartLine:
+    """Return points that no line joins, each given as its name, x and value."""
+    ordered = sorted(points, key=lambda point: point[1])
+    places, names = [(x, y) for _, x, y in ordered], [each for each, *_ in ordered]
+    return ChartLine(name, places, joined=False, point_names=names)
+
+
 @dataclass(frozen=True)
 class ChartMark:
     """One named point; `half` is half the length of its error bar (0: none)."""

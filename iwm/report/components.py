@@ -21,6 +21,7 @@ from iwm.report.charts import (
     line_chart,
     mark_chart,
     spread_chart,
+    unjoined,
 )
 from iwm.report.tables import Cell, html_table, stored_tables, table
 from iwm.report.templates import call
@@ -42,6 +43,7 @@ __all__ = [
     "spread_chart",
     "stored_tables",
     "table",
+    "unjoined",
     "with_anchors",
 ]
 

@@ -34,6 +34,7 @@ from iwm.report.components import (
     mark_chart,
     paragraphs,
     section,
+    unjoined,
 )
 from iwm.report.results import DatasetResults, SeedScores, read_dataset_results
 from iwm.report.runs import RunResults
@@ -214,6 +215,5 @@ def _chart(data: str, ours: Sequence[FinetunedPoint], large: bool) -> Markup:
 
 
 def _line(who: str, part: str, points: Sequence[FinetunedPoint]) -> ChartLine:
-    chosen = sorted((point for point in points if point.part == part), key=lambda point: point.millions)
-    places = [(point.millions, point.accuracy) for point in chosen]
-    return ChartLine(f"{who}: {TUNED[part]}", places, joined=False, point_names=[point.name for point in chosen])
+    chosen = [(point.name, point.millions, point.accuracy) for point in points if point.part == part]
+    return unjoined(f"{who}: {TUNED[part]}", chosen)

@@ -26,9 +26,11 @@ from iwm.report.components import (
     line_chart,
     paragraphs,
     section,
+    unjoined,
 )
 from iwm.report.results import TrialResult, best_trials, read_dataset_results
 from iwm.report.runs import RunResults, group_by_seed
+from iwm.report.table_text import percent
 from iwm.report.trial_selection import finetunes, is_plain
 
 ACCURACIES: Mapping[str, Literal["linear", "attentive", "predictor_finetuning"]] = {
@@ -111,7 +113,7 @@ def _charts(data: str, ours: Sequence[EquivariancePoint]) -> Markup:
     shown = [name for name in ACCURACIES if any(name in point.accuracies for point in ours)]
     cards = [_card(f"{PROTOCOLS[name].title}: {data}", name, ours, paper) for name in shown]
     rows = [
-        [f"{who}: {point.name}", f"{point.mrr:.3f}", *(_percent(point.accuracies.get(name)) for name in shown)]
+        [f"{who}: {point.name}", f"{point.mrr:.3f}", *(percent(point.accuracies.get(name)) for name in shown)]
         for who, points in (("ours", ours), ("paper", paper))
         for point in points
     ]
@@ -133,17 +135,12 @@ def _card(title: str, protocol: str, ours: Sequence[EquivariancePoint], paper: S
 
 
 def _line(name: str, points: Sequence[EquivariancePoint], protocol: str) -> ChartLine:
-    known = sorted((point for point in points if protocol in point.accuracies), key=lambda point: point.mrr)
-    places = [(point.mrr, point.accuracies[protocol]) for point in known]
-    return ChartLine(name, places, joined=False, point_names=[point.name for point in known])
+    known = [point for point in points if protocol in point.accuracies]
+    return unjoined(name, [(point.name, point.mrr, point.accuracies[protocol]) for point in known])
 
 
 def _signed(value: float | None) -> str:
     return "–" if value is None else f"{value:+.2f}"
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f}"
 
 
 # Points of runs

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from iwm.downstream.registry import PROTOCOLS
 from iwm.evaluation.paper_results import IJEPA
@@ -200,10 +200,21 @@ def best_trials(
                 statistics.mean(chosen_by) if len(chosen_by) == len(group) else None,
             )
         )
-    by_selection = [(score.selection, score) for score in scores if score.selection is not None]
-    if by_selection and len(by_selection) == len(scores):
-        return max(by_selection, key=lambda pair: pair[0])[1]
-    return max(scores, key=lambda score: score.mean, default=None)
+    return best_choice(scores, lambda score: score.mean)
+
+
+CandidateT = TypeVar("CandidateT", SeedScores, TrialResult)
+
+
+def best_choice(candidates: Sequence[CandidateT], mean: Callable[[CandidateT], float]) -> CandidateT | None:
+    """Return the candidate with the best score on held-out training images, if all have one, otherwise by `mean`.
+
+    None without candidates.
+    """
+    chosen_by = [candidate.selection for candidate in candidates]
+    known = [score for score in chosen_by if score is not None]
+    scores = known if len(known) == len(chosen_by) else list(map(mean, candidates))
+    return candidates[scores.index(max(scores))] if scores else None
 
 
 def _named(run: RunResults, record: ProtocolResult) -> str:
