@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from iwm.config import ConfigError, TrainConfig
+from iwm.config import ConfigError
 from iwm.downstream.context import open_run
 from iwm.downstream.pretrained import load_pretrained
 from iwm.downstream.registry import lookup
@@ -28,6 +28,7 @@ from iwm.ranges import check_ranges
 from iwm.report.page import write_report
 from iwm.report.paper_tables import markdown, paper_tables
 from iwm.report.runs import ReportError, read_result
+from iwm.train_config import TrainConfig
 from iwm.training.checkpoint import CheckpointError, versions
 from iwm.training.distributed import init_distributed
 from iwm.training.runtime import configure_cpu, device_name, stop_on_signal

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from dali_pipelines.augmentations import SCENARIOS, Views
-from iwm.config import Config, DataConfig, LogConfig, OptimConfig, ScheduleConfig, TrainConfig
+from iwm.config import Config, DataConfig
 from iwm.model_config import ActionConfig, EncoderConfig, LossConfig, MaskingConfig, PredictorConfig
+from iwm.train_config import LogConfig, OptimConfig, ScheduleConfig, TrainConfig
 
 VIT_S = EncoderConfig(embed_dim=384, depth=12, num_heads=6)
 VIT_B = EncoderConfig(embed_dim=768, depth=12, num_heads=12)

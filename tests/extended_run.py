@@ -21,7 +21,7 @@ from dali_pipelines.photometric_kernels import missing_ops
 from dali_pipelines.replay import apply_photometric, sample_photometric
 from iwm.ablation.studies import STUDIES
 from iwm.actions import action_from_params, action_schema, action_spec, describe_action, make_action
-from iwm.config import Config, ConfigError, OptimConfig, TrainConfig
+from iwm.config import Config, ConfigError
 from iwm.evaluation.corruptions import make_corruptions
 from iwm.evaluation.explorer import source_params
 from iwm.evaluation.parameter_sweep import change_in_words, make_sweeps
@@ -32,6 +32,7 @@ from iwm.models.attention import set_attention_impl
 from iwm.models.flops import predictor_flops, training_flops
 from iwm.models.world_model import WorldModel
 from iwm.recipes import RECIPES
+from iwm.train_config import OptimConfig, TrainConfig
 from iwm.training.distributed import DistEnv
 from iwm.training.optim import ScheduleValues, build_optimizer
 from iwm.training.step import ForwardBackward, prepare_masks, sample_step_masks, train_step

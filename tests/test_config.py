@@ -9,10 +9,11 @@ import pytest
 
 import iwm
 from dali_pipelines.augmentations import SCENARIOS, PhotometricConfig, Views
-from iwm.config import Config, ConfigError, DataConfig, TrainConfig
+from iwm.config import Config, ConfigError, DataConfig
 from iwm.config_io import config_diff, from_dict, from_yaml, to_dict, to_yaml
 from iwm.model_config import EncoderConfig, MaskingConfig, PredictorConfig
 from iwm.recipes import RECIPES, with_scenario
+from iwm.train_config import TrainConfig
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from iwm.actions import ActionSpec, action_spec
-from iwm.config import AttentionImpl, Config, ConfigError, EncoderName
+from iwm.config import Config, ConfigError
 from iwm.downstream.settings import TrainSettings
+from iwm.encoder_outputs import EncoderName
 from iwm.models.attention import to_device
 from iwm.models.backbone import Backbone, frozen_backbone
 from iwm.models.external.loading import (
@@ -21,6 +22,7 @@ from iwm.models.external.loading import (
     load_external,
 )
 from iwm.models.predictor import Predictor
+from iwm.train_config import AttentionImpl
 from iwm.training.checkpoint import CheckpointError, load_world_model, resolve, run_dir_of
 from iwm.training.runtime import configure_cpu
 from shards.cache import local_folder

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from iwm.config import Pool
 from iwm.downstream.context import RunContext, Runner, column_of
 from iwm.downstream.experiment import TrialSpec, run_classification, trials_tables
 from iwm.downstream.optim import adamw, lars
@@ -24,6 +23,7 @@ from iwm.downstream.settings import MixupSettings, sized_crops
 from iwm.downstream.study import FrozenEncoders
 from iwm.downstream.tasks import classes_of
 from iwm.downstream.trials import Probe
+from iwm.encoder_outputs import Pool
 from iwm.models.heads import AttentiveHead, LinearHead
 from iwm.training.runtime import StopFlag
 

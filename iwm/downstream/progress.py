@@ -13,9 +13,10 @@ from typing import Any, Literal
 import torch
 
 from dali_pipelines.crops import Interpolation
-from iwm.config import ConfigError, EncoderName, LayerNormKind
+from iwm.config import ConfigError
 from iwm.config_io import flat_diff, split_changes
 from iwm.downstream.study import Study, Task
+from iwm.encoder_outputs import EncoderName, LayerNormKind
 from iwm.training.checkpoint import CheckpointError, load_verified, save_atomic
 
 Scores = list[dict[str, dict[str, Any]]]

@@ -11,8 +11,8 @@ from typing import Annotated, Literal
 
 from dali_pipelines.augmentations import PhotometricConfig
 from dali_pipelines.crops import CropSettings, SegmentationCrops
-from iwm.config import LayerNormKind, Pool
 from iwm.downstream.settings import MixupSettings, TrainSettings, require, require_unique
+from iwm.encoder_outputs import LayerNormKind, Pool
 from iwm.model_config import PredictorConfig
 from iwm.ranges import Range
 

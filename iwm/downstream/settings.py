@@ -9,7 +9,8 @@ from typing import Annotated, Literal, TypeVar
 
 from dali_pipelines.augmentations import AugmentationError
 from dali_pipelines.crops import CropSettings, SegmentationCrops
-from iwm.config import ConfigError, EncoderName
+from iwm.config import ConfigError
+from iwm.encoder_outputs import EncoderName
 from iwm.evaluation.settings import EvalData, EvalSettings
 from iwm.ranges import Range, check_ranges
 from shards.listing import LABEL

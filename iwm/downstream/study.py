@@ -17,10 +17,12 @@ from jaxtyping import Float, Real
 from torch import Tensor, nn
 
 from dali_pipelines.seeds import derive_seed
-from iwm.config import AttentionImpl, ConfigError, Pool
+from iwm.config import ConfigError
+from iwm.encoder_outputs import Pool
 from iwm.models.attention import to_device
 from iwm.models.backbone import Backbone
 from iwm.models.predictor_backbone import PredictorBackbone
+from iwm.train_config import AttentionImpl
 
 PIXELS = "pixels"
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from dali_pipelines.augmentations import MEAN_COLOUR, Views
 from dali_pipelines.replay import sample_photometric
 from iwm.actions import ActionSpec, action_between
-from iwm.config import EncoderName
 from iwm.downstream.study import PIXELS, SharedInputs, Trial
+from iwm.encoder_outputs import EncoderName
 from iwm.models.backbone import Backbone
 from iwm.models.heads import UPerNet, segmentation_loss
 from iwm.models.predictor_backbone import PredictorBackbone

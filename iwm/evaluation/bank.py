@@ -15,7 +15,7 @@ from torch import Tensor
 from dali_pipelines.augmentations import IDENTITY, JitterImpl
 from dali_pipelines.replay import apply_photometric
 from iwm.actions import ActionSpec, action_between
-from iwm.config import ENCODERS, EncoderName
+from iwm.encoder_outputs import ENCODERS, EncoderName
 from iwm.evaluation.settings import DISTANCES, Distance
 from iwm.models.world_model import WorldModel
 

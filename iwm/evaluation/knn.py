@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
-from iwm.config import ENCODERS, ConfigError
+from iwm.config import ConfigError
+from iwm.encoder_outputs import ENCODERS
 from iwm.evaluation.common import EvalContext, proportion_stderr
 from iwm.evaluation.features import extract_features
 from iwm.evaluation.result_table import ResultTable, format_mean_stderr

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dali_pipelines.augmentations import JitterImpl
 from dali_pipelines.replay import sample_photometric
-from iwm.config import ENCODERS
+from iwm.encoder_outputs import ENCODERS
 from iwm.evaluation.bank import actions_from, chance_mrr, derangement, embed_bank, predicted_distances, rank_of_target
 from iwm.evaluation.common import EvalContext, mean_and_stderr
 from iwm.evaluation.result_table import ResultTable, format_mean_stderr

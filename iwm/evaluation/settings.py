@@ -12,7 +12,8 @@ from typing import Annotated, Literal
 import tyro
 
 from dali_pipelines.augmentations import OP_BY_NAME, SCENARIOS, JitterImpl, PhotometricConfig, Views
-from iwm.config import ConfigError, EncoderName
+from iwm.config import ConfigError
+from iwm.encoder_outputs import EncoderName
 from iwm.ranges import Range
 
 JITTER_SCENARIOS = tuple(name for name, views in SCENARIOS.items() if views.target.jitter_probability > 0)

@@ -27,7 +27,8 @@ from torch import Tensor
 
 from dali_pipelines.augmentations import SCENARIOS, PhotometricConfig, Views
 from dali_pipelines.replay import apply_photometric, sample_photometric
-from iwm.config import ConfigError, EncoderName
+from iwm.config import ConfigError
+from iwm.encoder_outputs import EncoderName
 from iwm.evaluation.colour_scale import ColourScale
 from iwm.evaluation.common import EvalContext, mean_and_stderr
 from iwm.evaluation.figures import FigureTile, Matrix, TileFigure, write_figures

@@ -29,11 +29,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from iwm.actions import action_schema, action_spec
-from iwm.config import Config, ConfigError, EncoderName
+from iwm.config import Config, ConfigError
 from iwm.config_io import from_dict, to_dict
 from iwm.downstream.progress import TaskInfo, TrainedHead
 from iwm.downstream.registry import lookup
 from iwm.downstream.restore import split_state
+from iwm.encoder_outputs import EncoderName
 from iwm.export.timm_config import timm_config
 from iwm.models.encoder import IMAGENET_MEAN, IMAGENET_STD
 from iwm.training.checkpoint import CheckpointError, versions

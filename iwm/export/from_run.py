@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
-from iwm.config import Config, ConfigError, EncoderName
+from iwm.config import Config, ConfigError
 from iwm.downstream.progress import TrainedHead
 from iwm.downstream.restore import load_head
+from iwm.encoder_outputs import EncoderName
 from iwm.export.evaluations import read_results
 from iwm.export.folder import attach_head, write_export
 from iwm.export.graphs import GraphFormat, check_formats, write_graphs

@@ -10,12 +10,13 @@ from jaxtyping import Float, Real, UInt8
 from torch import Tensor, nn
 
 from iwm.actions import ActionSpec, action_spec, make_action
-from iwm.config import Config, ConfigError, EncoderName
+from iwm.config import Config, ConfigError
 from iwm.downstream.progress import TrainedHead
 from iwm.downstream.registry import lookup
 from iwm.downstream.restore import BACKBONE
 from iwm.downstream.study import PIXELS, SharedInputs, Trial
 from iwm.downstream.trials import pad_to_patches
+from iwm.encoder_outputs import EncoderName
 from iwm.export.folder import ExportedModel, Provenance, read_export
 from iwm.export.images import Images, to_pixels
 from iwm.models.attention import to_device

@@ -13,10 +13,10 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.profiler import ProfilerActivity, profile
 
 from iwm.compat import HAS_TRITON, REPLANS_CUDNN_VARLEN, matmul_dtype
-from iwm.config import AttentionImpl
 from iwm.kernels.bf16_weights import linear
 from iwm.kernels.short_attention import LONGEST, projected_attention, short_attention
 from iwm.packing import Packing, gather_unique
+from iwm.train_config import AttentionImpl
 
 
 class Attention(TimmAttention):

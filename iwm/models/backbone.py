@@ -9,11 +9,13 @@ from jaxtyping import Float, Real
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from iwm.config import AttentionImpl, ConfigError, LayerNormKind
+from iwm.config import ConfigError
+from iwm.encoder_outputs import LayerNormKind
 from iwm.models.attention import to_device
 from iwm.models.encoder import Encoder
 from iwm.models.external.loading import ExternalEncoder
 from iwm.models.layers import compile_blocks, forward_blocks, set_drop_path
+from iwm.train_config import AttentionImpl
 
 
 class Backbone(nn.Module):

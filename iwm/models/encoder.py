@@ -8,7 +8,6 @@ from jaxtyping import Float, Int64, Real
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from iwm.config import ResidualDtype
 from iwm.model_config import EncoderConfig as EncoderConfig
 from iwm.models.block import OWN_LAYERS, Block
 from iwm.models.layers import (
@@ -19,6 +18,7 @@ from iwm.models.layers import (
     sincos_positions,
 )
 from iwm.packing import Packing
+from iwm.train_config import ResidualDtype
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

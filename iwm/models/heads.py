@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from iwm.config import ConfigError, LayerNormKind
+from iwm.config import ConfigError
+from iwm.encoder_outputs import LayerNormKind
 
 PROBE_INIT_STD = 0.01
 """Standard deviation of a probe's initial classifier weights, as in MAE, MoCo v3 and the context autoencoder. All

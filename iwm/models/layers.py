@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from iwm.compat import set_recompile_limit
-from iwm.config import CompileMode, ResidualDtype
 from iwm.model_config import Initialisation
 from iwm.packing import Packing
+from iwm.train_config import CompileMode, ResidualDtype
 
 
 def sincos_positions(width: int, grid: int) -> Float[Tensor, "n {width}"]:

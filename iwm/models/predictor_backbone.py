@@ -13,7 +13,8 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from iwm.actions import action_spec
-from iwm.config import AttentionImpl, Config, LayerNormKind
+from iwm.config import Config
+from iwm.encoder_outputs import LayerNormKind
 from iwm.model_config import PredictorConfig
 from iwm.models.attention import to_device
 from iwm.models.backbone import Backbone, intermediate_layers
@@ -21,6 +22,7 @@ from iwm.models.external.loading import MaeDecoder
 from iwm.models.layers import compile_blocks, forward_blocks, init_weights, set_drop_path
 from iwm.models.predictor import Predictor
 from iwm.models.predictor_shape import unconditioned
+from iwm.train_config import AttentionImpl
 
 
 class PredictorBackbone(nn.Module):

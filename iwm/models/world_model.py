@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from iwm.actions import ActionSpec, action_from_params, action_spec
 from iwm.compat import set_activation_memory_budget
-from iwm.config import Config, EncoderName
+from iwm.config import Config
+from iwm.encoder_outputs import EncoderName
 from iwm.masking import PackedMasks
 from iwm.model_config import LossConfig
 from iwm.models.attention import attention_kernel, to_device

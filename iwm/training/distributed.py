@@ -15,7 +15,7 @@ import torch.distributed
 from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store
 
-from iwm.config import TrainConfig
+from iwm.train_config import TrainConfig
 from iwm.training.heartbeats import Heartbeats
 from iwm.training.launch import Launch, LaunchError, check_host, find_launch, gpu_index, step_cores
 from iwm.training.rank_progress import RankProgress

@@ -18,7 +18,8 @@ from timm.optim import Lars
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from iwm.config import Config, ConfigError, OptimConfig
+from iwm.config import Config, ConfigError
+from iwm.train_config import OptimConfig
 from iwm.training.parallel import shard_like
 
 

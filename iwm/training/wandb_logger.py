@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from iwm.config import Config, ConfigError, LogConfig
+from iwm.config import Config, ConfigError
 from iwm.config_io import to_dict
+from iwm.train_config import LogConfig
 from shards.atomic import write_atomically
 from shards.errors import one_line
 

@@ -17,9 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from dali_pipelines.augmentations import IDENTITY, PARAMS, Views
 from dali_pipelines.loader import ViewBatch
 from dali_pipelines.outputs import SampleKeys
-from iwm.config import Config, OptimConfig, TrainConfig
+from iwm.config import Config
 from iwm.model_config import ActionConfig, EncoderConfig, LossConfig, MaskingConfig, PredictorConfig
 from iwm.models.world_model import WorldModel
+from iwm.train_config import OptimConfig, TrainConfig
 from iwm.training.step import prepare_masks, sample_step_masks
 from tests.training.runs import alone
 

@@ -14,13 +14,14 @@ from PIL import Image
 from rich.console import Console
 
 from dali_pipelines.crops import CropSettings
-from iwm.config import Config, DataConfig, TrainConfig
+from iwm.config import Config, DataConfig
 from iwm.downstream.registry import PROTOCOLS
 from iwm.downstream.settings import DataSettings, TrainSettings
 from iwm.model_config import EncoderConfig, PredictorConfig
 from iwm.models.world_model import WorldModel
 from iwm.protocols import train_and_evaluate
 from iwm.recipes import demo
+from iwm.train_config import TrainConfig
 from iwm.training.checkpoint import Checkpoint, save_checkpoint, versions
 from shards.make import ShardingOptions, make_shards
 from shards.plan import ShardSize

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iwm.config import Config, TrainConfig
+from iwm.config import Config
 from iwm.downstream.optim import adamw, lars
 from iwm.downstream.progress import TrainPlan
 from iwm.downstream.study import Evaluated, FrozenEncoders, Study
@@ -26,6 +26,7 @@ from iwm.models.heads import AttentiveHead, LinearHead
 from iwm.models.predictor_backbone import PredictorBackbone, copy_pretrained
 from iwm.models.world_model import WorldModel
 from iwm.recipes import demo
+from iwm.train_config import TrainConfig
 from iwm.training.distributed import DistEnv, init_distributed
 from iwm.training.runtime import StopFlag
 

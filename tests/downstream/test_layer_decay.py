@@ -7,7 +7,7 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
-from iwm.config import Config, TrainConfig
+from iwm.config import Config
 from iwm.downstream.optim import layer_decay_scales, layer_ids
 from iwm.model_config import ActionConfig, EncoderConfig, PredictorConfig
 from iwm.models.backbone import frozen_backbone
@@ -16,6 +16,7 @@ from iwm.models.heads import AttentiveHead, LinearHead
 from iwm.models.predictor import Predictor as Pretrained
 from iwm.models.predictor_backbone import PredictorBackbone, copy_pretrained
 from iwm.models.world_model import WorldModel
+from iwm.train_config import TrainConfig
 
 DIMENSIONS = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 4}
 

@@ -12,11 +12,12 @@ import torch
 from dali_pipelines.augmentations import NO_PHOTOMETRIC
 from dali_pipelines.crops import SegmentationCrops
 from dali_pipelines.validation_loader import FullImageLoader
-from iwm.config import Config, ConfigError, LayerNormKind
+from iwm.config import Config, ConfigError
 from iwm.downstream.segmentation_task import SegmentationTask, pad_to_patches
 from iwm.downstream.settings import DataSettings
 from iwm.downstream.study import PIXELS, FrozenEncoders, Study, Trial
 from iwm.downstream.trials import Segmenter
+from iwm.encoder_outputs import LayerNormKind
 from iwm.models.backbone import frozen_backbone
 from iwm.models.heads import UPerNet
 from iwm.models.predictor_backbone import PredictorBackbone, copy_pretrained

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from dali_pipelines.augmentations import Views
-from iwm.config import Config, DataConfig, TrainConfig
+from iwm.config import Config, DataConfig
 from iwm.evaluate import main
 from iwm.model_config import EncoderConfig, PredictorConfig
 from iwm.models.world_model import WorldModel
+from iwm.train_config import TrainConfig
 from iwm.training.checkpoint import Checkpoint, save_checkpoint, versions
 from shards.errors import UserError
 from tools.make_demo_data import make_split

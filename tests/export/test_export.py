@@ -17,11 +17,12 @@ from timm.models.vision_transformer import VisionTransformer
 import iwm
 from dali_pipelines.augmentations import IDENTITY, NO_PHOTOMETRIC, PhotometricConfig, Views
 from iwm.actions import action_between, action_spec
-from iwm.config import Config, ConfigError, TrainConfig
+from iwm.config import Config, ConfigError
 from iwm.export.__main__ import ExportOptions, export
 from iwm.model_config import ActionConfig, EncoderConfig, PredictorConfig
 from iwm.models.encoder import IMAGENET_MEAN, IMAGENET_STD
 from iwm.models.world_model import WorldModel
+from iwm.train_config import TrainConfig
 from iwm.training.checkpoint import Checkpoint, CheckpointError, load_world_model, save_checkpoint, versions
 from tests.export.local_dir import needs_local_dir
 

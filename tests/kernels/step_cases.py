@@ -13,13 +13,14 @@ from tests.kernels.interpreted import DEVICE, CountedKernel
 # isort: split
 from dali_pipelines.augmentations import PARAMS, Views
 from dali_pipelines.loader import ViewBatch
-from iwm.config import Config, TrainConfig
+from iwm.config import Config
 from iwm.kernels import gelu_backward_triton, mlp, residual_norm, residual_norm_triton, short_attention_triton
 from iwm.kernels.mlp import Mlp, MlpTiling
 from iwm.kernels.residual_norm import NormTiling
 from iwm.model_config import EncoderConfig, MaskingConfig, PredictorConfig
 from iwm.models.attention import Attention
 from iwm.models.world_model import WorldModel
+from iwm.train_config import TrainConfig
 from iwm.training import step
 from iwm.training.distributed import init_distributed
 from iwm.training.step import ForwardBackward, block_layers, prepare_masks

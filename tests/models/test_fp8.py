@@ -14,13 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from iwm.config import Config, ConfigError, OptimConfig, TrainConfig
+from iwm.config import Config, ConfigError
 from iwm.kernels import mlp
 from iwm.kernels.gelu import Gelu
 from iwm.model_config import EncoderConfig, MaskingConfig, PredictorConfig
 from iwm.models import attention
 from iwm.models.fp8 import convert_to_fp8
 from iwm.models.world_model import WorldModel
+from iwm.train_config import OptimConfig, TrainConfig
 from iwm.training import checkpoint as checkpoints
 from iwm.training.checkpoint import load_world_model
 from iwm.training.optim import ScheduleValues, build_optimizer

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dali_pipelines.augmentations import PARAMS, Views
 from iwm.actions import action_from_params
-from iwm.config import Config, TrainConfig
+from iwm.config import Config
 from iwm.loss_tokens import loss_weights
 from iwm.masking import Masks, mask_buffer_sizes, pack_masks, sample_masks, token_statistics
 from iwm.model_config import ActionConfig, EncoderConfig, LossConfig, MaskingConfig, PredictorConfig
@@ -24,6 +24,7 @@ from iwm.packing import (
     split_bytes,
 )
 from iwm.recipes import RECIPES
+from iwm.train_config import TrainConfig
 
 GRID, BATCH = 6, 16
 SMALL = Config(

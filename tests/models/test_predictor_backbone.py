@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dali_pipelines.augmentations import SCENARIOS, Views
 from iwm.actions import action_spec
-from iwm.config import Config, TrainConfig
+from iwm.config import Config
 from iwm.downstream.trials import sample_actions
 from iwm.model_config import ActionConfig, EncoderConfig, PredictorConfig
 from iwm.models.backbone import frozen_backbone
@@ -25,6 +25,7 @@ from iwm.models.predictor_backbone import (
     init_predictor_for,
 )
 from iwm.models.world_model import WorldModel
+from iwm.train_config import TrainConfig
 
 CONFIG = Config(
     views=Views(size=32),

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from dali_pipelines.augmentations import PARAMS, Views
-from iwm.config import Config, TrainConfig
+from iwm.config import Config
 from iwm.loss_tokens import loss_weights
 from iwm.masking import Masks, PackedMasks, pack_masks, sample_masks, token_statistics
 from iwm.model_config import (
@@ -28,6 +28,7 @@ from iwm.models.layers import sincos_positions
 from iwm.models.world_model import WorldModel
 from iwm.packing import pack_tokens
 from iwm.recipes import RECIPES
+from iwm.train_config import TrainConfig
 
 SMALL = Config(
     views=Views(size=32),

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-from iwm.config import TrainConfig
+from iwm.train_config import TrainConfig
 from iwm.training.checkpoint_writer import CheckpointWriter
 from iwm.training.distributed import DistEnv, init_distributed
 from iwm.training.host_copies import tensors_of

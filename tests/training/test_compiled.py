@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch._inductor import config as inductor
 
-from iwm.config import CompileMode, TrainConfig
 from iwm.models.layers import compile_blocks
 from iwm.models.world_model import WorldModel
+from iwm.train_config import CompileMode, TrainConfig
 from iwm.train_options import parse
 from iwm.training.runtime import StopFlag
 from tests.training.runs import arguments, finish, metrics, tiny_config, train_here

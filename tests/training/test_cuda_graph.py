@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from dali_pipelines.loader import ViewBatch
-from iwm.config import OptimConfig, TrainConfig
 from iwm.masking import pack_masks
 from iwm.model_config import MaskingConfig
 from iwm.models.world_model import WorldModel
+from iwm.train_config import OptimConfig, TrainConfig
 from iwm.training.checkpoint import load_newest
 from iwm.training.cuda_graph import WARMUP_STEPS, GraphedForwardBackward, build_forward_backward
 from iwm.training.distributed import init_distributed

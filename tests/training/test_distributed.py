@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from iwm.config import ConfigError, TrainConfig
+from iwm.config import ConfigError
+from iwm.train_config import TrainConfig
 from iwm.train_options import parse
 from iwm.training.checkpoint import checkpoint_path, load_newest
 from iwm.training.distributed import init_distributed

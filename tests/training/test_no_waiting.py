@@ -9,10 +9,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dali_pipelines.loader import ViewBatch
-from iwm.config import OptimConfig, TrainConfig
 from iwm.masking import PackedMasks
 from iwm.model_config import ActionConfig, MaskingConfig
 from iwm.models.world_model import WorldModel
+from iwm.train_config import OptimConfig, TrainConfig
 from iwm.training.cuda_graph import WARMUP_STEPS, build_forward_backward
 from iwm.training.metric_window import MetricQueue, MetricWindow
 from iwm.training.optim import ScheduleValues, build_optimizer

@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from iwm.config import ConfigError, OptimConfig
+from iwm.config import ConfigError
 from iwm.models.world_model import WorldModel
 from iwm.recipes import demo
+from iwm.train_config import OptimConfig
 from iwm.training import optim
 from iwm.training.optim import (
     build_optimizer,

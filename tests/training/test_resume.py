@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from iwm.config import ConfigError, LogConfig, OptimConfig
+from iwm.config import ConfigError
+from iwm.train_config import LogConfig, OptimConfig
 from iwm.training import checkpoint as checkpoints
 from iwm.training import train_state
 from iwm.training.checkpoint import CheckpointError, load_world_model

@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from iwm.config import Config, ScheduleConfig
+from iwm.config import Config
+from iwm.train_config import ScheduleConfig
 from iwm.training.optim import build_schedules
 
 PER_EPOCH = 625  # ImageNet at batch 2048

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from iwm.config import Config, ConfigError, LogConfig
+from iwm.config import Config, ConfigError
 from iwm.config_io import to_dict
+from iwm.train_config import LogConfig
 from iwm.train_options import parse
 from iwm.training.wandb_logger import WandbLogger, check_wandb
 from tests.training.runs import ENVIRONMENT, ROOT, arguments, command, metrics, start

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from dali_pipelines.augmentations import PARAMS
 from dali_pipelines.loader import ViewBatch
 from dali_pipelines.outputs import SampleKeys
-from iwm.config import OptimConfig, TrainConfig
+from iwm.train_config import OptimConfig, TrainConfig
 from iwm.training.distributed import DistEnv, init_distributed
 from iwm.training.optim import ScheduleValues, build_optimizer
 from iwm.training.parallel import parallelize

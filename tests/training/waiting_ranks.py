@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from iwm.config import TrainConfig
+from iwm.train_config import TrainConfig
 from iwm.training.distributed import init_distributed
 from iwm.training.rank_progress import Phase
 from iwm.training.runtime import stop_on_signal
