@@ -236,6 +236,21 @@ class TrafficOptions:
         check_ranges(self)
 
 
+@dataclass(frozen=True)
+class IjepaParityOptions:
+    """Options of the mode ijepa-parity."""
+
+    recipes: tuple[Annotated[str, tyro.conf.arg(metavar="|".join(RECIPES))], ...] = (
+        "ijepa_official_b16",
+        "ijepa_b16_12x384",
+    )
+    """Recipes to compare, with patches of 16 px."""
+    steps: Annotated[int, Range(min=2)] = 400
+    """Number of batches of 128 images whose masks are counted."""
+    json: Path | None = None
+    """File for all figures (JSON)."""
+
+
 def settings_of(options: Any) -> dict[str, Any]:
     """Return a mode's options for JSON: paths as strings."""
     return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
@@ -297,18 +312,3 @@ def _chosen(arguments: Sequence[str], recipe: str) -> tuple[Namespace, Config]:
         lookup("--scenario", chosen.scenario, SCENARIOS)
         config = with_scenario(config, chosen.scenario)
     return chosen, config
-
-
-@dataclass(frozen=True)
-class IjepaParityOptions:
-    """Options of the mode ijepa-parity."""
-
-    recipes: tuple[Annotated[str, tyro.conf.arg(metavar="|".join(RECIPES))], ...] = (
-        "ijepa_official_b16",
-        "ijepa_b16_12x384",
-    )
-    """Recipes to compare, with patches of 16 px."""
-    steps: Annotated[int, Range(min=2)] = 400
-    """Number of batches of 128 images whose masks are counted."""
-    json: Path | None = None
-    """File for all figures (JSON)."""

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from dali_pipelines.augmentations import AugmentationError, ViewBackend, Views
 from dali_pipelines.decoder import DECODER, Decoder, DecoderDevice
 from iwm.block_sizes import check_sizes
-from iwm.model_config import ActionConfig, EncoderConfig, LossConfig, MaskingConfig, PredictorConfig
+from iwm.model_config import ActionConfig, EncoderConfig, LossConfig, MaskingConfig, PredictorConfig, check_width
 from iwm.ranges import ConfigError as ConfigError
 from iwm.ranges import Range, check_ranges
 from iwm.train_config import LogConfig, OptimConfig, ScheduleConfig, TrainConfig
@@ -132,8 +132,7 @@ class Config:
             ("encoder", c.encoder.embed_dim, c.encoder.num_heads, c.encoder.mlp_ratio),
             ("predictor", c.predictor.embed_dim, c.predictor.num_heads, c.predictor.mlp_ratio),
         ):
-            _need(width % heads == 0, f"{name}.embed_dim {width} is not a multiple of {name}.num_heads {heads}")
-            _need(width % 4 == 0, f"{name}.embed_dim {width} is not a multiple of 4, which 2-D sin-cos positions need")
+            check_width(width, heads, f"{name}.embed_dim", f"{name}.num_heads")
             hidden = int(width * ratio)
             _need(
                 c.train.precision != "fp8" or (width % 16 == 0 and hidden % 16 == 0),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from iwm.ranges import Range
+from iwm.ranges import ConfigError, Range
 
 Initialisation = Literal["ijepa", "beit", "xavier"]
 
@@ -107,3 +107,11 @@ class LossConfig:
     reduction: Literal["mean", "sum"] = "mean"
     """Reduction over the predicted tokens of an image: the mean, or the sum as in the paper.
     The reduction over features and images is always the mean."""
+
+
+def check_width(width: int, heads: int, embed_dim: str, num_heads: str) -> None:
+    """Raise ConfigError where a width does not fit its heads or positions. embed_dim, num_heads: names for messages."""
+    if width % heads:
+        raise ConfigError(f"{embed_dim} {width} is not a multiple of {num_heads} {heads}")
+    if width % 4:
+        raise ConfigError(f"{embed_dim} {width} is not a multiple of 4, which 2-D sin-cos positions need")

@@ -8,7 +8,7 @@ from timm.models.vision_transformer import Block
 
 from dali_pipelines.augmentations import Views
 from iwm.config import Config, ConfigError
-from iwm.model_config import ActionConfig, EncoderConfig, PredictorConfig
+from iwm.model_config import ActionConfig, EncoderConfig, PredictorConfig, check_width
 from iwm.models.external.tensors import mlp_ratio_of
 from iwm.models.predictor import Predictor
 
@@ -23,12 +23,7 @@ def unconditioned(width: int, img_size: int, patch_size: int, shape: PredictorCo
         value = getattr(shape, field.name)
         if value <= 0:
             raise ConfigError(f"{prefix}{field.name.replace('_', '-')} {value}: must be above 0")
-    if shape.embed_dim % shape.num_heads:
-        raise ConfigError(
-            f"{prefix}embed-dim {shape.embed_dim} is not a multiple of {prefix}num-heads {shape.num_heads}"
-        )
-    if shape.embed_dim % 4:
-        raise ConfigError(f"{prefix}embed-dim {shape.embed_dim} is not a multiple of 4, which its positions need")
+    check_width(shape.embed_dim, shape.num_heads, f"{prefix}embed-dim", f"{prefix}num-heads")
     # The number of heads of an encoder affects no predictor.
     encoder = EncoderConfig(embed_dim=width, num_heads=1, patch_size=patch_size)
     return Config(
