@@ -6,6 +6,8 @@ CUDA ?= $(if $(filter $(shell seq 1 579),$(DRIVER)),cuda12,cuda13)
 VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := .venv-lowest
+# As many processes as cores, at most four: each needs up to 3 GB.
+PYTEST := python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 .PHONY: demo downstream test test-lowest lint types docs clean
 
@@ -35,12 +37,12 @@ downstream: $(VENV)/.installed
 	$(BIN)/python tools/demo_downstream.py
 
 test: lint types
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/$(PYTEST)
 
 # The suite with the oldest packages, then every check of the checklist, in the small and compiled. Shapes are not checked at
 # run time: torch 2.11 cannot compile what jaxtyping does for that.
 test-lowest: $(LOWEST)/.installed
-	$(LOWEST)/bin/python -m pytest --numprocesses 2 --dist loadfile -o addopts="-ra --strict-markers -m 'not long'"
+	$(LOWEST)/bin/$(PYTEST) -o addopts="-ra --strict-markers -m 'not long'"
 	$(LOWEST)/bin/python benchmarks/checklist.py $(LOWEST)/checklist --tiny
 
 lint: $(VENV)/.installed

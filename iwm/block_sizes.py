@@ -27,10 +27,12 @@ def block_sides(draw: float, grid: int, area: tuple[float, float], aspect: tuple
 
 
 def target_sides(masking: MaskingConfig, grid: int, draw: float) -> Sides:
+    """Return the sides of a target block from one number in [0, 1)."""
     return block_sides(draw, grid, masking.block_scale, masking.block_aspect_ratio)
 
 
 def context_sides(masking: MaskingConfig, grid: int, draw: float) -> Sides:
+    """Return the sides of a context block, which is square, from one number in [0, 1)."""
     return block_sides(draw, grid, masking.context_scale, (1.0, 1.0))
 
 

@@ -7,6 +7,7 @@ Writes RUN/eval/NAME.json, prints its tables and regenerates RUN/report.html. Do
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from iwm.downstream.settings import TrainSettings
 from iwm.evaluation.registry import EVALUATORS
 from iwm.evaluation.settings import EvalSettings, WorldModelSettings
 from iwm.ranges import check_ranges
+from iwm.training.launch import find_launch
 from shards.command_line import Subcommand, parse_subcommand, run_command
 
 
@@ -55,9 +57,20 @@ def check(settings: EvalSettings | TrainSettings) -> None:
         raise ConfigError(f"--checkpoint {settings.checkpoint} does not exist; correct the path")
 
 
+def check_processes(name: str) -> None:
+    """Raise ConfigError where torchrun has started several processes of an evaluation that runs on one."""
+    if "RANK" in os.environ and (size := find_launch(os.environ).size) > 1:
+        raise ConfigError(
+            f"{name} runs on one process, and torchrun has started {size}; start it with python instead "
+            f"(on several run: {', '.join(PROTOCOLS)})"
+        )
+
+
 def main(arguments: Sequence[str] | None = None, prog: str = "iwm/evaluate.py") -> None:
     """Evaluate. arguments: None for those of the program. Raises UserError for what the user can fix."""
     name, settings = parse(sys.argv[1:] if arguments is None else arguments, prog)
+    if not isinstance(settings, TrainSettings):
+        check_processes(name)
     if not isinstance(settings, TableOptions):
         check(settings)
     # Imported late: torch and DALI take seconds to import, and a mistyped option or path must fail at once.

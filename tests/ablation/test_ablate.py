@@ -24,30 +24,42 @@ from tests.training.runs import TINY
 SCRIPT = Path(__file__).with_name("widths.py")
 
 
-def test_a_failed_and_a_stopped_run_go_on_and_a_finished_study_prints_its_tables(
+def test_runs_that_failed_were_stopped_or_are_asked_for_alone_make_one_study(
     tmp_path: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
     tiny = [word for key, value in TINY.items() if key != "predictor.embed_dim" for word in (f"--{key}", str(value))]
     own = ["--jobs", "2", "--bank.num-images", "3", "--bank.num-views", "8", "--out", "out"]
     training = ["--data.shards", str(tiny_shards), "--schedule.steps", "200", "--log.no-tensorboard", *tiny]
-    command = [sys.executable, str(SCRIPT), "widths", "demo", *own, "--", *training]
     narrow, wide = (out / f"default-{column}-seed0" for column in ("narrow", "wide"))
-
-    (wide / "eval").mkdir(parents=True)
-    (wide / "checkpoints").write_text("in the way")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(STUDIES, "widths", widths)
-    monkeypatch.setattr(sys, "argv", command[1:])
+
+    def arguments(*options: str) -> list[str]:
+        return ["widths", "demo", *own, *options, "--", *training]
+
+    def ablate(*options: str) -> str:
+        main(arguments(*options))
+        return capsys.readouterr().out
+
+    with pytest.raises(UserError, match=r"--only 3: the study has 2 runs; --list-runs"):
+        ablate("--only", "3")
+
+    # One of two runs at once fails: the other is finished.
+    (wide / "eval").mkdir(parents=True)
+    (wide / "checkpoints").write_text("in the way")
     with pytest.raises(UserError, match="1 of 2 runs failed"):
-        main()
+        ablate()
     said = capsys.readouterr().out
     assert re.search(r"default-wide-seed0: iwm/train.py failed.*default-wide-seed0/log.txt", said)
     assert [result["column"] for result in _read(out / "ablation.json")["results"]] == ["narrow"]
     assert "not run" in (out / "tables.md").read_text()
+    assert "1 default-narrow-seed0: finished\n2 default-wide-seed0\n" in ablate("--list-runs")
     (wide / "checkpoints").unlink()
 
+    # The study is stopped while the other run trains.
     environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[2])}
+    command = [sys.executable, str(SCRIPT), *arguments()]
     stopped = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     while not list(wide.glob("checkpoints/*.pt")):
         assert stopped.poll() is None
@@ -57,12 +69,12 @@ def test_a_failed_and_a_stopped_run_go_on_and_a_finished_study_prints_its_tables
     assert stopped.returncode == 1
     assert list_checkpoints(wide)[0] != checkpoint_path(wide, 200)
 
-    before = {path: path.stat().st_mtime_ns for path in narrow.rglob("*.pt")}
-    main()
-    said = capsys.readouterr().out
-    assert "default-narrow-seed0: already finished, skipped" in said
-    assert "default-wide-seed0: trained in" in said
+    # That run alone, as a job of an array, leaves the study's tables to a later command.
+    before = {path: path.stat().st_mtime_ns for path in (*narrow.rglob("*.pt"), out / "ablation.json")}
+    assert "default-wide-seed0: trained in" in ablate("--only", "2")
     assert before == {path: path.stat().st_mtime_ns for path in before}
+
+    assert ablate().count("already finished, skipped") == 2
     results = _read(out / "ablation.json")["results"]
     assert [(result["column"], result["seed"]) for result in results] == [("narrow", 0), ("wide", 0)]
     assert {result["evaluations"]["mrr-default"]["checkpoint"][-12:] for result in results} == {"000000200.pt"}
@@ -72,37 +84,10 @@ def test_a_failed_and_a_stopped_run_go_on_and_a_finished_study_prints_its_tables
     assert all(run.name in page for run in (narrow, wide))
     assert "paper 0.50" in page
 
-    main()
-    assert capsys.readouterr().out.count("already finished, skipped") == 2
-
 
 def _read(path: Path) -> dict[str, Any]:
     result: dict[str, Any] = json.loads(path.read_bytes())
     return result
-
-
-def test_jobs_of_an_array_train_a_run_each_and_the_study_makes_their_tables(
-    tmp_path: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    tiny = [word for key, value in TINY.items() for word in (f"--{key}", str(value))]
-    own = ["--out", str(tmp_path / "out"), "--bank.num-images", "2", "--bank.num-views", "8"]
-    training = ["--data.shards", str(tiny_shards), "--schedule.steps", "5", "--log.no-tensorboard", *tiny]
-    monkeypatch.setitem(STUDIES, "widths", widths)
-
-    def ablate(*options: str) -> str:
-        main(["widths", "demo", *own, *options, "--", *training])
-        return capsys.readouterr().out
-
-    with pytest.raises(UserError, match=r"--only 3: the study has 2 runs; --list-runs"):
-        ablate("--only", "3")
-    assert "default-wide-seed0: trained in" in ablate("--only", "2")
-    assert not (tmp_path / "out" / "ablation.json").exists()
-    listed = ablate("--list-runs")
-    assert "1 default-narrow-seed0\n2 default-wide-seed0: finished\n" in listed
-    said = ablate()
-    assert "default-narrow-seed0: trained in" in said
-    assert "default-wide-seed0: already finished, skipped" in said
-    assert len(_read(tmp_path / "out" / "ablation.json")["results"]) == 2
 
 
 def test_the_banks_scenario_is_the_studys(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

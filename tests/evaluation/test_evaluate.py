@@ -130,6 +130,20 @@ def test_a_wrong_command_line_is_refused_without_a_traceback(
     assert "Traceback" not in printed
 
 
+@pytest.mark.parametrize(
+    "arguments", [("mrr", "--checkpoint", "x"), ("world-model", "--checkpoint", "x"), ("table", "--runs", "x")]
+)
+def test_torchrun_is_refused_where_one_process_evaluates(
+    arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torchrun = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+    for name, value in {**torchrun, "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    said = mistake(monkeypatch, *arguments)
+    assert f"{arguments[0]} runs on one process, and torchrun has started 2; start it with python" in said
+    assert "segmentation" in said
+
+
 def test_help_names_every_setting(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         _evaluate(monkeypatch, "mrr", "--help")
