@@ -23,10 +23,10 @@ from loader_rates import (
 )
 from options import GPU_RECIPE, TuneOptions, settings_of
 from rich.console import Console
-from rich.table import Table
 from synthetic_data import generated_shards
 from timing import release_memory
 
+from iwm.evaluation.result_table import ResultTable
 from iwm.ranges import ConfigError, check_ranges
 from iwm.recipes import RECIPES, with_scenario
 from iwm.training.distributed import loader_threads
@@ -173,14 +173,11 @@ def rounded(rates: Mapping[CandidateT, Sequence[float]]) -> dict[str, list[float
 
 
 def show(title: str, rates: Mapping[Any, Sequence[float]], value: Any, why: str, console: Console) -> None:
-    table = Table(title=title)
-    table.add_column("")
-    for column in ("median", "lowest", "highest"):
-        table.add_column(column, justify="right")
-    for candidate, turns in rates.items():
-        chosen = "← " if candidate == value else "  "
-        table.add_row(f"{chosen}{candidate}", *(f"{f(turns):.0f}" for f in (np.median, min, max)))
-    console.print(table)
+    rows = [
+        [str(candidate), *(f"{f(turns):.0f}" for f in (np.median, min, max)), "chosen" if candidate == value else ""]
+        for candidate, turns in rates.items()
+    ]
+    console.print(ResultTable(title, ["", "median", "lowest", "highest", ""], rows).rich())
     console.print(why)
 
 

@@ -38,8 +38,8 @@ from checks import Check, all_needed, checks, in_order, select_checks
 from clocks import GpuMonitor, gpu_monitor
 from environment import BenchmarkError, check_writable, environment_info
 from rich.console import Console
-from rich.table import Table
 
+from iwm.evaluation.result_table import ResultTable
 from iwm.training.runtime import StopFlag, stop_on_signal
 from shards.command_line import run_command
 
@@ -164,11 +164,11 @@ def attention(log: Path) -> str | None:
 
 
 def show(outcomes: CheckResults, all_checks: dict[str, Check], out: Path, console: Console) -> None:
-    table = Table("check", "ended", "seconds", "log", title=str(out))
-    for name in [name for name in all_checks if name in outcomes.checks]:
-        outcome = outcomes.checks[name]
-        table.add_row(name, outcome["ended"], f"{outcome.get('seconds', 0):.0f}", f"{name}.log")
-    console.print(table)
+    done = {name: outcomes.checks[name] for name in all_checks if name in outcomes.checks}
+    rows = [
+        [name, outcome["ended"], f"{outcome.get('seconds', 0):.0f}", f"{name}.log"] for name, outcome in done.items()
+    ]
+    console.print(ResultTable(str(out), ["check", "ended", "seconds", "log"], rows).rich())
 
 
 def say(console: Console, text: str) -> None:

@@ -24,13 +24,13 @@ import tyro
 from environment import check_writable
 from options import ModelOptions, default_options
 from rich.console import Console
-from rich.table import Table
 from step_modes import new_train_state, resident_batches, take_step
 from synthetic_data import prepare_shards
-from timing import forget_peak, paired_ratio, peak_gib, percentiles, timed
+from timing import forget_peak, paired_ratio, peak_gib, percentiles, ratio_text, timed
 
 from iwm.compat import synchronize
 from iwm.config import Config
+from iwm.evaluation.result_table import ResultTable
 from iwm.ranges import Range, check_ranges
 from iwm.recipes import RECIPES
 from iwm.training import checkpoint as checkpoints
@@ -171,24 +171,21 @@ def summarised(ranks: list[list[Turn]]) -> dict[str, Any]:
 
 def show(result: dict[str, Any], console: Console) -> None:
     several = f"{result['processes']} processes, {result['parallel']}" if result["parallel"] else "one process"
-    table = Table(
-        title=f"{result['recipe']}, {several}, {result['images_per_process']} images each, {result['device']}; "
-        f"checkpoint of {result['file_bytes'] / 1e9:.2f} GB"
-    )
-    for column in ("", "ms", "p10", "p90", "in steps (range)"):
-        table.add_column(column, justify="right" if column else "left")
+    rows = []
     for name, meaning in (
         ("step", "step"),
         ("pause", "pause for a checkpoint"),
-        ("collect", "  of which collecting the state"),
+        ("collect", "… of which collecting the state"),
         ("step_beside", "step while one is written"),
         ("write", "checkpoint that training waits for"),
     ):
-        cells = [f"{result[f'{name}_ms'][column]:,.4g}" for column in ("median", "p10", "p90")]
-        if ratio := result.get(f"{name}_in_steps"):
-            cells.append(f"{ratio['median']:.2f} ({ratio['lowest']:.2f}–{ratio['highest']:.2f})")
-        table.add_row(meaning, *cells)
-    console.print(table)
+        cells = (f"{result[f'{name}_ms'][column]:,.4g}" for column in ("median", "p10", "p90"))
+        rows.append([meaning, *cells, ratio_text(result.get(f"{name}_in_steps"))])
+    title = (
+        f"{result['recipe']}, {several}, {result['images_per_process']} images each, {result['device']}; "
+        f"checkpoint of {result['file_bytes'] / 1e9:.2f} GB"
+    )
+    console.print(ResultTable(title, ["", "ms", "p10", "p90", "in steps (range)"], rows).rich())
     copies = ", ".join(f"{size / 2**30:.3f}" for size in result["copy_bytes"])
     peaks = ", ".join(f"{gib:.3f}" for gib in result["host_gib"])
     console.print(

@@ -21,7 +21,6 @@ import torch
 from environment import BenchmarkError, lookup
 from options import GPU_RECIPE, DownstreamRateOptions, settings_of
 from rich.console import Console
-from rich.table import Table
 from synthetic_data import labelled_shards
 from timing import measure
 
@@ -31,6 +30,7 @@ from iwm.compat import synchronize
 from iwm.config import Config
 from iwm.downstream.registry import PROTOCOLS
 from iwm.downstream.settings import TrainSettings, sized_crops
+from iwm.evaluation.result_table import ResultTable
 from iwm.models.world_model import WorldModel
 from iwm.ranges import check_ranges
 from iwm.recipes import RECIPES
@@ -161,14 +161,10 @@ def batches(work: CropWork) -> Generator[int, None, None]:
 
 def show(result: dict[str, Any], console: Console) -> None:
     gpu = result["device"] == "cuda"
-    table = Table(title=f"downstream protocols, encoder of {result['recipe']}, on {result['device']}")
-    columns = ["trials", "images per pass", "images/s", "data wait", "GiB"]
+    columns = ["protocol", "trials", "images per pass", "images/s", "data wait", "GiB"]
     columns += ["pipeline alone, GPU", "on CPU cores"] if gpu else ["pipeline alone"]
-    table.add_column("protocol")
-    for column in columns:
-        table.add_column(column, justify="right")
-    for name, row in result["protocols"].items():
-        table.add_row(
+    rows = [
+        [
             name,
             str(row["trials"]),
             str(row["images_per_pass"]),
@@ -176,8 +172,11 @@ def show(result: dict[str, Any], console: Console) -> None:
             f"{100 * row['data_wait']:.0f}%",
             f"{row['memory_gib']:.2f}",
             *(f"{rate:,.0f}" for rate in row["pipeline"].values()),
-        )
-    console.print(table)
+        ]
+        for name, row in result["protocols"].items()
+    ]
+    title = f"downstream protocols, encoder of {result['recipe']}, on {result['device']}"
+    console.print(ResultTable(title, columns, rows).rich())
     console.print(
         "images/s: of training; pipeline: decoding, crops and augmentations alone, for as many images per batch"
     )

@@ -19,9 +19,9 @@ import tyro
 from environment import check_writable, environment_info, lookup
 from options import IjepaParityOptions
 from rich.console import Console
-from rich.table import Table
 
 from iwm.config import Config
+from iwm.evaluation.result_table import ResultTable
 from iwm.masking import sample_masks
 from iwm.models.world_model import WorldModel
 from iwm.ranges import check_ranges
@@ -162,11 +162,12 @@ def schedule_values(config: Config) -> dict[str, float]:
 
 def show(figures: dict[str, dict[str, float]], console: Console) -> None:
     """Print a table: a figure in each row, I-JEPA's code and the recipes in columns."""
-    table = Table("figure", "I-JEPA's code", *figures, title=f"facebookresearch/ijepa at {COMMIT[:8]}")
+    rows = []
     for name, official in OFFICIAL.items():
         own = [each.get(name) for each in figures.values()]
-        table.add_row(name, written(official), *("–" if value is None else written(value) for value in own))
-    console.print(table)
+        rows.append([name, written(official), *("–" if value is None else written(value) for value in own)])
+    columns = ["figure", "I-JEPA's code", *figures]
+    console.print(ResultTable(f"facebookresearch/ijepa at {COMMIT[:8]}", columns, rows).rich())
 
 
 def written(value: float) -> str:

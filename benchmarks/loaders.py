@@ -19,12 +19,12 @@ from environment import BenchmarkError
 from loader_rates import LoaderSetup, batches
 from options import Baseline, LoaderOptions, chosen_views, settings_of
 from rich.console import Console
-from rich.table import Table
 from synthetic_data import GENERATED, generated_shards
-from timing import Rate, Stream, measure, paired_ratio, percentiles
+from timing import Rate, Stream, measure, paired_ratio, percentiles, ratio_text
 
 from dali_pipelines.augmentations import Views
 from iwm.config import PipelineBackend
+from iwm.evaluation.result_table import ResultTable
 from iwm.ranges import check_ranges
 from iwm.training.runtime import select_backend, select_device
 from shards.format import MANIFEST, load_manifest
@@ -114,18 +114,13 @@ def medians(turns: list[list[Rate]], clock: str) -> list[float]:
 
 def show(result: dict[str, Any], options: LoaderOptions, console: Console) -> None:
     for clock, meaning in CLOCKS.items():
-        table = Table(
-            title=f"two views of {result['views']['size']} px on {options.device}, {options.cores} core(s): {meaning}"
-        )
-        table.add_column("")
-        for column in ("median", "p10", "p90", "dali / this", f"over {options.repeats} turns"):
-            table.add_column(column, justify="right")
+        rows = []
         for name, rate in result["images_per_second"][clock].items():
-            cells = [f"{rate[column]:.0f}" for column in ("median", "p10", "p90")]
-            if against := result["dali_over"][clock].get(name):
-                cells += [f"{against['median']:.2f}", f"{against['lowest']:.2f}–{against['highest']:.2f}"]
-            table.add_row(name, *cells)
-        console.print(table)
+            cells = (f"{rate[column]:.0f}" for column in ("median", "p10", "p90"))
+            rows.append([name, *cells, ratio_text(result["dali_over"][clock].get(name))])
+        title = f"two views of {result['views']['size']} px on {options.device}, {options.cores} core(s): {meaning}"
+        columns = ["", "median", "p10", "p90", f"dali / this ({options.repeats} turns)"]
+        console.print(ResultTable(title, columns, rows).rich())
         if rival := result["fastest_rival"][clock]:
             times = result["dali_over"][clock][rival]["median"]
             console.print(f"dali is {times:.2f} times as fast as {rival}, the fastest loader that does the same work")

@@ -21,7 +21,6 @@ import tyro
 from environment import BenchmarkError, check_writable, environment_info
 from jaxtyping import UInt8
 from rich.console import Console
-from rich.table import Table
 from synthetic_data import generated_shards
 from torch import Tensor
 
@@ -38,6 +37,7 @@ from dali_pipelines.augmentations import (
     Views,
 )
 from iwm.compat import HAS_TRITON
+from iwm.evaluation.result_table import ResultTable
 from iwm.training.runtime import select_device
 from shards.command_line import run_command
 
@@ -150,27 +150,20 @@ def between_definitions(images: UInt8[Tensor, "b h w 3"]) -> list[dict[str, Any]
 
 def show_definitions(rows: list[dict[str, Any]], options: ParityOptions, console: Console) -> None:
     title = f"definitions of the jitter, {options.images} images of {options.size} px: mean difference in grey levels"
-    table = Table(title=title)
-    table.add_column("op")
-    for column in ("linear to torchvision", "linear to unchanged", "torchvision to unchanged"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(row["op"], *(f"{row[name]:.1f}" for name in ("between", "linear", "torchvision")))
-    console.print(table)
+    columns = ["op", "linear to torchvision", "linear to unchanged", "torchvision to unchanged"]
+    cells = [[row["op"], *(f"{row[name]:.1f}" for name in ("between", "linear", "torchvision"))] for row in rows]
+    console.print(ResultTable(title, columns, cells).rich())
 
 
 def show(rows: list[dict[str, Any]], options: ParityOptions, console: Console) -> None:
-    table = Table(title=f"views of {options.size} px on {options.device}, {options.images} images: grey levels")
-    table.add_column("colour")
-    table.add_column("op")
     others = [name for name in ("replay", "cpu", "triton") if name in rows[0]]
-    for name in others:
-        for column in ("mean", "max", "dB"):
-            table.add_column(f"{name} {column}", justify="right")
+    columns = ["colour, op", *(f"{name} {column}" for name in others for column in ("mean", "max", "dB"))]
+    table = []
     for row in rows:
         cells = [(f"{d['mean']:.3f}", f"{d['max']:.0f}", f"{d['psnr']:.1f}") for d in (row[name] for name in others)]
-        table.add_row(row["colour"], row["op"], *(cell for three in cells for cell in three))
-    console.print(table)
+        table.append([f"{row['colour']}, {row['op']}", *(cell for three in cells for cell in three)])
+    title = f"views of {options.size} px on {options.device}, {options.images} images: grey levels"
+    console.print(ResultTable(title, columns, table).rich())
 
 
 def main() -> None:

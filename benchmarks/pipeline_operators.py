@@ -19,9 +19,9 @@ import tyro
 from environment import BenchmarkError, check_writable
 from options import chosen_views
 from rich.console import Console
-from rich.table import Table
 
 from dali_pipelines.augmentations import JitterImpl, ViewBackend, Views
+from iwm.evaluation.result_table import ResultTable
 from iwm.ranges import Range, check_ranges
 from shards.command_line import run_command
 
@@ -165,24 +165,21 @@ def two_views_graph(views: Views, backend: ViewBackend, batch_size: int) -> Any:
 
 
 def show(counts: dict[str, dict[str, Any]], views: Views, batch_size: int, console: Console) -> None:
-    table = Table(title=f"a batch of {batch_size} images, two views of {views.size} px, jitter {views.jitter_impl}")
-    table.add_column("kernel launches")
-    for backend in counts:
-        table.add_column(backend, justify="right")
+    rows = []
     for name in sorted({name for counted in counts.values() for name in counted["operators"]}):
         cells = [counted["operators"].get(name) for counted in counts.values()]
         uncounted = LAUNCHES[name] is _never
         if not uncounted or name.startswith("decoders"):
-            table.add_row(name, *("" if cell is None else "not counted" if uncounted else str(cell) for cell in cells))
-    table.add_section()
-    for row, key in (
+            rows.append([name, *("" if cell is None else "not counted" if uncounted else str(cell) for cell in cells)])
+    for name, key in (
         ("DALI, on its stream", "dali"),
         ("Triton, on training's stream", "triton"),
         ("copies to the GPU", "copies_to_gpu"),
         ("copies from the GPU", "copies_to_cpu"),
     ):
-        table.add_row(row, *(str(counted[key]) for counted in counts.values()))
-    console.print(table)
+        rows.append([name, *(str(counted[key]) for counted in counts.values())])
+    title = f"a batch of {batch_size} images, two views of {views.size} px, jitter {views.jitter_impl}"
+    console.print(ResultTable(title, ["kernel launches", *counts], rows).rich())
 
 
 def main() -> None:

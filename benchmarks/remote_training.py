@@ -27,9 +27,9 @@ from fault_server import FAULTS, FaultServer, serving
 from kill_and_compare import compare, kill_after_checkpoint, run_to_end
 from local_servers import BUCKET, s3_server
 from rich.console import Console
-from rich.table import Table
 from synthetic_data import GENERATED, generated_shards
 
+from iwm.evaluation.result_table import ResultTable
 from shards.command_line import run_command
 from shards.make import ShardingOptions, make_shards
 from shards.plan import ShardSize
@@ -74,7 +74,7 @@ def run(given: argparse.Namespace, console: Console) -> int:
         intervals = ["--log.interval", "2", "--log.checkpoint-interval", "7", "--log.no-tensorboard"]
         return [given.recipe, *fixed, *intervals, "--train.deterministic", "--train.no-compile", *more]
 
-    table = Table("training", "requests", "faults met", "MB copied", "of", "seconds", "parameters")
+    rows = []
     ok = True
 
     def add_row(name: str, seconds: float, cache: Path | None = None, server: FaultServer | None = None) -> None:
@@ -82,14 +82,16 @@ def run(given: argparse.Namespace, console: Console) -> int:
         same = name == "disk" or compare(out / "disk", out / name)
         ok = ok and same and not (server and server.plan)
         faults = Counter(answer.fault for answer in server.served if answer.fault) if server else Counter[str]()
-        table.add_row(
-            name,
-            str(len(server.served)) if server else "",
-            ", ".join(f"{count} {kind}" for kind, count in sorted(faults.items())),
-            f"{_megabytes(cache):,.1f}" if cache else "",
-            f"{manifest.bytes / 1e6:,.1f}",
-            f"{seconds:.0f}",
-            "the reference" if name == "disk" else "the same, bit for bit" if same else "DIFFERENT",
+        rows.append(
+            [
+                name,
+                str(len(server.served)) if server else "",
+                ", ".join(f"{count} {kind}" for kind, count in sorted(faults.items())),
+                f"{_megabytes(cache):,.1f}" if cache else "",
+                f"{manifest.bytes / 1e6:,.1f}",
+                f"{seconds:.0f}",
+                "the reference" if name == "disk" else "the same, bit for bit" if same else "DIFFERENT",
+            ]
         )
 
     def train(name: str, *data: str) -> float:
@@ -115,7 +117,8 @@ def run(given: argparse.Namespace, console: Console) -> int:
             if file.is_file() and not file.name.startswith("."):
                 upload(file, join(url, file.name))
         add_row("s3", train("s3", "--data.shards", url, "--data.cache", str(cache)), cache)
-    console.print(table)
+    columns = ["training", "requests", "faults met", "MB copied", "of", "seconds", "parameters"]
+    console.print(ResultTable("", columns, rows).rich())
     return 0 if ok else 1
 
 

@@ -16,12 +16,12 @@ import torch.distributed
 from environment import BenchmarkError
 from options import BATCH_EACH, ScalingOptions
 from rich.console import Console
-from rich.table import Table
 from scaling_model import BUCKET, all_reduce_traffic, gradient_bytes, parameters
 from step_modes import new_train_state, resident_batches, take_step
 from synthetic_data import prepare_shards
-from timing import MIN_STEPS, paired_ratio, percentiles, timed
+from timing import MIN_STEPS, paired_ratio, percentiles, ratio_text, timed
 
+from iwm.evaluation.result_table import ResultTable
 from iwm.models.world_model import WorldModel
 from iwm.training.distributed import DistEnv, init_distributed
 from iwm.training.optim import build_optimizer
@@ -164,23 +164,17 @@ def summarised(processes: list[Ways], images: int, sent: int) -> dict[str, Any]:
 
 def show(result: dict[str, Any], console: Console) -> None:
     n, rates = result["processes"], result["images_per_second"]
-    table = Table(
-        title=f"{result['recipe']}, {result['images_per_process']} images on each of {n} processes, {result['device']}"
-    )
-    table.add_column("")
-    for column in ("images/s", "p10", "p90", f"of {n} × alone"):
-        table.add_column(column, justify="right")
+    rows = []
     efficiency = {"beside": result["efficiency_without_communication"], "together": result["efficiency"]}
     for name, meaning in (
         ("alone", "one process, the others wait"),
         ("beside", f"{n} without communication"),
         ("together", f"{n} training one model"),
     ):
-        cells = [f"{rates[name][column]:.4g}" for column in ("median", "p10", "p90")]
-        if against := efficiency.get(name):
-            cells.append(f"{against['median']:.2f} ({against['lowest']:.2f}–{against['highest']:.2f})")
-        table.add_row(meaning, *cells)
-    console.print(table)
+        cells = (f"{rates[name][column]:.4g}" for column in ("median", "p10", "p90"))
+        rows.append([meaning, *cells, ratio_text(efficiency.get(name))])
+    title = f"{result['recipe']}, {result['images_per_process']} images on each of {n} processes, {result['device']}"
+    console.print(ResultTable(title, ["", "images/s", "p10", "p90", f"of {n} × alone"], rows).rich())
     sent, exchange = result["gradient_bytes"] / 2**20, result["all_reduce_ms"]["median"]
     console.print(
         f"A step all-reduces {sent:.1f} MiB of gradients: {exchange:.3g} ms alone "

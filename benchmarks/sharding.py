@@ -22,10 +22,10 @@ from typing import Annotated, NamedTuple, get_args
 
 import tyro
 from rich.console import Console
-from rich.table import Table
 from synthetic_data import generated_tiles
-from timing import paired_ratio
+from timing import paired_ratio, ratio_text
 
+from iwm.evaluation.result_table import ResultTable
 from iwm.ranges import Range, check_ranges
 from shards.command_line import run_command
 from shards.distributors import DistributorName
@@ -127,28 +127,19 @@ def cpu_seconds(pid: int) -> float:
     return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK") + sum(cpu_seconds(int(child)) for child in children)
 
 
-def table(runs: dict[str, list[MadeShards]], cores: int) -> Table:
+def table(runs: dict[str, list[MadeShards]], cores: int) -> ResultTable:
     """Return medians of each distributor, and ratios to worker processes: median, lowest and highest turn."""
-    result = Table("", "images/s", "per core", "ratio", "images/CPU s", "ratio", "start")
+    rows, base = [], runs["processes"]
     for name, turns in runs.items():
         rates = [made.images / made.seconds for made in turns]
         efficiencies = [made.images / made.cpu_seconds for made in turns]
-        result.add_row(
-            name,
-            f"{median(rates):,.1f}",
-            f"{median(rates) / cores:,.1f}",
-            spread([made.seconds for made in runs["processes"]], [made.seconds for made in turns]),
-            f"{median(efficiencies):,.1f}",
-            spread([made.cpu_seconds for made in runs["processes"]], [made.cpu_seconds for made in turns]),
-            f"{median([made.start for made in turns]):.1f} s",
-        )
-    return result
-
-
-def spread(over: Sequence[float], under: Sequence[float]) -> str:
-    """Return median, lowest and highest ratio over paired turns."""
-    ratio = paired_ratio(over, under)
-    return f"{ratio['median']:.2f} ({ratio['lowest']:.2f}–{ratio['highest']:.2f})"
+        faster = paired_ratio([made.seconds for made in base], [made.seconds for made in turns])
+        leaner = paired_ratio([made.cpu_seconds for made in base], [made.cpu_seconds for made in turns])
+        start = median([made.start for made in turns])
+        cells = [f"{median(rates):,.1f}", f"{median(rates) / cores:,.1f}", ratio_text(faster)]
+        rows.append([name, *cells, f"{median(efficiencies):,.1f}", ratio_text(leaner), f"{start:.1f} s"])
+    columns = ["", "images/s", "per core", "ratio", "images/CPU s", "ratio", "start"]
+    return ResultTable("Medians; ratios to worker processes: median (lowest–highest turn)", columns, rows)
 
 
 if __name__ == "__main__":

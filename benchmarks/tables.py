@@ -11,32 +11,32 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
-from timing import paired_ratio
+from timing import paired_ratio, ratio_text
+
+from iwm.evaluation.result_table import ResultTable
 
 
 def show_training(result: Mapping[str, Any], console: Console) -> None:
     """Print the results of the training measurements."""
-    console.print(f"\n{_title(result)}\n", highlight=False, soft_wrap=True)
-    console.print(_steps(result))
+    console.print(f"\n{_title(result)}", highlight=False, soft_wrap=True)
+    console.print(_steps(result).rich())
     for line in _remarks(result):
         console.print(f"· {line}", highlight=False, soft_wrap=True)
     console.print()
     if result["operators"] is not None:
-        console.print(_operators(result))
+        console.print(_operators(result).rich())
 
 
 def show_pipeline(result: Mapping[str, Any], console: Console) -> None:
     """Print the results of the pipeline alone."""
-    console.print(_limits(result))
-    console.print(_stages(result))
+    console.print(_limits(result).rich())
+    console.print(_stages(result).rich())
 
 
 def show_together(result: Mapping[str, Any], console: Console) -> None:
     """Print the ratios and the bottleneck."""
-    console.print(_ratios(result))
+    console.print(_ratios(result).rich())
     console.print(f"[bold]Bottleneck of this machine:[/] {result['bottleneck']}\n", highlight=False, soft_wrap=True)
 
 
@@ -51,18 +51,9 @@ def _title(result: Mapping[str, Any]) -> str:
     )
 
 
-def new_table(first: str, *columns: str) -> Table:
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    table.add_column(first, no_wrap=True)
-    for column in columns:
-        table.add_column(column, justify="right")
-    return table
-
-
-def _steps(result: Mapping[str, Any]) -> Table:
-    table = new_table("", "images/s", "per CPU second", "ms per step", "MFU", "GiB", "data wait")
-    for name, mode in result["modes"].items():
-        table.add_row(
+def _steps(result: Mapping[str, Any]) -> ResultTable:
+    rows = [
+        [
             name,
             _spread(mode["images_per_second"]),
             rounded(mode["images_per_cpu_second"]["median"]),
@@ -70,8 +61,10 @@ def _steps(result: Mapping[str, Any]) -> Table:
             "" if mode["mfu"] is None else f"{mode['mfu']:.1%}",
             f"{mode['memory_gib']:.2f}",
             f"{mode['data_wait']:.1%}" if name == "end-to-end" else "",
-        )
-    return table
+        ]
+        for name, mode in result["modes"].items()
+    ]
+    return ResultTable("", ["", "images/s", "per CPU second", "ms per step", "MFU", "GiB", "data wait"], rows)
 
 
 def _remarks(result: Mapping[str, Any]) -> list[str]:
@@ -92,10 +85,7 @@ def _remarks(result: Mapping[str, Any]) -> list[str]:
         f"tokens processed over tokens needed: {_ratio(*result['tokens'].values())} ("
         + ", ".join(f"{name.replace('_', ' ')} {_ratio(counts)}" for name, counts in result["tokens"].items())
         + ")",
-        *(
-            f"model over {name}, FLOPs-normalised: {r['median']:.2f} ({r['lowest']:.2f}–{r['highest']:.2f})"
-            for name, r in result["flop_for_flop"].items()
-        ),
+        *(f"model over {name}, FLOPs-normalised: {ratio_text(r)}" for name, r in result["flop_for_flop"].items()),
     ]
 
 
@@ -103,37 +93,34 @@ def _ratio(*tokens: Mapping[str, float]) -> str:
     return f"{sum(part['processed'] for part in tokens) / sum(part['needed'] for part in tokens):.3f}"
 
 
-def _operators(result: Mapping[str, Any]) -> Table:
-    table = new_table("most expensive operators, self time", "share", "ms per step", "calls per step")
-    for entry in result["operators"]:
-        table.add_row(
-            entry["name"], f"{entry['share']:.1%}", rounded(entry["ms_per_step"]), rounded(entry["calls_per_step"])
-        )
-    return table
+def _operators(result: Mapping[str, Any]) -> ResultTable:
+    rows = [
+        [entry["name"], f"{entry['share']:.1%}", rounded(entry["ms_per_step"]), rounded(entry["calls_per_step"])]
+        for entry in result["operators"]
+    ]
+    return ResultTable("", ["most expensive operators, self time", "share", "ms per step", "calls per step"], rows)
 
 
-def _stages(result: Mapping[str, Any]) -> Table:
-    table = new_table("the pipeline's stages (on a CPU: on one core)", "ms per image, median (p10–p90)")
-    for name, ms in result["pipeline_stages"].items():
-        # Each value is a difference of two measurements, which for a cheap operator may be below their noise.
-        table.add_row(name, _spread(ms) if ms["p10"] > 0 else f"within the noise of {rounded(ms['p90'] - ms['p10'])}")
-    return table
+def _stages(result: Mapping[str, Any]) -> ResultTable:
+    # Each value is a difference of two measurements, which for a cheap operator may be below their noise.
+    rows = [
+        [name, _spread(ms) if ms["p10"] > 0 else f"within the noise of {rounded(ms['p90'] - ms['p10'])}"]
+        for name, ms in result["pipeline_stages"].items()
+    ]
+    columns = ["the pipeline's stages (on a CPU: on one core)", "ms per image, median (p10–p90)"]
+    return ResultTable("", columns, rows)
 
 
-def _limits(result: Mapping[str, Any]) -> Table:
-    table = new_table("the pipeline's limit and baselines", "images/s", "per CPU second")
-    for name, rates in result["pipeline_limits"].items():
-        table.add_row(name, _spread(rates["wall"]), _spread(rates["core"]))
-    return table
+def _limits(result: Mapping[str, Any]) -> ResultTable:
+    rows = [[name, _spread(rates["wall"]), _spread(rates["core"])] for name, rates in result["pipeline_limits"].items()]
+    return ResultTable("", ["the pipeline's limit and baselines", "images/s", "per CPU second"], rows)
 
 
-def _ratios(result: Mapping[str, Any]) -> Table:
-    table = new_table("ratios of paired turns", "median (range)")
-    table.add_column("")
-    for name, (quotient, meaning) in MEANING.items():
-        r = result["ratios"][name]
-        table.add_row(quotient, f"{r['median']:.2f} ({r['lowest']:.2f}–{r['highest']:.2f})", meaning)
-    return table
+def _ratios(result: Mapping[str, Any]) -> ResultTable:
+    rows = [
+        [f"{quotient}: {meaning}", ratio_text(result["ratios"][name])] for name, (quotient, meaning) in MEANING.items()
+    ]
+    return ResultTable("", ["ratios of paired turns", "median (range)"], rows)
 
 
 def rounded(value: float) -> str:

@@ -188,6 +188,11 @@ def paired_ratio(over: Sequence[float], under: Sequence[float]) -> dict[str, flo
     return {"median": float(np.median(ratios)), "lowest": min(ratios), "highest": max(ratios)}
 
 
+def ratio_text(ratio: Mapping[str, float] | None) -> str:
+    """Return a ratio of paired turns as `median (lowest–highest)`; '' for None."""
+    return f"{ratio['median']:.2f} ({ratio['lowest']:.2f}–{ratio['highest']:.2f})" if ratio else ""
+
+
 Stream = Callable[[], Iterator[int]]
 """Picklable function that builds an endless stream of batches, which yields the number of images of each."""
 

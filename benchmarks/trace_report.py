@@ -23,9 +23,9 @@ from typing import Annotated, Any, NamedTuple
 import tyro
 from environment import BenchmarkError
 from rich.console import Console
-from rich.table import Table
 from timing import STEPS
 
+from iwm.evaluation.result_table import ResultTable
 from iwm.ranges import Range, check_ranges
 from shards.command_line import run_command
 
@@ -128,29 +128,26 @@ def report(options: TraceOptions, console: Console) -> None:
     stream = training_stream(operations)
     training = [one for one in operations if one.stream == stream]
     others = [one for one in operations if one.stream != stream]
-    kernels = Table(title="training's stream, per step")
-    for column in ("ms", "calls", "µs each", "kernel"):
-        kernels.add_column(column, justify="left" if column == "kernel" else "right", no_wrap=True)
+    kernels = []
     by_name = defaultdict[str, list[float]](list)
     for one in training:
         by_name[one.name].append(one.end - one.start)
     for name, took in sorted(by_name.items(), key=lambda pair: -sum(pair[1]))[: options.rows]:
         ms, calls = sum(took) / options.steps, len(took) / options.steps
-        kernels.add_row(f"{ms:.2f}", f"{calls:g}", f"{1e3 * ms / calls:.1f}", name[:NAME_WIDTH])
-    console.print(kernels)
+        kernels.append([name[:NAME_WIDTH], f"{ms:.2f}", f"{calls:g}", f"{1e3 * ms / calls:.1f}"])
+    console.print(ResultTable("training's stream, per step", ["kernel", "ms", "calls", "µs each"], kernels).rich())
     busy = sum(map(sum, by_name.values()))
     span = training[-1].end - training[0].start
     line(f"training's stream: {busy / options.steps:.2f} ms of work in {span / options.steps:.2f} ms per step")
 
     idle = gaps(training)
-    classes = Table(title="idle time of training's stream, per step")
-    for column in ("gaps, µs", "number", "ms"):
-        classes.add_column(column, justify="right")
+    classes = []
     for low, high in pairwise((0.0, *GAPS_US, float("inf"))):
         within = [gap for gap, _ in idle if low <= 1e3 * gap < high]
         label = f"{low:g} to {high:g}" if high < float("inf") else f"{low:g} and more"
-        classes.add_row(label, f"{len(within) / options.steps:g}", f"{sum(within) / options.steps:.2f}")
-    console.print(classes)
+        classes.append([label, f"{len(within) / options.steps:g}", f"{sum(within) / options.steps:.2f}"])
+    columns = ["gaps, µs", "number", "ms"]
+    console.print(ResultTable("idle time of training's stream, per step", columns, classes).rich())
     for gap, one in idle:
         if 1e3 * gap >= GAPS_US[-1]:
             line(f"idle for {gap:.2f} ms until {one.start:.2f}, before {one.name[:NAME_WIDTH]}")

@@ -121,6 +121,13 @@ def test_docstrings_are_noun_phrases_or_imperatives() -> None:
     assert found == []
 
 
+def test_tables_of_results_have_one_form() -> None:
+    """TerminalTable is readable at any width; a table of rich's own cuts or breaks cells where it is too wide."""
+    tables = {str(file) for file, tree in trees().items() for node in ast.walk(tree)
+              if isinstance(node, ast.ImportFrom) and node.module == "rich.table"}  # fmt: skip
+    assert tables == {"iwm/evaluation/terminal_table.py", "iwm/training/metrics.py", "shards/command_line.py"}
+
+
 def option_classes() -> list[ast.ClassDef]:
     """Return the dataclasses of all commands' options: those named so, and those that they contain."""
     classes = {

@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 from stages import Stage, run_child, run_stages, run_tool
 
+from iwm.evaluation.result_table import ResultTable
 from iwm.recipes import demo
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -128,26 +127,24 @@ def _show(title: str, options: DemoOptions) -> Stage:
     return Stage(title, command, lambda: all(is_up_to_date(output, options.out) for output in outputs))
 
 
-def summary(out: Path) -> Table:
+def summary(out: Path) -> ResultTable:
     """Return a table of the demo's MRR values and their expected bounds."""
     own, control = (_read(out / "eval" / name) for name in ("mrr.json", CONTROL_FILE))
-    table = Table(title="Does the predictor apply the given action?", box=SIMPLE_HEAD)
-    table.add_column("", no_wrap=True)
-    for column in ("MRR, pooled", "per token", "expected", ""):
-        table.add_column(column, justify="right", no_wrap=True)
     own_steps, control_steps = (int(Path(result["checkpoint"]).stem.removeprefix("step-")) for result in (own, control))
-    rows = (
+    results = (
         (f"the world model, {own_steps:,} steps", own["mrr"], "at least"),
         ("… with shuffled actions", own["shuffled_actions"], "at most"),
         (f"trained without jitter, {control_steps:,} steps", control["mrr"], "at most"),
     )
-    for name, scores, bound in rows:
+    rows = []
+    for name, scores, bound in results:
         pooled, limit = scores["pooled"]["teacher"]["mean"], EXPECTED[bound]
         good = pooled >= limit if bound == "at least" else pooled <= limit
         cells = (f"{s['mean']:.3f} ±{s['standard_error']:.3f}" for s in (scores[d]["teacher"] for d in scores))
-        table.add_row(name, *cells, f"{bound} {limit}", "yes" if good else "[bold]NO[/]")
-    table.add_row("chance", f"{own['chance']:.3f}", f"{own['chance']:.3f}", "", "")
-    return table
+        rows.append([name, *cells, f"{bound} {limit}", "yes" if good else "NO"])
+    rows.append(["chance", f"{own['chance']:.3f}", f"{own['chance']:.3f}", "", ""])
+    columns = ["", "MRR, pooled", "per token", "expected", "reached"]
+    return ResultTable("Does the predictor apply the given action?", columns, rows)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -167,7 +164,7 @@ def run(options: DemoOptions) -> int:
         return 0
     report = write_report(options.out)
     console.rule()
-    console.print(summary(options.out))
+    console.print(summary(options.out).rich())
     console.print(f"Report: {report} ({time.monotonic() - start:.0f} s in total)", soft_wrap=True)
     if options.readme_pictures:
         for name, (part, width) in PICTURES.items():

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 from stages import Stage, run_stages, run_tool
+
+from iwm.evaluation.result_table import ResultTable
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -111,24 +111,20 @@ def _stage(options: DownstreamOptions, protocol: str, title: str, arguments: lis
     return Stage(title, command, lambda: is_up_to_date(output, options.run))
 
 
-def summary(run: Path) -> Table:
+def summary(run: Path) -> ResultTable:
     """Return a table of each protocol's result, with chance and the expected value."""
-    table = Table(
-        title="Downstream results of the world model",
-        caption="Accuracy or mIoU in % on held-out images, averaged over seeds. Chance: predicting the majority class "
-        "(for segmentation an upper bound: predicting background everywhere).",
-        box=SIMPLE_HEAD,
-    )
-    for column in ("", "reached", "chance", "expected", ""):
-        table.add_column(column, justify="left" if not table.columns else "right", no_wrap=True)
+    rows = []
     for stage in DOWNSTREAM_STAGES:
         result = json.loads((run / "eval" / f"{stage.protocol}.json").read_bytes())
         for name, reached, chance in _figures(result):
-            good = "yes" if reached >= stage.at_least else "[bold]NO[/]"
-            table.add_row(
-                name, f"{100 * reached:.1f}", f"{100 * chance:.1f}", f"at least {100 * stage.at_least:.0f}", good
-            )
-    return table
+            figures = (f"{100 * reached:.1f}", f"{100 * chance:.1f}", f"at least {100 * stage.at_least:.0f}")
+            rows.append([name, *figures, "yes" if reached >= stage.at_least else "NO"])
+    caption = (
+        "Accuracy or mIoU in % on held-out images, averaged over seeds. Chance: predicting the majority class "
+        "(for segmentation an upper bound: predicting background everywhere)."
+    )
+    columns = ["", "score", "chance", "expected", "reached"]
+    return ResultTable("Downstream results of the world model", columns, rows, caption)
 
 
 def _figures(result: dict[str, Any]) -> Iterator[tuple[str, float, float]]:
@@ -158,7 +154,7 @@ def run(options: DownstreamOptions) -> int:
     console, start = Console(), time.monotonic()
     run_stages(stages(options), console)
     console.rule()
-    console.print(summary(options.run))
+    console.print(summary(options.run).rich())
     console.print(f"Report: {options.run / 'report.html'} ({time.monotonic() - start:.0f} s in total)", soft_wrap=True)
     return 0
 

@@ -243,16 +243,18 @@ def _with_error(value: Any, counted_over: Mapping[str, Any] | None) -> Any:
 
 
 def trials_tables(result: dict[str, Any]) -> list[ResultTable]:
-    """Return a table of classification: last epoch's accuracy, best epoch, parameters and speed of every trial."""
+    """Return a table of classification: last epoch's accuracy, best epoch, parameters and, if measured, speed."""
+    rates = [trial.get("images_per_second") for trial in result["trials"].values()]
+    timed = any(rate is not None for rate in rates)
     rows = [
         [
             trial_name(result, name),
             format_percent(trial["top1"]),
             f"{100 * trial['best']['score']:.1f} at {trial['best']['epoch']:.4g}",
             f"{trial['parameters']:,}",
-            f"{trial['images_per_second']:,.0f}" if "images_per_second" in trial else "",
+            *(["" if rate is None else f"{rate:,.0f}"] if timed else []),
         ]
-        for name, trial in result["trials"].items()
+        for (name, trial), rate in zip(result["trials"].items(), rates, strict=True)
     ]
     caption = (
         f"'{result['label']}', {result['classes']} classes, {result['train_images']:,} training images, "
@@ -260,7 +262,8 @@ def trials_tables(result: dict[str, Any]) -> list[ResultTable]:
         f"{100 * result['chance']:.1f}. {selection_note(result)}"
     )
     title = f"{PROTOCOLS[result['protocol']].title}: accuracy of the last epoch ± standard error"
-    return [ResultTable(title, ["", "top-1 %", "best", "parameters", "images/s"], rows, caption)]
+    columns = ["", "top-1 %", "best", "parameters", *(["images/s"] if timed else [])]
+    return [ResultTable(title, columns, rows, caption)]
 
 
 def format_percent(score: dict[str, float]) -> str:

@@ -45,7 +45,8 @@ class TerminalTable:
     caption: str
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text | Table]:
-        yield Text(self.title, "table.title")
+        if self.title:
+            yield Text(self.title, "table.title")
         found = layout(self.columns, self.rows, options.max_width)
         for block in found.blocks:
             yield Text()

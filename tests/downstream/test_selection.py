@@ -17,6 +17,7 @@ from iwm.downstream.progress import TrainPlan
 from iwm.report.results import best_trials, read_dataset_results
 from iwm.report.runs import read_run
 from shards.hold_out import key_position
+from tests.downstream import written_results
 from tests.training.runs import finish
 
 Leverage = Callable[..., Any]
@@ -176,3 +177,11 @@ def test_a_share_that_leaves_too_little_is_told_and_a_small_one_holds_out_an_ima
         return
     with pytest.raises(ConfigError, match=r"--selection-share 0.999: 120 of 120 images of 'train' are held out"):
         leverage("linear", lr=(1.0, 2.0), steps=1, selection_share=share)
+
+
+@pytest.mark.parametrize(("rate", "columns"), [(None, ["parameters"]), (1234.4, ["parameters", "images/s"])])
+def test_the_speed_of_trials_has_a_column_where_it_was_measured(rate: float | None, columns: list[str]) -> None:
+    result = written_results.result("linear", written_results.trial(0.5, rate=rate), selection="none")
+    (table,) = experiment.trials_tables(result)
+    assert table.columns[3:] == columns
+    assert table.rows[0][3:] == ["100", *(["1,234"] if rate else [])]

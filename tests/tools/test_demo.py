@@ -1,6 +1,5 @@
 """The demo: stages from data to report, skipping of finished stages, and its summary."""
 
-import io
 import json
 import os
 import subprocess
@@ -8,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from iwm.evaluation.registry import EVALUATORS
+from tests.evaluation.printed import assert_whole
 from tools.demo import DemoOptions, stages, summary
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "demo.py"
@@ -42,13 +41,12 @@ def test_the_summary_says_where_a_figure_is_not_as_expected(tmp_path: Path) -> N
             "shuffled_actions": scores[0.022],
         }
         (tmp_path / "eval" / name).write_text(json.dumps(figures))
-    console = Console(record=True, width=100, file=io.StringIO())
-    console.print(summary(tmp_path))
-    text = console.export_text()
-    lines = [line.split() for line in text.splitlines() if "0.3" in line or "0.2" in line or "0.0" in line]
-    assert [line[-1] for line in lines[:3]] == ["yes", "yes", "NO"]
-    assert "the world model, 2,000 steps" in text
-    assert "trained without jitter, 1,000 steps" in text
+    table = summary(tmp_path)
+    assert_whole(table)
+    assert [row[-1] for row in table.rows[:3]] == ["yes", "yes", "NO"]
+    names = [row[0] for row in table.rows]
+    assert names[0] == "the world model, 2,000 steps"
+    assert names[2] == "trained without jitter, 1,000 steps"
 
 
 def _scores(value: float) -> dict[str, dict[str, dict[str, float]]]:

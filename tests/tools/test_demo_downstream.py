@@ -1,6 +1,5 @@
 """The downstream demo: every stage is a valid command, and the summary marks results below expectation."""
 
-import io
 import json
 import subprocess
 import sys
@@ -8,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from iwm.downstream.registry import PROTOCOLS
 from iwm.evaluate import parse
+from tests.evaluation.printed import assert_whole
 from tools.demo_downstream import DOWNSTREAM_STAGES, DownstreamOptions, stages, summary
 
 ROOT = Path(__file__).parents[2]
@@ -31,11 +30,11 @@ def test_the_summary_says_where_a_figure_is_below_what_is_expected(tmp_path: Pat
     for trial in DOWNSTREAM_STAGES:
         reached = 0.1 if trial.protocol == "attentive" else 0.9
         (tmp_path / "eval" / f"{trial.protocol}.json").write_text(json.dumps(_result(trial.protocol, reached)))
-    console = Console(record=True, width=110, file=io.StringIO())
-    console.print(summary(tmp_path))
-    lines = [line.split() for line in console.export_text().splitlines() if line.endswith(("yes  ", "NO  "))]
-    assert {line[0]: line[-1] for line in lines}["attentive"] == "NO"
-    assert [line[-1] for line in lines].count("yes") == len(lines) - 1 == 9
+    table = summary(tmp_path)
+    assert_whole(table)
+    reached = {row[0]: row[-1] for row in table.rows}
+    assert reached["attentive"] == "NO"
+    assert [row[-1] for row in table.rows].count("yes") == len(table.rows) - 1 == 9
 
 
 def _result(protocol: str, reached: float) -> dict[str, Any]:
