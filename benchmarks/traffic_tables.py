@@ -25,8 +25,13 @@ def show_traffic(result: Mapping[str, Any], each: bool, console: Console) -> Non
     if each:
         for graph in result["graphs"]:
             console.print(_kernels(graph).rich())
-    for table in (_parts, _traffic, _step, _estimate, _rates):
-        console.print(table(result).rich())
+    console.print(_parts(result).rich())
+    console.print(_traffic(result).rich())
+    console.print(_step(result).rich())
+    if not result["config"]["train"]["activation_checkpointing"]:  # what it recomputes is not subtracted
+        console.print(_memory(result).rich())
+    console.print(_estimate(result).rich())
+    console.print(_rates(result).rich())
 
 
 def _title(result: Mapping[str, Any]) -> str:
@@ -92,12 +97,18 @@ def _step(result: Mapping[str, Any]) -> ResultTable:
     for name, outside in result["outside"].items():
         size = sum(kernel["read"] + kernel["written"] for kernel in outside)
         rows.append([name, f"{len(outside):,}", rounded(size / 1e9), ""])
-    if not result["config"]["train"]["activation_checkpointing"]:
-        found = result["memory"]
-        rows.append(["saved for the backward pass", "", rounded(found["saved"] / 1e9), ""])
-        rows.append(["parameters, gradients, moments, target encoder", "", rounded(found["state"] / 1e9), ""])
-        rows.append(["memory, at least", "", rounded(sum(found.values()) / 1e9), ""])
     return ResultTable("", ["counted: whole step", "kernels", "GB", "TFLOP"], rows)
+
+
+def _memory(result: Mapping[str, Any]) -> ResultTable:
+    """Return the least memory of the step, as in docs/recipes.md."""
+    found, images = result["memory"], result["images"]
+    rows = [
+        ["saved for the backward pass", rounded(found["saved"] / 2**30), rounded(found["saved"] / images / 2**20)],
+        ["parameters, gradients, moments, target encoder", rounded(found["state"] / 2**30), ""],
+        ["sum", rounded(sum(found.values()) / 2**30), ""],
+    ]
+    return ResultTable("", ["counted: memory, at least", "GiB", "MiB per image"], rows)
 
 
 def _estimate(result: Mapping[str, Any]) -> ResultTable:

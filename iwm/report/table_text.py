@@ -62,7 +62,7 @@ def _description(score: SeedScores) -> str:
     return (
         f"{record.protocol} on {task.data}: {record.encoder}, {record.checkpoint}; {record.choice}; "
         f"{task.classes} classes{chance}, "
-        f"{task.train_images:,} training and {task.val_images:,} held-out images, {record.epochs:g} epochs, "
+        f"{task.train_images:,} training and {task.val_images:,} held-out images, {record.epochs:.4g} epochs, "
         f"batch {record.batch:,}"
     )
 

@@ -156,7 +156,9 @@ def test_the_mode_returns_json_and_takes_given_rates(step: TracedStep, monkeypat
     assert 0.9 < sum(result["memory"].values()) / (21.96 * 2**30) < 1
     assert result["rates"]["bandwidth"] == {"value": 1.45, "unit": "TB/s", "source": "given"}
     assert result["rates"]["gemm_tflops"]["source"] == "assumed"
-    assert {"encoder.blocks.0-11", "iwm.gelu_backward_bias"} <= set(console.export_text().split())
+    words = console.export_text().split()
+    assert {"encoder.blocks.0-11", "iwm.gelu_backward_bias"} <= set(words)
+    assert {f"{sum(result['memory'].values()) / 2**30:.1f}", f"{result['memory']['saved'] / 2**28:.1f}"} <= set(words)
     halved = estimate(step, 256, 1.0, choose_rates(replace(options, bandwidth=2.9)))
     assert result["estimate"]["ms"]["pointwise"] == pytest.approx(2 * halved["ms"]["pointwise"])
     assert result["estimate"]["ms"]["gaps"] == 0.0
