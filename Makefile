@@ -6,7 +6,7 @@ CUDA ?= $(if $(filter $(shell seq 1 579),$(DRIVER)),cuda12,cuda13)
 VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := .venv-lowest
-# As many processes as cores, at most four: each needs up to 3 GB.
+# As many processes as cores, at most four: each takes 1 to 2 GB, for moments 5, with the processes that its tests start.
 PYTEST := python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 .PHONY: demo downstream test test-lowest lint types docs clean
