@@ -9,7 +9,7 @@ LOWEST := .venv-lowest
 # As many processes as cores, at most four: each takes 1 to 2 GB, for moments 5, with the processes that its tests start.
 PYTEST := python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
-.PHONY: demo downstream test test-lowest lint types docs clean
+.PHONY: demo downstream test test-long test-lowest lint types docs clean
 
 # PyPI's torch is built for CUDA 13. uv finds the builds for other versions.
 $(VENV)/.installed: pyproject.toml
@@ -38,6 +38,10 @@ downstream: $(VENV)/.installed
 
 test: lint types
 	$(BIN)/$(PYTEST)
+
+# The tests that take minutes, which `make test` leaves out.
+test-long: $(VENV)/.installed
+	$(BIN)/$(PYTEST) -m long
 
 # The suite with the oldest packages, then every check of the checklist, in the small and compiled. Shapes are not checked at
 # run time: torch 2.11 cannot compile what jaxtyping does for that.

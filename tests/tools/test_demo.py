@@ -60,7 +60,7 @@ def test_the_whole_demo_small_and_again(tmp_path: Path) -> None:
     subprocess.run(command, check=True)
     page = (run / "report.html").read_text()
     assert "mrr-no-jitter" in page
-    assert "data:image/png" in page
+    assert "data:image/webp" in page
     assert "<script" in page
     assert json.loads((run / "eval" / "mrr-no-jitter.json").read_text())["checkpoint"].startswith(str(control))
     before = {path: path.stat().st_mtime for path in tmp_path.rglob("*") if path.suffix in (".pt", ".json", ".tar")}
