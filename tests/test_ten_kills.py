@@ -37,7 +37,7 @@ def test_ten_kills_leave_shards_byte_for_byte_and_parameters_bit_for_bit_the_sam
         return [sys.executable, "tools/make_shards.py", str(images), str(out), *options]
 
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    kill_until_done(making, whole, cut, rng)
+    kill_until_done(making, Path.exists, whole, cut, rng)
     files, others = contents(whole), contents(cut)
     assert files.keys() == others.keys()
     assert [name for name in files if files[name] != others[name]] == []
@@ -47,7 +47,7 @@ def test_ten_kills_leave_shards_byte_for_byte_and_parameters_bit_for_bit_the_sam
         return command(whole, run, STEPS, "--data.val", "None", "--log.checkpoint-interval", "5")
 
     whole_run, cut_run = tmp_path / "run", tmp_path / "run-cut"
-    kill_until_done(training, whole_run, cut_run, rng)
+    kill_until_done(training, lambda run: bool(checkpoints.list_checkpoints(run)), whole_run, cut_run, rng)
     one, other = checkpoints.load_newest(whole_run), checkpoints.load_newest(cut_run)
     assert one is not None
     assert other is not None
@@ -58,13 +58,21 @@ def test_ten_kills_leave_shards_byte_for_byte_and_parameters_bit_for_bit_the_sam
     print(f"training: {len(one.model)} tensors and the optimiser bit for bit those of an uninterrupted run")
 
 
-def kill_until_done(job: Callable[[Path], list[str]], whole: Path, cut: Path, rng: random.Random) -> None:
-    """Run a job without interruption into `whole`, and with KILLS kills at random moments into `cut`."""
+def kill_until_done(
+    job: Callable[[Path], list[str]], has_begun: Callable[[Path], bool], whole: Path, cut: Path, rng: random.Random
+) -> None:
+    """Run a job without interruption into `whole`, and with KILLS kills at random moments into `cut`.
+
+    has_begun: returns True for the folder of a job that has something to lose, before which none is killed.
+    """
     began = time.monotonic()
-    finish([*job(whole)[:2], "--help"])
+    process = start(job(whole))
+    while not has_begun(whole):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
     startup = time.monotonic() - began
-    began = time.monotonic()
-    finish(job(whole))
+    output = process.communicate(timeout=600)[0]
+    assert process.returncode == 0, output
     work = time.monotonic() - began - startup
     print(f"{job(whole)[1]}: {startup:.1f} s to start, {work:.1f} s of work")
     moments: list[str] = []
