@@ -10,6 +10,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -98,7 +99,9 @@ def two_nodes() -> Iterator[Cluster]:
     # A socket's path is limited to 108 characters, which a folder of pytest's can exceed.
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
     folder.chmod(0o755)  # munge wants its socket reachable by all users
-    environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
+    # A job's `python` is that of the tests.
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    environment = {**os.environ, "PATH": path, "SLURM_CONF": str(folder / "slurm.conf")}
     for name in [name for name in environment if name.startswith(("SLURM_JOB", "SLURM_STEP", "SBATCH_"))]:
         del environment[name]
     (folder / "state").mkdir()
