@@ -177,7 +177,7 @@ def show(title: str, rates: Mapping[Any, Sequence[float]], value: Any, why: str,
         [str(candidate), *(f"{f(turns):.0f}" for f in (np.median, min, max)), "chosen" if candidate == value else ""]
         for candidate, turns in rates.items()
     ]
-    console.print(ResultTable(title, ["", "median", "lowest", "highest", ""], rows).rich())
+    console.print(ResultTable(title, ["", "median", "lowest", "highest", ""], rows))
     console.print(why)
 
 

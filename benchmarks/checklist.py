@@ -168,7 +168,7 @@ def show(outcomes: CheckResults, all_checks: dict[str, Check], out: Path, consol
     rows = [
         [name, outcome["ended"], f"{outcome.get('seconds', 0):.0f}", f"{name}.log"] for name, outcome in done.items()
     ]
-    console.print(ResultTable(str(out), ["check", "ended", "seconds", "log"], rows).rich())
+    console.print(ResultTable(str(out), ["check", "ended", "seconds", "log"], rows))
 
 
 def say(console: Console, text: str) -> None:

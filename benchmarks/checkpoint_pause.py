@@ -185,7 +185,7 @@ def show(result: dict[str, Any], console: Console) -> None:
         f"{result['recipe']}, {several}, {result['images_per_process']} images each, {result['device']}; "
         f"checkpoint of {result['file_bytes'] / 1e9:.2f} GB"
     )
-    console.print(ResultTable(title, ["", "ms", "p10", "p90", "in steps (range)"], rows).rich())
+    console.print(ResultTable(title, ["", "ms", "p10", "p90", "in steps (range)"], rows))
     copies = ", ".join(f"{size / 2**30:.3f}" for size in result["copy_bytes"])
     peaks = ", ".join(f"{gib:.3f}" for gib in result["host_gib"])
     console.print(

@@ -176,7 +176,7 @@ def show(result: dict[str, Any], console: Console) -> None:
         for name, row in result["protocols"].items()
     ]
     title = f"downstream protocols, encoder of {result['recipe']}, on {result['device']}"
-    console.print(ResultTable(title, columns, rows).rich())
+    console.print(ResultTable(title, columns, rows))
     console.print(
         "images/s: of training; pipeline: decoding, crops and augmentations alone, for as many images per batch"
     )

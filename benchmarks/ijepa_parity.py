@@ -167,7 +167,7 @@ def show(figures: dict[str, dict[str, float]], console: Console) -> None:
         own = [each.get(name) for each in figures.values()]
         rows.append([name, written(official), *("–" if value is None else written(value) for value in own)])
     columns = ["figure", "I-JEPA's code", *figures]
-    console.print(ResultTable(f"facebookresearch/ijepa at {COMMIT[:8]}", columns, rows).rich())
+    console.print(ResultTable(f"facebookresearch/ijepa at {COMMIT[:8]}", columns, rows))
 
 
 def written(value: float) -> str:

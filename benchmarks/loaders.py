@@ -120,7 +120,7 @@ def show(result: dict[str, Any], options: LoaderOptions, console: Console) -> No
             rows.append([name, *cells, ratio_text(result["dali_over"][clock].get(name))])
         title = f"two views of {result['views']['size']} px on {options.device}, {options.cores} core(s): {meaning}"
         columns = ["", "median", "p10", "p90", f"dali / this ({options.repeats} turns)"]
-        console.print(ResultTable(title, columns, rows).rich())
+        console.print(ResultTable(title, columns, rows))
         if rival := result["fastest_rival"][clock]:
             times = result["dali_over"][clock][rival]["median"]
             console.print(f"dali is {times:.2f} times as fast as {rival}, the fastest loader that does the same work")

@@ -152,7 +152,7 @@ def show_definitions(rows: list[dict[str, Any]], options: ParityOptions, console
     title = f"definitions of the jitter, {options.images} images of {options.size} px: mean difference in grey levels"
     columns = ["op", "linear to torchvision", "linear to unchanged", "torchvision to unchanged"]
     cells = [[row["op"], *(f"{row[name]:.1f}" for name in ("between", "linear", "torchvision"))] for row in rows]
-    console.print(ResultTable(title, columns, cells).rich())
+    console.print(ResultTable(title, columns, cells))
 
 
 def show(rows: list[dict[str, Any]], options: ParityOptions, console: Console) -> None:
@@ -163,7 +163,7 @@ def show(rows: list[dict[str, Any]], options: ParityOptions, console: Console) -
         cells = [(f"{d['mean']:.3f}", f"{d['max']:.0f}", f"{d['psnr']:.1f}") for d in (row[name] for name in others)]
         table.append([f"{row['colour']}, {row['op']}", *(cell for three in cells for cell in three)])
     title = f"views of {options.size} px on {options.device}, {options.images} images: grey levels"
-    console.print(ResultTable(title, columns, table).rich())
+    console.print(ResultTable(title, columns, table))
 
 
 def main() -> None:

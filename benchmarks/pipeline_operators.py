@@ -179,7 +179,7 @@ def show(counts: dict[str, dict[str, Any]], views: Views, batch_size: int, conso
     ):
         rows.append([name, *(str(counted[key]) for counted in counts.values())])
     title = f"a batch of {batch_size} images, two views of {views.size} px, jitter {views.jitter_impl}"
-    console.print(ResultTable(title, ["kernel launches", *counts], rows).rich())
+    console.print(ResultTable(title, ["kernel launches", *counts], rows))
 
 
 def main() -> None:

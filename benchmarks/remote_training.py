@@ -118,7 +118,7 @@ def run(given: argparse.Namespace, console: Console) -> int:
                 upload(file, join(url, file.name))
         add_row("s3", train("s3", "--data.shards", url, "--data.cache", str(cache)), cache)
     columns = ["training", "requests", "faults met", "MB copied", "of", "seconds", "parameters"]
-    console.print(ResultTable("", columns, rows).rich())
+    console.print(ResultTable("", columns, rows))
     return 0 if ok else 1
 
 

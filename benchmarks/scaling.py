@@ -174,7 +174,7 @@ def show(result: dict[str, Any], console: Console) -> None:
         cells = (f"{rates[name][column]:.4g}" for column in ("median", "p10", "p90"))
         rows.append([meaning, *cells, ratio_text(efficiency.get(name))])
     title = f"{result['recipe']}, {result['images_per_process']} images on each of {n} processes, {result['device']}"
-    console.print(ResultTable(title, ["", "images/s", "p10", "p90", f"of {n} × alone"], rows).rich())
+    console.print(ResultTable(title, ["", "images/s", "p10", "p90", f"of {n} × alone"], rows))
     sent, exchange = result["gradient_bytes"] / 2**20, result["all_reduce_ms"]["median"]
     console.print(
         f"A step all-reduces {sent:.1f} MiB of gradients: {exchange:.3g} ms alone "

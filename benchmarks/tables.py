@@ -20,23 +20,23 @@ from iwm.evaluation.result_table import ResultTable
 def show_training(result: Mapping[str, Any], console: Console) -> None:
     """Print the results of the training measurements."""
     console.print(f"\n{_title(result)}", highlight=False, soft_wrap=True)
-    console.print(_steps(result).rich())
+    console.print(_steps(result))
     for line in _remarks(result):
         console.print(f"· {line}", highlight=False, soft_wrap=True)
     console.print()
     if result["operators"] is not None:
-        console.print(_operators(result).rich())
+        console.print(_operators(result))
 
 
 def show_pipeline(result: Mapping[str, Any], console: Console) -> None:
     """Print the results of the pipeline alone."""
-    console.print(_limits(result).rich())
-    console.print(_stages(result).rich())
+    console.print(_limits(result))
+    console.print(_stages(result))
 
 
 def show_together(result: Mapping[str, Any], console: Console) -> None:
     """Print the ratios and the bottleneck."""
-    console.print(_ratios(result).rich())
+    console.print(_ratios(result))
     console.print(f"[bold]Bottleneck of this machine:[/] {result['bottleneck']}\n", highlight=False, soft_wrap=True)
 
 

@@ -135,7 +135,7 @@ def report(options: TraceOptions, console: Console) -> None:
     for name, took in sorted(by_name.items(), key=lambda pair: -sum(pair[1]))[: options.rows]:
         ms, calls = sum(took) / options.steps, len(took) / options.steps
         kernels.append([name[:NAME_WIDTH], f"{ms:.2f}", f"{calls:g}", f"{1e3 * ms / calls:.1f}"])
-    console.print(ResultTable("training's stream, per step", ["kernel", "ms", "calls", "µs each"], kernels).rich())
+    console.print(ResultTable("training's stream, per step", ["kernel", "ms", "calls", "µs each"], kernels))
     busy = sum(map(sum, by_name.values()))
     span = training[-1].end - training[0].start
     line(f"training's stream: {busy / options.steps:.2f} ms of work in {span / options.steps:.2f} ms per step")
@@ -147,7 +147,7 @@ def report(options: TraceOptions, console: Console) -> None:
         label = f"{low:g} to {high:g}" if high < float("inf") else f"{low:g} and more"
         classes.append([label, f"{len(within) / options.steps:g}", f"{sum(within) / options.steps:.2f}"])
     columns = ["gaps, µs", "number", "ms"]
-    console.print(ResultTable("idle time of training's stream, per step", columns, classes).rich())
+    console.print(ResultTable("idle time of training's stream, per step", columns, classes))
     for gap, one in idle:
         if 1e3 * gap >= GAPS_US[-1]:
             line(f"idle for {gap:.2f} ms until {one.start:.2f}, before {one.name[:NAME_WIDTH]}")

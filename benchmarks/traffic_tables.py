@@ -24,14 +24,14 @@ def show_traffic(result: Mapping[str, Any], each: bool, console: Console) -> Non
     console.print(f"\n{_title(result)}", highlight=False, soft_wrap=True)
     if each:
         for graph in result["graphs"]:
-            console.print(_kernels(graph).rich())
-    console.print(_parts(result).rich())
-    console.print(_traffic(result).rich())
-    console.print(_step(result).rich())
+            console.print(_kernels(graph))
+    console.print(_parts(result))
+    console.print(_traffic(result))
+    console.print(_step(result))
     if not result["config"]["train"]["activation_checkpointing"]:  # what it recomputes is not subtracted
-        console.print(_memory(result).rich())
-    console.print(_estimate(result).rich())
-    console.print(_rates(result).rich())
+        console.print(_memory(result))
+    console.print(_estimate(result))
+    console.print(_rates(result))
 
 
 def _title(result: Mapping[str, Any]) -> str:

@@ -137,7 +137,7 @@ def _publish(
     write_atomically(output, (content + "\n").encode())
     console = _console()
     for table in result_tables:
-        console.print(table.rich())
+        console.print(table)
     for note in result.get("notes", ()):
         _print_line(f"note: {note}")
     _print_line(f"written: {output}")
@@ -244,7 +244,7 @@ def show_tables(runs: Sequence[Path], markdown_file: Path | None = None) -> None
         raise ReportError("--runs: name at least one run folder, for example --runs runs/demo")
     tables = paper_tables(runs)
     for table in tables:
-        _console().print(table.rich())
+        _console().print(table)
     if markdown_file is not None:
         write_atomically(markdown_file, markdown(tables).encode())
         _console().print(f"written: {markdown_file}", soft_wrap=True)

@@ -164,7 +164,7 @@ def run(options: DemoOptions) -> int:
         return 0
     report = write_report(options.out)
     console.rule()
-    console.print(summary(options.out).rich())
+    console.print(summary(options.out))
     console.print(f"Report: {report} ({time.monotonic() - start:.0f} s in total)", soft_wrap=True)
     if options.readme_pictures:
         for name, (part, width) in PICTURES.items():

@@ -88,7 +88,7 @@ DOWNSTREAM_STAGES = (
         "Segment objects by their colour",
         "--parts encoder predictor --classes 7 --no-reduce-zero-label --channels 16 --lr 2e-3 5e-3 --steps 600 "
         "--batch-size 16 --validate-every 0.6 --crops.scale 1.6 2 --crops.photometric.jitter-probability 0",
-        0.15,
+        0.2,
     ),
 )
 
@@ -154,7 +154,7 @@ def run(options: DownstreamOptions) -> int:
     console, start = Console(), time.monotonic()
     run_stages(stages(options), console)
     console.rule()
-    console.print(summary(options.run).rich())
+    console.print(summary(options.run))
     console.print(f"Report: {options.run / 'report.html'} ({time.monotonic() - start:.0f} s in total)", soft_wrap=True)
     return 0
 

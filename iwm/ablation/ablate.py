@@ -82,7 +82,7 @@ def ablate(
         "\n".join([f"# {study.title}\n", *(table.markdown() for table in study_tables)]).encode(),
     )
     for table in study_tables:
-        console.print(table.rich())
+        console.print(table)
     evaluated = list(dict.fromkeys(Path(item["folder"]) for item in records))
     if evaluated:
         lead = section(study.title, Markup().join(map(html_table, study_tables)))

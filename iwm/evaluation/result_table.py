@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions
+
     from iwm.evaluation.terminal_table import TerminalTable
 
 
 @dataclass(frozen=True)
 class ResultTable:
-    """Title, column headings, cells and caption of one table."""
+    """Title, column headings, cells and caption of one table, which rich's console prints."""
 
     title: str
     columns: list[str]
@@ -22,11 +24,11 @@ class ResultTable:
     caption: str = ""
     """First line: description of the values. Further lines: details, which the page folds."""
 
-    def rich(self) -> TerminalTable:
-        """Return the table for the terminal."""
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[TerminalTable]:
+        # Imported here: rich takes time that the page and Markdown do not need.
         from iwm.evaluation.terminal_table import TerminalTable
 
-        return TerminalTable(self.title, self.columns, self.rows, self.caption)
+        yield TerminalTable(self.title, self.columns, self.rows, self.caption)
 
     def markdown(self) -> str:
         lines = [self.columns, ["---"] * len(self.columns), *self.rows]

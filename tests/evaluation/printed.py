@@ -13,7 +13,7 @@ def printed(table: ResultTable, width: int = 80) -> list[str]:
     """Return the lines of a table."""
     console = Console(width=width)
     with console.capture() as capture:
-        console.print(table.rich())
+        console.print(table)
     return capture.get().splitlines()
 
 

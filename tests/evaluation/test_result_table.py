@@ -20,7 +20,7 @@ ODD = ResultTable("Of [red] things", ["task :cat:", "a|b"], [["data/x:cat:", "[b
 def _printed(table: ResultTable) -> str:
     console = Console(width=160)
     with console.capture() as capture:
-        console.print(table.rich())
+        console.print(table)
     return capture.get()
 
 
