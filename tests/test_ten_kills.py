@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from iwm.training import checkpoint as checkpoints
-from tests.training.runs import assert_same, command, finish, metrics, start
+from tests.training.runs import assert_same, command, finish, metrics, start, wait_until
 
 KILLS = 5
 STEPS = 400
@@ -67,9 +67,7 @@ def kill_until_done(
     """
     began = time.monotonic()
     process = start(job(whole))
-    while not has_begun(whole):
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.01)
+    wait_until(lambda: has_begun(whole), process)
     startup = time.monotonic() - began
     output = process.communicate(timeout=600)[0]
     assert process.returncode == 0, output

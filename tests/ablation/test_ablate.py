@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from iwm.ablation.studies import STUDIES
 from iwm.training.checkpoint import checkpoint_path, list_checkpoints
 from shards.errors import UserError
 from tests.ablation.widths import widths
-from tests.training.runs import TINY
+from tests.training.runs import TINY, wait_until
 
 SCRIPT = Path(__file__).with_name("widths.py")
 
@@ -61,18 +61,24 @@ def test_runs_that_failed_were_stopped_or_are_asked_for_alone_make_one_study(
     environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[2])}
     command = [sys.executable, str(SCRIPT), *arguments()]
     stopped = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    while not list(wide.glob("checkpoints/*.pt")):
-        assert stopped.poll() is None
-        time.sleep(0.05)
+    wait_until(lambda: bool(list(wide.glob("checkpoints/*.pt"))), stopped)
     stopped.send_signal(signal.SIGTERM)
     assert "stopped; rerun the same command to resume" in stopped.communicate(timeout=600)[1]
     assert stopped.returncode == 1
     assert list_checkpoints(wide)[0] != checkpoint_path(wide, 200)
 
-    # That run alone, as a job of an array, leaves the study's tables to a later command.
-    before = {path: path.stat().st_mtime_ns for path in (*narrow.rglob("*.pt"), out / "ablation.json")}
-    assert "default-wide-seed0: trained in" in ablate("--only", "2")
+    before = {path: path.stat().st_mtime_ns for path in narrow.rglob("*.pt")}
+    said = ablate()
+    assert "default-narrow-seed0: already finished, skipped" in said
+    assert "default-wide-seed0: trained in" in said
     assert before == {path: path.stat().st_mtime_ns for path in before}
+
+    # One run alone, as a job of an array, leaves the study's tables to a later command.
+    shutil.rmtree(narrow)
+    (out / "ablation.json").unlink()
+    assert "default-narrow-seed0: trained in" in ablate("--only", "1")
+    assert not (out / "ablation.json").exists()
+    assert "1 default-narrow-seed0: finished\n2 default-wide-seed0: finished\n" in ablate("--list-runs")
 
     assert ablate().count("already finished, skipped") == 2
     results = _read(out / "ablation.json")["results"]

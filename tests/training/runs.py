@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,6 +76,18 @@ def finish(line: list[str], expect: int = 0) -> str:
     output = process.communicate(timeout=600)[0]
     assert process.returncode == expect, output
     return output
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], every: float = 0.02) -> None:
+    """Wait for a condition while the process runs; fail with its output where it ends before, or hangs.
+
+    every: time between two looks (seconds).
+    """
+    deadline = time.monotonic() + 600
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "the process runs, but what is waited for does not come"
+        time.sleep(every)
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

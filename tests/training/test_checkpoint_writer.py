@@ -22,7 +22,7 @@ from iwm.training.host_copies import HostCopies, tensors_of
 from iwm.training.loop import TrainingError
 from iwm.training.runtime import StopFlag
 from tests.disks import small_disk
-from tests.training.runs import alone, assert_same, command, finish, metrics, start, tiny_config, train_here
+from tests.training.runs import alone, assert_same, command, finish, metrics, start, tiny_config, train_here, wait_until
 
 CPU = torch.device("cpu")
 
@@ -198,8 +198,8 @@ def test_kill_9_while_a_checkpoint_is_written_leaves_the_one_before_whole(
     finish(command(tiny_shards, whole, steps, *BIG))
     for kill in range(kills):
         process = start(command(tiny_shards, cut, steps, *BIG))
-        wait_until(lambda kill=kill: newest_step(cut) >= 4 + 8 * kill, process)
-        wait_until(lambda: any(path.stat().st_size for path in (cut / "checkpoints").glob("*.partial")), process)
+        wait_until(lambda kill=kill: newest_step(cut) >= 4 + 8 * kill, process, every=0.001)
+        wait_until(lambda: is_writing(cut), process, every=0.001)
         time.sleep(rng.uniform(0, 0.05))
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
@@ -215,16 +215,12 @@ def test_kill_9_while_a_checkpoint_is_written_leaves_the_one_before_whole(
     assert not list((cut / "checkpoints").glob("*.partial"))
 
 
+def is_writing(run: Path) -> bool:
+    return any(path.stat().st_size for path in (run / "checkpoints").glob("*.partial"))
+
+
 def newest_step(run: Path) -> int:
     return max((int(path.stem.removeprefix("step-")) for path in checkpoints.list_checkpoints(run)), default=0)
-
-
-def wait_until(condition: Callable[[], bool], process: Any) -> None:
-    deadline = time.monotonic() + 300
-    while not condition():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 class AtStep(StopFlag):

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from iwm.training.checkpoint import load_newest
-from tests.training.runs import ENVIRONMENT, arguments, metrics, start
+from tests.training.runs import ENVIRONMENT, arguments, metrics, start, wait_until
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]
 
@@ -42,11 +42,7 @@ def workers(agent: int) -> list[int]:
 
 
 def wait_for_checkpoint(run: Path, agent: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 300
-    while not list(run.glob("checkpoints/step-*.pt")):
-        assert agent.poll() is None, agent.communicate()[0]
-        assert time.monotonic() < deadline, "the run saves nothing"
-        time.sleep(0.05)
+    wait_until(lambda: bool(list(run.glob("checkpoints/step-*.pt"))), agent)
 
 
 def test_a_killed_process_is_restarted_with_all_others(tiny_shards: Path, tmp_path: Path) -> None:

@@ -8,8 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,7 +18,7 @@ from iwm.config_io import to_dict
 from iwm.train_config import LogConfig
 from iwm.train_options import parse
 from iwm.training.wandb_logger import WandbLogger, check_wandb
-from tests.training.runs import ENVIRONMENT, ROOT, arguments, command, metrics, start
+from tests.training.runs import ENVIRONMENT, ROOT, arguments, command, metrics, start, wait_until
 from tests.training.test_resume import wait_for_step
 
 needs_wandb = pytest.mark.skipif(find_spec("wandb") is None, reason="wandb is not installed (extra wandb)")
@@ -58,14 +56,6 @@ def test_a_killed_and_a_stopped_training_are_one_run_with_every_step(
     assert first.rows == before[: len(first.rows)]
     assert second.rows == [row for row in metrics(run) if row["step"] >= again]
     assert {row["step"] for row in first.rows + second.rows} == {row["step"] for row in metrics(run)}
-
-
-def wait_until(true: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 600
-    while not true():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, "W&B writes no rows"
-        time.sleep(0.05)
 
 
 UNREACHABLE = """
