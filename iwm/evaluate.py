@@ -58,7 +58,10 @@ def check(settings: EvalSettings | TrainSettings) -> None:
 
 
 def check_processes(name: str) -> None:
-    """Raise ConfigError where torchrun has started several processes of an evaluation that runs on one."""
+    """Raise ConfigError where torchrun has started several processes of an evaluation that runs on one.
+
+    Tasks of a Slurm step are not refused: each may evaluate another run.
+    """
     if "RANK" in os.environ and (size := find_launch(os.environ).size) > 1:
         raise ConfigError(
             f"{name} runs on one process, and torchrun has started {size}; start it with python instead "

@@ -67,7 +67,8 @@ def run_segmentation(context: RunContext, settings: SegmentationSettings, stop: 
     specs = {}
     for part, features, lr, seed in product(settings.parts, settings.encoder, settings.lr, settings.seeds):
         encoder = pretrained.encoder(features)
-        for kind in (None,) if part == "encoder" else kinds:
+        part_kinds: tuple[PredictorInit | None, ...] = (None,) if part == "encoder" else kinds
+        for kind in part_kinds:
             torch.manual_seed(seed)
             backbone = None
             if part != "predictor":
@@ -97,7 +98,7 @@ def run_segmentation(context: RunContext, settings: SegmentationSettings, stop: 
             assert isinstance(trial, Segmenter)
             trial.to(dist.device)
             metadata = {"part": part, "lr": lr, "seed": seed, "features": features, "predictor": kind}
-            words: list[str] = [part, *varied((kind or "", kinds if kind else ()), (features, settings.encoder))]
+            words: list[str] = [part, *varied((f"{kind}", part_kinds), (features, settings.encoder))]
             words += [f"lr {lr:g}", *varied((f"seed {seed}", settings.seeds))]
             specs[", ".join(words)] = TrialSpec(trial, adamw(trial, lr, settings.weight_decay), metadata)
     frozen_names = settings.encoder if "predictor" in settings.parts else ()
