@@ -60,6 +60,8 @@ class ActionConfig:
     jitter_encoding: Literal["difference", "log_ratio"] = "difference"
     """Encoding of the change of brightness, contrast and saturation. Hue is always encoded as a difference.
     `difference`: target − source, as in the paper. `log_ratio`: log(target / source)."""
+    shuffle: bool = False
+    """Control: condition every image on the action of the next image of its pass, so that none can be learned."""
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,10 @@ class WorldModel(nn.Module):
         """Return the training loss of a batch, between the predictions and the target encoder's features."""
         targets = self.target_features(target, masks.loss.target_index)
         context = self.encoder(source, masks.context)
-        predictions = self.predictor.predict_masked(context, masks, action_from_params(params, self.action_spec))
+        action = action_from_params(params, self.action_spec)
+        if self.config.action.shuffle:
+            action = action.roll(-1, dims=0)
+        predictions = self.predictor.predict_masked(context, masks, action)
         return self.loss(predictions, targets, masks.loss.weight[None])
 
     def loss(
