@@ -35,7 +35,7 @@ from dali_pipelines.augmentations import (
 from dali_pipelines.dali import pipeline_def
 from dali_pipelines.decoder import Decoder
 from dali_pipelines.geometry import decode_crop, draw_crop, resize_box
-from dali_pipelines.photometric import Backend, DataNode
+from dali_pipelines.pixels import Backend, DataNode
 from dali_pipelines.pipelines import two_views
 from dali_pipelines.reader import DataSource, open_source, read
 from iwm.config import Config

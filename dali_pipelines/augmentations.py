@@ -44,7 +44,8 @@ class Op(NamedTuple):
     in_words: Callable[[float], str]
     """Formatter of a parameter; for an angle also of a change."""
     strong: float = 0.0
-    """Strength of a jitter op in the scenarios `strong` and `strong_jitter` (table S2)."""
+    """Strength of a jitter op that changes an image clearly: of the paper's ops, that of the scenarios `strong` and
+    `strong_jitter` (table S2)."""
     drawn_from: str | None = None
     """Field of PhotometricConfig with the range that a destructive op's parameter is sampled from; None: it is 1 or
     0."""
@@ -54,6 +55,9 @@ class Op(NamedTuple):
     """Unit of the parameter on charts; empty: the plain number."""
     unit_scale: float = 1.0
     """Factor from the parameter to `unit`."""
+    in_paper: bool = False
+    """True for the ops of the paper: every action has their entries. Others have entries only in runs whose views may
+    apply them, so that adding an op changes no other run."""
 
     @property
     def field(self) -> str:
@@ -79,6 +83,10 @@ def _degrees(turns: float) -> str:
     return f"{turns * 360:+.0f}°"
 
 
+def _stops(stops: float) -> str:
+    return f"{stops:+.2f} stops"
+
+
 def _pixels(sigma: float) -> str:
     return f"σ {sigma:.1f} px"
 
@@ -88,11 +96,14 @@ def _on_or_off(done: float) -> str:
 
 
 OPS: tuple[Op, ...] = (
-    Op("brightness", "jitter", 1.0, _factor, strong=0.5),
-    Op("contrast", "jitter", 1.0, _factor, strong=0.5),
-    Op("saturation", "jitter", 1.0, _factor, strong=0.4),
-    Op("hue", "jitter", 0.0, _degrees, strong=0.2, unit="turned by, degrees", unit_scale=360.0),
-    Op("grayscale", "destructive", 0.0, _on_or_off),
+    Op("brightness", "jitter", 1.0, _factor, strong=0.5, in_paper=True),
+    Op("contrast", "jitter", 1.0, _factor, strong=0.5, in_paper=True),
+    Op("saturation", "jitter", 1.0, _factor, strong=0.4, in_paper=True),
+    Op("hue", "jitter", 0.0, _degrees, strong=0.2, unit="turned by, degrees", unit_scale=360.0, in_paper=True),
+    Op("gamma", "jitter", 1.0, _factor, strong=0.5),
+    Op("temperature", "jitter", 0.0, _stops, strong=0.5, unit="red against green, stops"),
+    Op("rotation", "jitter", 0.0, _degrees, strong=1 / 18, unit="counter-clockwise, degrees", unit_scale=360.0),
+    Op("grayscale", "destructive", 0.0, _on_or_off, in_paper=True),
     Op(
         "blur",
         "destructive",
@@ -101,8 +112,9 @@ OPS: tuple[Op, ...] = (
         drawn_from="blur_sigma",
         levels=(0.5, 1.0, 2.0),
         unit="sigma, pixels",
+        in_paper=True,
     ),
-    Op("solarize", "destructive", 0.0, _on_or_off),
+    Op("solarize", "destructive", 0.0, _on_or_off, in_paper=True),
 )
 """All ops in the order in which they are applied, jitter first: the layout of params and of actions."""
 
@@ -122,7 +134,8 @@ class PhotometricConfig:
 
     Brightness, contrast and saturation factors are sampled uniformly from [1 - s, 1 + s], where s is the strength. The
     hue shift is sampled uniformly from [-s, s] turns (0.1 is 36 degrees). The ops are applied in the order of the
-    fields: brightness, contrast, saturation, hue, grayscale, blur, solarize.
+    fields: brightness, contrast, saturation, hue, grayscale, blur, solarize. Ops that the paper lacks have strength 0
+    and come after hue: gamma (a factor), temperature and rotation (from [-s, s]).
     """
 
     jitter_probability: float = 0.8
@@ -143,6 +156,14 @@ class PhotometricConfig:
     """Range of the blur's standard deviation (pixels of the view, above 0), sampled uniformly."""
     solarize_probability: float = 0.2
     """Probability of solarization (0 to 1)."""
+    gamma: float = 0.0
+    """Strength of gamma, the maximum change of the exponent (0 or more). Not in the paper."""
+    temperature: float = 0.0
+    """Strength of colour temperature (stops, 0 or more): red is multiplied by 2^t and blue by 2^-t.
+    Positive is warmer. Not in the paper."""
+    rotation: float = 0.0
+    """Strength of rotation about the centre, with mirrored borders (turns, 0 or more; 0.05 is 18 degrees).
+    It moves positions, so that masks of segmentation would no longer fit. Not in the paper."""
 
     def check(self) -> None:
         """Raise AugmentationError, which names the field, where a value is out of range."""
@@ -196,7 +217,7 @@ class PhotometricConfig:
 
     @property
     def strengths(self) -> tuple[float, ...]:
-        """Maximum changes of brightness, contrast, saturation and hue, by which actions are normalised."""
+        """Maximum changes of the parameters of JITTER_OPS, by which actions are normalised."""
         return tuple(getattr(self, op.name) for op in JITTER_OPS)
 
 
@@ -234,6 +255,11 @@ class Views:
     The latter rotates colours about the grey axis.
     With A.1's strengths the two are 5 grey levels apart on average, where the jitter changes 26."""
 
+    @property
+    def action_ops(self) -> tuple[Op, ...]:
+        """Ops that have entries in the action, in the order of OPS: the paper's, and others that a view may apply."""
+        return tuple(op for op in OPS if op.in_paper or self.source.applies(op) or self.target.applies(op))
+
     def check(self) -> None:
         """Raise AugmentationError, which names the field, where a value is out of range."""
         check_crop(self.crop_scale, self.crop_ratio, self.flip_probability)
@@ -256,12 +282,15 @@ def check_crop(scale: tuple[float, float], ratio: tuple[float, float], flip: flo
 
 def _scenario(jitter: float, strengths: dict[str, float], blur: float, gray: float, solar: float) -> Views:
     chances = {"grayscale_probability": gray, "blur_probability": blur, "solarize_probability": solar}
-    source = NO_PHOTOMETRIC.with_fields({"jitter_probability": jitter, **strengths, **chances})
+    return _with(NO_PHOTOMETRIC.with_fields({"jitter_probability": jitter, **strengths, **chances}))
+
+
+def _with(source: PhotometricConfig) -> Views:
     return Views(source=source, target=source.without_destructive())
 
 
 _DEFAULT = dict(zip(JITTER_FIELDS, PhotometricConfig().strengths, strict=True))
-_STRONG = {op.name: op.strong for op in JITTER_OPS}
+_STRONG = {op.name: op.strong for op in JITTER_OPS if op.in_paper}
 
 SCENARIOS: dict[str, Views] = {
     "default": _scenario(0.8, _DEFAULT, 0.2, 0.2, 0.1),
@@ -271,9 +300,12 @@ SCENARIOS: dict[str, Views] = {
     "strong_jitter": _scenario(0.8, _STRONG, 0.0, 0.0, 0.0),
     "destructive": _scenario(0.0, _DEFAULT, 0.2, 0.2, 0.1),
     "ijepa": Views(source=NO_PHOTOMETRIC, target=NO_PHOTOMETRIC),
+    "extended": _with(PhotometricConfig(gamma=0.4, temperature=0.4)),
+    "geometric": Views(target=replace(Views().target, rotation=1 / 18)),
 }
-"""The six rows of table S2, and I-JEPA's views. The table's solarize probability is 0.1; A.1 and PhotometricConfig have
-0.2."""
+"""The six rows of table S2, I-JEPA's views, and two beyond the paper, with A.1's ops: `extended` also with gamma and
+colour temperature in both views, `geometric` with a rotation of the target by up to 20 degrees. The table's solarize
+probability is 0.1; A.1, PhotometricConfig and the last two have 0.2."""
 
 
 GEOMETRY_FIELDS = ("crop_x", "crop_y", "crop_width", "crop_height", "image_width", "image_height", "flip")

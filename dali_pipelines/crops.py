@@ -132,6 +132,8 @@ class SegmentationCrops:
         if not 0 <= self.flip_probability <= 1:
             raise AugmentationError(f"flip_probability {self.flip_probability} must be from 0 to 1")
         self.photometric.check()
+        if self.photometric.rotation:
+            raise AugmentationError("photometric.rotation: masks would not be rotated; set it to 0")
         if not 0 <= self.ignore_index <= 255:
             raise AugmentationError(f"ignore_index {self.ignore_index} must be from 0 to 255")
 

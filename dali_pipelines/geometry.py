@@ -7,7 +7,7 @@ from typing import NamedTuple
 from dali_pipelines.crops import Interpolation
 from dali_pipelines.dali import dali_math, fn, types
 from dali_pipelines.decoder import Decoder
-from dali_pipelines.photometric import Backend, DataNode, as_operand
+from dali_pipelines.pixels import Backend, DataNode, as_operand
 
 INTERP_TYPES = {"linear": types.INTERP_LINEAR, "cubic": types.INTERP_CUBIC}
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from dali_pipelines.decoder import Decoder
-from dali_pipelines.photometric import Backend
+from dali_pipelines.pixels import Backend
 from dali_pipelines.reader import DataSource
 from shards.cache import location_of
 from shards.errors import ShardError

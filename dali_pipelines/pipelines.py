@@ -33,7 +33,9 @@ from dali_pipelines.crops import (
 from dali_pipelines.dali import Pipeline, dali_math, fn, pipeline_def, types
 from dali_pipelines.decoder import Decoder
 from dali_pipelines.geometry import INTERP_TYPES, Crop, decode_crop, decode_full, draw_crop, resize_box
-from dali_pipelines.photometric import Backend, DataNode, PhotometricParams
+from dali_pipelines.jitter import prepare
+from dali_pipelines.photometric import PhotometricParams
+from dali_pipelines.pixels import Backend, DataNode, as_operand, contiguous
 from dali_pipelines.reader import DataSource, read
 
 
@@ -67,10 +69,10 @@ def two_views(
     if backend == "triton":
         images = [image]
     else:
-        shared = photometric.prepare(image, device)
+        shared = prepare(image, device)
         target_view = photometric.apply(shared, drawn_target, views.target, views.jitter_impl, device)
         source_view = photometric.apply(shared, drawn_source, views.source, views.jitter_impl, device)
-        images = [photometric.contiguous(view, device) if on_gpu else view for view in (source_view, target_view)]
+        images = [contiguous(view, device) if on_gpu else view for view in (source_view, target_view)]
     outputs = [_params(crop, drawn_target, drawn_source), *images]
     if on_gpu:
         outputs = [output.gpu() for output in outputs]
@@ -113,12 +115,12 @@ def _labelled_crops(
     crop = draw_crop(encoded.jpeg, crops.crop_scale, crops.crop_ratio, crops.flip_probability)
     drawn = photometric.sample(crops.photometric)
     box = decode_crop(encoded.jpeg, crop, backend, decoder)
-    shared = photometric.prepare(resize_box(box, crop, crops.size, backend, crops.interpolation), backend)
+    shared = prepare(resize_box(box, crop, crops.size, backend, crops.interpolation), backend)
     image = photometric.apply(shared, drawn, crops.photometric, crops.jitter_impl, backend)
     if layers is not None:
         drawn_layers = rand_augment.sample(layers)
         image = rand_augment.apply(image, drawn_layers, layers.increasing, crops.size, crops.interpolation, backend)
-    images = photometric.contiguous(image, backend) if backend == "gpu" else image
+    images = contiguous(image, backend) if backend == "gpu" else image
     return images, encoded.source_info, encoded.label
 
 
@@ -179,7 +181,7 @@ def _segmentation_crops(
     box = _draw_box(fn.peek_image_shape(encoded.jpeg, dtype=types.FLOAT)[:2], crops)
     drawn = photometric.sample(crops.photometric)
     image = _cut(decode_full(encoded.jpeg, backend, decoder), box, types.INTERP_LINEAR)
-    shared = photometric.prepare(image, backend)
+    shared = prepare(image, backend)
     image = photometric.apply(shared, drawn, crops.photometric, crops.jitter_impl, backend)
     mask = _cut(_decode_mask(encoded.mask, backend), box, types.INTERP_NN)
     return (
@@ -200,7 +202,7 @@ def full_images(
 
 def _decode_mask(png: DataNode, backend: Backend) -> DataNode:
     """Decode the class ids, uint8 HWC of one channel. Always decode on the CPU: GPUs have no PNG decoder."""
-    return photometric.as_operand(fn.decoders.image(png, output_type=types.GRAY), backend)
+    return as_operand(fn.decoders.image(png, output_type=types.GRAY), backend)
 
 
 class _Box(NamedTuple):

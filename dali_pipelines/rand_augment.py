@@ -18,7 +18,7 @@ import numpy as np
 from dali_pipelines.augmentations import MEAN_COLOUR
 from dali_pipelines.crops import MAX_MAGNITUDE, Interpolation, RandAugment
 from dali_pipelines.dali import dali_math, fn, types
-from dali_pipelines.photometric import (
+from dali_pipelines.pixels import (
     TRUNCATE,
     Backend,
     DataNode,

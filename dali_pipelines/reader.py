@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dali_pipelines.dali import fn
-from dali_pipelines.photometric import DataNode
+from dali_pipelines.pixels import DataNode
 from shards.cache import SplitCache, source_of
 from shards.errors import ShardError
 from shards.format import Column, Manifest, load_manifest

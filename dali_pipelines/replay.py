@@ -6,17 +6,19 @@ its images. photometric.py and geometry.py explain the maths.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
-from torch.nn.functional import conv2d, interpolate, pad
+from torch.nn.functional import affine_grid, conv2d, grid_sample, interpolate, pad
 
 from dali_pipelines.augmentations import (
     DESTRUCTIVE_OPS,
     FLOAT_TO_UINT8,
     IDENTITY,
+    JITTER_OPS,
     LUMA,
     OPS,
     PHOTOMETRIC_FIELDS,
@@ -31,7 +33,10 @@ MODES = {"linear": "bilinear", "cubic": "bicubic"}
 
 
 def sample_photometric(spec: PhotometricConfig, n: int, generator: torch.Generator) -> Float[Tensor, "n p"]:
-    """Sample parameters like the DALI graph, on the CPU; columns as PHOTOMETRIC_FIELDS, identity where not applied."""
+    """Sample parameters like the DALI graph, on the CPU; columns as PHOTOMETRIC_FIELDS, identity where not applied.
+
+    Ops that the paper lacks use random numbers only where they can be applied: others are the same with and without.
+    """
     drawn = torch.tensor(IDENTITY).repeat(n, 1)
 
     def coin(probability: float) -> Tensor:
@@ -42,6 +47,8 @@ def sample_photometric(spec: PhotometricConfig, n: int, generator: torch.Generat
 
     jitter = coin(spec.jitter_probability)
     for column, op in enumerate(OPS):
+        if not (op.in_paper or spec.applies(op)):
+            continue
         where = jitter if op.kind == "jitter" else coin(spec.probability(op))
         value = torch.ones(n) if op.is_switch else uniform(*spec.value_range(op))
         drawn[:, column] = torch.where(where, value, drawn[:, column])
@@ -65,6 +72,9 @@ def _apply_photometric(
     values = dict(zip(PHOTOMETRIC_FIELDS, params.float()[..., None, None, None].unbind(1), strict=True))
     x = images.float()
     x = _jitter_linear(x, values) if jitter_impl == "linear" else _jitter_torchvision(x, values)
+    for op in JITTER_OPS:
+        if op.name in JITTER_MATHS:
+            x = JITTER_MATHS[op.name](x, values[op.field])
     for op in DESTRUCTIVE_OPS:
         x = DESTRUCTIVE_MATHS[op.name](x, values[op.field])
     return x.to(torch.uint8)
@@ -103,6 +113,41 @@ def _rotate_hue(x: Float[Tensor, "b h w 3"], turns: Float[Tensor, "b 1 1"]) -> F
 
 def _grey(x: Float[Tensor, "b h w 3"]) -> Float[Tensor, "b h w 1"]:
     return (x @ torch.tensor(LUMA, device=x.device)).round()[..., None]
+
+
+def _gamma(x: Float[Tensor, "b h w 3"], gamma: Float[Tensor, "b 1 1 1"]) -> Float[Tensor, "b h w 3"]:
+    return torch.where(gamma == 1, x, (255 * (x / 255) ** gamma + 0.5).floor())
+
+
+def _temperature(x: Float[Tensor, "b h w 3"], stops: Float[Tensor, "b 1 1 1"]) -> Float[Tensor, "b h w 3"]:
+    return (x * 2 ** (stops * torch.tensor([1.0, 0.0, -1.0], device=x.device))).round().clamp(max=255)
+
+
+def _rotate_where(x: Float[Tensor, "b h w 3"], turns: Float[Tensor, "b 1 1 1"]) -> Float[Tensor, "b h w 3"]:
+    rotated = turns.flatten().nonzero().flatten()
+    if len(rotated):
+        x = x.index_copy(0, rotated, _rotate(x[rotated], turns.flatten()[rotated]))
+    return x
+
+
+def _rotate(x: Float[Tensor, "b h w 3"], turns: Float[Tensor, " b"]) -> Float[Tensor, "b h w 3"]:
+    """Rotate counter-clockwise about the centre; outside the image its mirror image continues."""
+    b, h, w, _ = x.shape
+    cos, sin = (2 * math.pi * turns).cos(), (2 * math.pi * turns).sin()
+    zero = torch.zeros_like(cos)
+    rows = torch.stack([cos, -sin * h / w, zero, sin * w / h, cos, zero], dim=1)
+    grid = affine_grid(rows.view(b, 2, 3), [b, 3, h, w], align_corners=False)
+    planes = grid_sample(x.permute(0, 3, 1, 2), grid, padding_mode="reflection", align_corners=False)
+    return planes.permute(0, 2, 3, 1).round()
+
+
+JITTER_MATHS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "gamma": _gamma,
+    "temperature": _temperature,
+    "rotation": _rotate_where,
+}
+"""Maths of each jitter op after the paper's four: from images [b, h, w, 3] in grey levels and parameters [b, 1, 1, 1],
+the identity where it is not done, to images."""
 
 
 def _grayscale(x: Float[Tensor, "b h w 3"], done: Float[Tensor, "b 1 1 1"]) -> Float[Tensor, "b h w 3"]:

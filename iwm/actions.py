@@ -8,7 +8,8 @@ It encodes the change from source to target view. Layout, in order:
 | source_grayscale, source_blur, source_solarize | 1 where the op was applied to the source | {0, 1} |
 | target_grayscale, target_blur, target_solarize | 1 where applied to the target; only if targets have them | {0, 1} |
 
-The null action is all zeros. Exchanging source and target negates the first four entries.
+Ops that the paper lacks have entries in runs whose views may apply them: jitter (gamma, temperature, rotation) after hue,
+destructive ops after solarize. The null action is all zeros. Exchanging source and target negates the jitter entries.
 
 Actions can also be written in words, as 'brightness +0.2, undo grayscale'. Words describe the change from a source
 without jitter: `brightness=+0.2` adds 0.2 to the brightness factor, `hue=+0.05` rotates the hue by 0.05 turns (18°).
@@ -27,7 +28,6 @@ from torch import Tensor
 from dali_pipelines.augmentations import (
     DESTRUCTIVE_OPS,
     IDENTITY,
-    JITTER_OPS,
     OPS,
     SOURCE,
     TARGET,
@@ -43,6 +43,8 @@ from iwm.model_config import ActionConfig
 class ActionSpec:
     """Layout of a run's actions."""
 
+    ops: tuple[Op, ...]
+    """Ops that have entries, jitter first (Views.action_ops)."""
     jitter_encoding: str
     """Encoding of jitter changes, `difference` or `log_ratio` (ActionConfig)."""
     scale: tuple[float, ...]
@@ -54,35 +56,45 @@ class ActionSpec:
     def names(self) -> tuple[str, ...]:
         """Names of the entries, in order."""
         views = ("source", "target") if self.target_flags else ("source",)
-        return (*(op.name for op in JITTER_OPS), *(f"{view}_{op.name}" for view in views for op in DESTRUCTIVE_OPS))
+        flags = (f"{view}_{op.name}" for view in views for op in self.destructive_ops)
+        return (*(op.name for op in self.jitter_ops), *flags)
 
     @property
     def size(self) -> int:
         return len(self.names)
 
+    @property
+    def jitter_ops(self) -> tuple[Op, ...]:
+        """Ops of the first entries, one each."""
+        return tuple(op for op in self.ops if op.kind == "jitter")
+
+    @property
+    def destructive_ops(self) -> tuple[Op, ...]:
+        """Ops of the flags."""
+        return tuple(op for op in self.ops if op.kind == "destructive")
+
 
 def action_spec(action: ActionConfig, views: Views) -> ActionSpec:
     """Return the action layout of a run. A jitter parameter with strength 0 has scale 1, and its entry stays zero."""
-    scale = tuple(max(s, t) or 1.0 for s, t in zip(views.source.strengths, views.target.strengths, strict=True))
-    return ActionSpec(action.jitter_encoding, scale, views.target.destructive)
+    ops = views.action_ops
+    strengths = ((getattr(view, op.name) for view in (views.source, views.target)) for op in ops if op.kind == "jitter")
+    return ActionSpec(ops, action.jitter_encoding, tuple(max(each) or 1.0 for each in strengths), views.target.destructive)
 
 
 def action_between(
     source: Float[Tensor, "b p"], target: Float[Tensor, "b p"], spec: ActionSpec
 ) -> Float[Tensor, "b k"]:
     """Compute the actions [b, k] from source to target views, given as photometric params [b, PHOTOMETRIC_FIELDS]."""
-    changes = (target[:, : len(JITTER_OPS)] - source[:, : len(JITTER_OPS)]).unbind(1)
-    if spec.jitter_encoding == "log_ratio":
-        changes = tuple(
-            torch.log(target[:, column] / source[:, column]) if op.is_factor else changes[column]
-            for column, op in enumerate(JITTER_OPS)
-        )
-    # Divide column by column: copying a tensor of scales to the device would make the host wait.
-    scaled = torch.stack([change / scale for change, scale in zip(changes, spec.scale, strict=True)], dim=1)
-    parts = [scaled, (source[:, len(JITTER_OPS) :] > 0).to(scaled.dtype)]
-    if spec.target_flags:
-        parts.append((target[:, len(JITTER_OPS) :] > 0).to(scaled.dtype))
-    return torch.cat(parts, dim=1)
+    logarithm = spec.jitter_encoding == "log_ratio"
+    entries = []
+    # Column by column: copying a tensor of scales or indices to the device would make the host wait.
+    for op, scale in zip(spec.jitter_ops, spec.scale, strict=True):
+        before, after = source[:, OPS.index(op)], target[:, OPS.index(op)]
+        change = torch.log(after / before) if logarithm and op.is_factor else after - before
+        entries.append(change / scale)
+    for view in (source, target) if spec.target_flags else (source,):
+        entries += [(view[:, OPS.index(op)] > 0).to(source.dtype) for op in spec.destructive_ops]
+    return torch.stack(entries, dim=1)
 
 
 def action_from_params(params: Float[Tensor, "b p"], spec: ActionSpec) -> Float[Tensor, "b k"]:
@@ -94,7 +106,7 @@ def describe_action(action: Float[Tensor, "k"], spec: ActionSpec) -> str:
     """Return one action in words, as 'brightness +0.30, hue -18°, undo grayscale'; 'nothing' for the null action."""
     values = dict(zip(spec.names, action.tolist(), strict=True))
     words = []
-    for op, scale in zip(JITTER_OPS, spec.scale, strict=True):
+    for op, scale in zip(spec.jitter_ops, spec.scale, strict=True):
         change = values[op.name] * scale
         if abs(change) < 5e-3:
             continue
@@ -104,9 +116,9 @@ def describe_action(action: Float[Tensor, "k"], spec: ActionSpec) -> str:
             words.append(f"{op.name} {op.in_words(torch.tensor(change).exp().item())}")
         else:
             words.append(f"{op.name} {change:+.2f}")
-    words += [f"undo {op.name}" for op in DESTRUCTIVE_OPS if values[f"source_{op.name}"]]
+    words += [f"undo {op.name}" for op in spec.destructive_ops if values[f"source_{op.name}"]]
     if spec.target_flags:
-        words += [f"apply {op.name}" for op in DESTRUCTIVE_OPS if values[f"target_{op.name}"]]
+        words += [f"apply {op.name}" for op in spec.destructive_ops if values[f"target_{op.name}"]]
     return ", ".join(words) or "nothing"
 
 
@@ -115,8 +127,9 @@ _MIN_FACTOR = 1 / 256
 
 
 def jitter_ranges(config: Config) -> dict[str, tuple[float, float]]:
-    """Return the minimum and maximum change of each jitter parameter in training; (0, 0) if it never changed."""
-    return {op.name: _jitter_range(op, config) for op in JITTER_OPS}
+    """Return the minimum and maximum change of each jitter entry in training; (0, 0) if it never changed."""
+    ops = action_spec(config.action, config.views).jitter_ops
+    return {op.name: _jitter_range(op, config) for op in ops}
 
 
 def _jitter_range(op: Op, config: Config) -> tuple[float, float]:
@@ -143,11 +156,11 @@ def applicable_ops(views: Views) -> tuple[str, ...]:
 def action_schema(config: Config, spec: ActionSpec) -> list[dict[str, object]]:
     """Return name, scale and training range (after division by the scale) of every entry of an action."""
     entries: list[dict[str, object]] = []
-    for op, scale, (low, high) in zip(JITTER_OPS, spec.scale, jitter_ranges(config).values(), strict=True):
+    for op, scale, (low, high) in zip(spec.jitter_ops, spec.scale, jitter_ranges(config).values(), strict=True):
         logarithm = spec.jitter_encoding == "log_ratio" and op.is_factor
         ends = [math.log1p(end) if logarithm else end for end in (low, high)]
         entries.append({"name": op.name, "scale": scale, "range": [round(end / scale, 6) for end in ends]})
-    for name in spec.names[len(JITTER_OPS) :]:
+    for name in spec.names[len(spec.jitter_ops) :]:
         view, flag = name.split("_", 1)
         had = flag in (removable_ops(config.views) if view == "source" else applicable_ops(config.views))
         entries.append({"name": name, "scale": 1.0, "range": [0.0, float(had)]})

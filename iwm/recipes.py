@@ -129,6 +129,25 @@ def iwm_l16_equi_36x512() -> Config:
     return Config(encoder=VIT_L, predictor=PredictorConfig(embed_dim=512, depth=36, num_heads=16))
 
 
+def extended() -> Config:
+    """IWM-Equi 18×384 with gamma and colour temperature besides the paper's ops (SCENARIOS), not in the paper."""
+    return with_scenario(iwm_b16_equi_18x384(), "extended")
+
+
+def geometric() -> Config:
+    """IWM-Equi 18×384 whose target is also rotated, by up to 20 degrees (SCENARIOS), not in the paper."""
+    return with_scenario(iwm_b16_equi_18x384(), "geometric")
+
+
+def with_scenario(config: Config, scenario: str) -> Config:
+    """Return the recipe with the photometric augmentations of SCENARIOS.
+
+    Crop, flip and size stay the recipe's.
+    """
+    row = SCENARIOS[scenario]
+    return replace(config, views=replace(config.views, target=row.target, source=row.source))
+
+
 RECIPES: dict[str, Callable[[], Config]] = {
     function.__name__: function
     for function in (
@@ -145,14 +164,7 @@ RECIPES: dict[str, Callable[[], Config]] = {
         iwm_b16_equi_18x384,
         iwm_l16_inv_18x384,
         iwm_l16_equi_36x512,
+        extended,
+        geometric,
     )
 }
-
-
-def with_scenario(config: Config, scenario: str) -> Config:
-    """Return the recipe with the photometric augmentations of a row of table S2 (SCENARIOS).
-
-    Crop, flip and size stay the recipe's.
-    """
-    row = SCENARIOS[scenario]
-    return replace(config, views=replace(config.views, target=row.target, source=row.source))

@@ -16,8 +16,9 @@ def view(**changes: float) -> torch.Tensor:
 
 
 def random_views(n: int) -> torch.Tensor:
-    jitter = torch.cat((torch.rand(n, 3) * 0.8 + 0.6, torch.rand(n, 1) * 0.2 - 0.1), dim=1)
-    return torch.cat((jitter, torch.zeros(n, 3)), dim=1)
+    views = torch.tensor(IDENTITY).repeat(n, 1)
+    views[:, :4] = torch.cat((torch.rand(n, 3) * 0.8 + 0.6, torch.rand(n, 1) * 0.2 - 0.1), dim=1)
+    return views
 
 
 def spec(kind: str, scenario: str = "default") -> ActionSpec:

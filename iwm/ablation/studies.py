@@ -13,7 +13,7 @@ from typing import Annotated, get_args, get_type_hints
 
 import tyro
 
-from dali_pipelines.augmentations import DESTRUCTIVE_OPS, SCENARIOS, JitterImpl, PhotometricConfig
+from dali_pipelines.augmentations import DESTRUCTIVE_OPS, JITTER_OPS, SCENARIOS, JitterImpl, PhotometricConfig
 from iwm.config import Config
 from iwm.evaluation.paper_results import TABLE_1, TABLE_2, TABLE_S2
 from iwm.evaluation.settings import JITTER_SCENARIOS, BankSize
@@ -233,7 +233,8 @@ def _own_bank(scenario: str) -> str:
 def _words(source: PhotometricConfig) -> str:
     parts = []
     if source.jitter_probability:
-        parts.append(f"jitter {' '.join(f'{s:g}' for s in source.strengths)} at {source.jitter_probability:g}")
+        strengths = (f"{getattr(source, op.name):g}" for op in JITTER_OPS if op.in_paper)
+        parts.append(f"jitter {' '.join(strengths)} at {source.jitter_probability:g}")
     for op in sorted(DESTRUCTIVE_OPS, key=lambda op: op.name):
         if probability := source.probability(op):
             parts.append(f"{op.name} {probability:g}")

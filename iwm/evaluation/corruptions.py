@@ -25,7 +25,6 @@ from rich.progress import track
 from torch import Tensor
 
 from dali_pipelines.augmentations import (
-    DESTRUCTIVE_OPS,
     IDENTITY,
     JITTER_OPS,
     OP_BY_NAME,
@@ -79,7 +78,8 @@ class Corruption:
 def make_corruptions(views: Views, settings: CorruptionSettings) -> list[Corruption]:
     """Return all corruptions, by op and rising strength. Jitter parameters that the bank never changes are omitted."""
     jitter, source = bank_augmentation(views, settings.bank.scenario), views.source
-    levels = {op: op.levels for op in DESTRUCTIVE_OPS} | {OP_BY_NAME["blur"]: settings.blur_sigmas}
+    destructive = {op: op.levels for op in views.action_ops if op.kind == "destructive"}
+    levels = destructive | {OP_BY_NAME["blur"]: settings.blur_sigmas}
     corruptions = []
     for op, values in levels.items():
         for value in values:

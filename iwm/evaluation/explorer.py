@@ -28,7 +28,7 @@ from PIL import Image
 from rich.progress import track
 from torch import Tensor
 
-from dali_pipelines.augmentations import DESTRUCTIVE_OPS, IDENTITY, JITTER_OPS, OP_BY_NAME, OPS, PhotometricConfig
+from dali_pipelines.augmentations import IDENTITY, JITTER_OPS, OP_BY_NAME, OPS, PhotometricConfig, Views
 from dali_pipelines.replay import apply_photometric
 from iwm.actions import ActionSpec, action_between, describe_action
 from iwm.config import ConfigError
@@ -36,7 +36,7 @@ from iwm.evaluation.bank import MIN_FACTOR, actions_from, chance_mrr
 from iwm.evaluation.common import EvalContext
 from iwm.evaluation.compression import BankFeatures, compress, fit_pca_basis, rank_agreement
 from iwm.evaluation.result_table import ResultTable
-from iwm.evaluation.settings import ExplorerSettings, bank_augmentation
+from iwm.evaluation.settings import MAX_VALUES, ExplorerSettings, bank_augmentation
 from iwm.models.world_model import WorldModel
 from iwm.training.checkpoint import CheckpointError
 from shards.atomic import write_atomically
@@ -52,7 +52,8 @@ class ActionGrid:
     """Grid of all combinations of a few values of each jitter component."""
 
     axes: dict[str, list[float]]
-    """Values by name of JITTER_OPS; a component that is never changed has one value. The last varies fastest."""
+    """Values by name of jitter op: the paper's, where one that is never changed has one value, and others that are
+    changed. The last varies fastest."""
     params: Float[Tensor, "k p"]
 
 
@@ -72,15 +73,33 @@ def action_grid(jitter: PhotometricConfig, values: int) -> ActionGrid:
     for op in JITTER_OPS:
         low, high = jitter.value_range(op)
         low = max(low, MIN_FACTOR) if op.is_factor else low
-        axes[op.name] = torch.linspace(low, high, values).tolist() if high > low else [op.identity]
-    jittered = torch.cartesian_prod(*(torch.tensor(axis) for axis in axes.values()))
-    rest = torch.tensor(IDENTITY[len(JITTER_OPS) :]).expand(len(jittered), -1)
-    return ActionGrid(axes, torch.cat([jittered, rest], dim=1))
+        if high > low:
+            axes[op.name] = torch.linspace(low, high, values).tolist()
+        elif op.in_paper:
+            axes[op.name] = [op.identity]
+    combinations = torch.cartesian_prod(*(torch.tensor(axis) for axis in axes.values()))
+    params = torch.tensor(IDENTITY).repeat(len(combinations), 1)
+    params[:, [_column(name) for name in axes]] = combinations
+    return ActionGrid(axes, params)
 
 
-def source_params(blur_sigma: float) -> dict[str, tuple[float, ...]]:
+def _column(op: str) -> int:
+    return OPS.index(OP_BY_NAME[op])
+
+
+def fitting_values(jitter: PhotometricConfig, values: int) -> int:
+    """Return `values`, or the most below it, at least 2, with which the grid over the ranges of `jitter` has no more
+    views than one of MAX_VALUES values of the paper's four components."""
+    varied = sum(low < high for low, high in map(jitter.value_range, JITTER_OPS))
+    while values > 2 and values**varied > MAX_VALUES**4:
+        values -= 1
+    return values
+
+
+def source_params(views: Views, blur_sigma: float) -> dict[str, tuple[float, ...]]:
     """Return the parameters (PHOTOMETRIC_FIELDS) of the sources by name, the clean one first."""
-    middle = {op: op.levels[len(op.levels) // 2] for op in DESTRUCTIVE_OPS} | {OP_BY_NAME["blur"]: blur_sigma}
+    destructive = (op for op in views.action_ops if op.kind == "destructive")
+    middle = {op: op.levels[len(op.levels) // 2] for op in destructive} | {OP_BY_NAME["blur"]: blur_sigma}
     states = {"clean": IDENTITY}
     for op, value in middle.items():
         at = OPS.index(op)
@@ -114,9 +133,9 @@ def predict_views(
 def axis_labels(views: ActionGrid, spec: ActionSpec) -> dict[str, list[str]]:
     """Return the description of each single value, '' for no change. Joined by commas they describe the action."""
     words = {}
-    for column, (name, values) in enumerate(views.axes.items()):
+    for name, values in views.axes.items():
         target = torch.tensor(IDENTITY).repeat(len(values), 1)
-        target[:, column] = torch.tensor(values)
+        target[:, _column(name)] = torch.tensor(values)
         words[name] = _label(torch.tensor(IDENTITY).expand_as(target), target, spec)
     return words
 
@@ -146,10 +165,14 @@ def evaluate(context: EvalContext, settings: ExplorerSettings, output: Path) -> 
     """
     generator = torch.Generator().manual_seed(settings.seed)
     images, keys = context.random_images(settings.num_images, generator)
-    views = action_grid(bank_augmentation(context.config.views, settings.scenario, "--scenario"), settings.num_values)
+    jitter = bank_augmentation(context.config.views, settings.scenario, "--scenario")
+    values = fitting_values(jitter, settings.num_values)
+    if values < settings.num_values:
+        context.notes.append(f"{values} values of each component: {settings.num_values} would give too many views")
+    views = action_grid(jitter, values)
     if len(views.params) == 1:
         raise ConfigError("the run's jitter changes nothing; use --scenario default")
-    states = source_params(settings.blur_sigma)
+    states = source_params(context.config.views, settings.blur_sigma)
     columns = math.ceil(math.sqrt(len(views.params) + len(states)))
     params, from_params = views.params.to(context.device), torch.tensor(list(states.values()), device=context.device)
 

@@ -22,7 +22,7 @@ from rich.progress import track
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from dali_pipelines.augmentations import DESTRUCTIVE_OPS, IDENTITY, JITTER_OPS, OP_BY_NAME, OPS, Op, Views
+from dali_pipelines.augmentations import IDENTITY, JITTER_OPS, OP_BY_NAME, OPS, Op, Views
 from iwm.actions import action_between
 from iwm.evaluation.bank import (
     MIN_FACTOR,
@@ -78,7 +78,9 @@ def make_sweeps(views: Views, target_flags: bool, settings: SweepSettings) -> li
             low = max(low, MIN_FACTOR) if op.is_factor else low
             own = any(view.value_range(op) != (op.identity, op.identity) for view in (views.source, views.target))
             sweeps.append(_series(op, torch.linspace(low, high, settings.num_values), undo=False, trained=seen and own))
-    for op in DESTRUCTIVE_OPS:
+    for op in views.action_ops:
+        if op.kind == "jitter":
+            continue
         most = max(views.source.value_range(op)[1], views.target.value_range(op)[1])
         grid = torch.linspace(0, most, 2 if op.is_switch else settings.num_sigmas)
         applied, undone = (view.probability(op) > 0 for view in (views.target, views.source))

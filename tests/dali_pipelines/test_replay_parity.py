@@ -13,10 +13,11 @@ from pipeline_shards import photographs_and_noise
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
-from dali_pipelines import photometric as dali_photometric
+from dali_pipelines import jitter
 from dali_pipelines import replay
 from dali_pipelines.augmentations import (
     GEOMETRY,
+    IDENTITY,
     NO_PHOTOMETRIC,
     PHOTOMETRIC_FIELDS,
     SINGLE_OP,
@@ -34,6 +35,7 @@ OPS = {
     "together": PhotometricConfig(),
     "together always": PhotometricConfig(1.0, 0.5, 0.5, 0.4, 0.2, 0.5, 0.5, (0.1, 2.0), 0.5),
 }
+OPS["all always"] = replace(OPS["together always"], gamma=0.5, temperature=0.5, rotation=1 / 18)
 DEFINITIONS: tuple[JitterImpl, ...] = ("linear", "torchvision")
 
 
@@ -71,7 +73,7 @@ def test_grayscale_and_solarize_are_exact(shards: Path, device: str) -> None:
 
 
 def test_both_views_replay_when_augmentations_are_symmetric(shards: Path, device: str) -> None:
-    views = Views(size=96, source=OPS["together always"], target=OPS["together always"])
+    views = Views(size=96, source=OPS["all always"], target=OPS["all always"])
     batch = next(ViewLoader(shards, "train", views, batch_size=47, seed=3, device=device, num_threads=1, label="row"))
     plain = replay.apply_crop(decoded(batch), batch.params[:, GEOMETRY], 96)
     for view, columns in ((batch.source, SOURCE), (batch.target, TARGET)):
@@ -136,7 +138,7 @@ def test_the_linear_definition_is_near_torchvisions(shards: Path) -> None:
 def test_the_gpus_matrix_and_the_cpus_filter_turn_colours_alike(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run both operators on the CPU, so that the test needs no GPU."""
     by_filter = one_batch(shards, "cpu", OPS["together always"])
-    monkeypatch.setattr(dali_photometric, "_jitter_on_planes", dali_photometric._jitter_on_pixels)
+    monkeypatch.setattr(jitter, "_jitter_on_planes", jitter._jitter_on_pixels)
     by_matrix = one_batch(shards, "cpu", OPS["together always"])
     assert torch.equal(by_filter.params, by_matrix.params)
     assert error(by_filter.source, by_matrix.source).max() <= 0.05
@@ -170,3 +172,44 @@ def test_identity_params_leave_images_as_they_are() -> None:
     nothing = replay.sample_photometric(NO_PHOTOMETRIC, 2, torch.Generator())
     for colour in DEFINITIONS:
         assert torch.equal(replay.apply_photometric(images, nothing, colour), images)
+
+
+def test_gamma_is_torchvisions(shards: Path) -> None:
+    batch = one_batch(shards, "cpu", OPS["gamma"])
+    gammas = batch.params[:, SOURCE][:, PHOTOMETRIC_FIELDS.index("gamma")].tolist()
+    planes = batch.target.permute(0, 3, 1, 2)
+    expected = [tv.adjust_gamma(x, gamma).permute(1, 2, 0) for x, gamma in zip(planes, gammas, strict=True)]
+    assert error(batch.source, torch.stack(expected)).mean() <= 0.6, "torchvision truncates"
+
+
+def test_a_warmer_temperature_raises_red_and_lowers_blue_by_the_same_factor(shards: Path) -> None:
+    batch = one_batch(shards, "cpu", OPS["temperature"])
+    stops = batch.params[:, SOURCE][:, PHOTOMETRIC_FIELDS.index("temperature")]
+    assert stops.min() < -0.3 < 0.3 < stops.max()
+    red, green, blue = (batch.target.float()[..., channel] for channel in range(3))
+    gain = (2**stops)[:, None, None]
+    assert (batch.source[..., 0] - (red * gain).clamp(max=255)).abs().max() <= 0.51
+    assert torch.equal(batch.source[..., 1].float(), green)
+    assert (batch.source[..., 2] - (blue / gain).clamp(max=255)).abs().max() <= 0.51
+
+
+def test_rotation_is_torchvisions_where_the_image_has_pixels(shards: Path) -> None:
+    batch = one_batch(shards, "cpu", OPS["rotation"])
+    degrees = 360 * batch.params[:, SOURCE][:, PHOTOMETRIC_FIELDS.index("rotation")]
+    assert degrees.min() < -15 < 15 < degrees.max()
+    place = torch.arange(96) + 0.5 - 48
+    inside = (place[:, None] ** 2 + place**2).sqrt() < 47
+    for source, target, angle in zip(batch.source, batch.target, degrees.tolist(), strict=True):
+        planes = target.permute(2, 0, 1)[None].float()
+        expected = tv.rotate(planes, angle, interpolation=tv.InterpolationMode.BILINEAR)[0].permute(1, 2, 0)
+        assert (source - expected).abs()[inside].mean() <= 0.5
+
+
+def test_a_rotated_view_continues_as_its_mirror_image(shards: Path) -> None:
+    batch = one_batch(shards, "cpu", replace(STILL, jitter_probability=1.0, rotation=0.5))
+    turned = torch.tensor(IDENTITY).repeat(len(batch.target), 1)
+    turned[:, PHOTOMETRIC_FIELDS.index("rotation")] = 0.5
+    upside_down = replay.apply_photometric(batch.target, turned, "linear")
+    assert (upside_down.int() - batch.target.flip(1, 2).int()).abs().max() <= 1
+    views = replay.apply_photometric(torch.full_like(batch.target, 77), batch.params[:, SOURCE], "linear")
+    assert (views == 77).all(), "no pixel comes from outside the image"
