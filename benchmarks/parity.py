@@ -36,6 +36,7 @@ from dali_pipelines.augmentations import (
     ViewBackend,
     Views,
 )
+from dali_pipelines.photometric_kernels import missing_ops
 from iwm.compat import HAS_TRITON
 from iwm.evaluation.result_table import ResultTable
 from iwm.training.runtime import select_device
@@ -93,7 +94,7 @@ def one_batch(
 def measured(options: ParityOptions, folder: Path, triton: bool) -> list[dict[str, Any]]:
     """Return a row per jitter implementation and op: the pipeline against the replay and, on a GPU, against the CPU.
 
-    triton: also compare the views of backend `triton` with the replay.
+    triton: also compare the views of backend `triton` with the replay, of ops that it has.
     """
 
     def from_replay(made: ViewBatch, colour: JitterImpl) -> dict[str, float]:
@@ -112,7 +113,7 @@ def measured(options: ParityOptions, folder: Path, triton: bool) -> list[dict[st
             if options.device == "cuda":
                 others["cpu"] = one_batch(folder, options, spec, colour, "cpu")
                 row["cpu"] = difference(made.source.cpu(), others["cpu"].source)
-            if triton:
+            if triton and not missing_ops(Views(source=spec, target=NO_PHOTOMETRIC)):
                 others["triton"] = one_batch(folder, options, spec, colour, options.device, "triton")
                 row["triton"] = from_replay(others["triton"], colour)
             for name, other in others.items():
@@ -128,7 +129,7 @@ def between_definitions(images: UInt8[Tensor, "b h w 3"]) -> list[dict[str, Any]
     A row has the mean absolute difference between the definitions, and that of each from the unchanged image. Jitter
     alone is always applied, the source view with its probabilities.
     """
-    jitters = {op.name: SINGLE_OP[op.name] for op in JITTER_OPS}
+    jitters = {op.name: SINGLE_OP[op.name] for op in JITTER_OPS if op.in_paper}
     source_views = {"A.1": PhotometricConfig(), **{name: views.source for name, views in SCENARIOS.items()}}
     source_views = {name: spec for name, spec in source_views.items() if spec.jitter_probability > 0}
     for name in ("A.1", "strong"):
@@ -160,7 +161,8 @@ def show(rows: list[dict[str, Any]], options: ParityOptions, console: Console) -
     columns = ["colour, op", *(f"{name} {column}" for name in others for column in ("mean", "max", "dB"))]
     table = []
     for row in rows:
-        cells = [(f"{d['mean']:.3f}", f"{d['max']:.0f}", f"{d['psnr']:.1f}") for d in (row[name] for name in others)]
+        found = (row.get(name) for name in others)
+        cells = [(f"{d['mean']:.3f}", f"{d['max']:.0f}", f"{d['psnr']:.1f}") if d else ("", "", "") for d in found]
         table.append([f"{row['colour']}, {row['op']}", *(cell for three in cells for cell in three)])
     title = f"views of {options.size} px on {options.device}, {options.images} images: grey levels"
     console.print(ResultTable(title, columns, table))

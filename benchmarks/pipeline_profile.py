@@ -27,6 +27,7 @@ from timing import measure, percentiles
 from dali_pipelines.augmentations import (
     DESTRUCTIVE_OPS,
     JITTER_FIELDS,
+    JITTER_OPS,
     NO_PHOTOMETRIC,
     PhotometricConfig,
     ViewBackend,
@@ -35,8 +36,8 @@ from dali_pipelines.augmentations import (
 from dali_pipelines.dali import pipeline_def
 from dali_pipelines.decoder import Decoder
 from dali_pipelines.geometry import decode_crop, draw_crop, resize_box
-from dali_pipelines.pixels import Backend, DataNode
 from dali_pipelines.pipelines import two_views
+from dali_pipelines.pixels import Backend, DataNode
 from dali_pipelines.reader import DataSource, open_source, read
 from iwm.config import Config
 from iwm.training.runtime import select_backend
@@ -157,9 +158,13 @@ def colour_cuts(views: Views) -> list[tuple[str, Views]]:
 def _prefixes(whole: PhotometricConfig) -> Iterator[tuple[str, PhotometricConfig]]:
     """Yield the ops of positive probability, each with the configuration up to and including it."""
     spec = whole.without_destructive()
-    # In pairs, as the linear implementation applies them.
-    for end in range(2, len(JITTER_FIELDS) + 2, 2) if whole.jitter_probability > 0 else ():
-        yield ", ".join(JITTER_FIELDS[end - 2 : end]), spec.with_fields(dict.fromkeys(JITTER_FIELDS[end:], 0.0))
+    # The paper's in pairs, as the linear implementation applies them.
+    parts = [JITTER_FIELDS[:2], JITTER_FIELDS[2:4], *([op.name] for op in JITTER_OPS[4:] if whole.applies(op))]
+    done: list[str] = []
+    for part in parts if whole.jitter_probability > 0 else ():
+        done += part
+        rest = [name for name in JITTER_FIELDS if name not in done]
+        yield ", ".join(part), spec.with_fields(dict.fromkeys(rest, 0.0))
     for op in DESTRUCTIVE_OPS:
         if whole.probability(op) > 0:
             spec = spec.with_fields({f"{op.name}_probability": whole.probability(op)})

@@ -141,5 +141,3 @@ def _rotate_hue(image: DataNode, turns: DataNode) -> DataNode:
     shares = (dali_math.abs(hue - 3.0) - 1.0, 2.0 - dali_math.abs(hue - 2.0), 2.0 - dali_math.abs(hue - 4.0))
     turned = (lowest + chroma * dali_math.max(dali_math.min(share, 1.0), 0.0) for share in shares)
     return permuted(to_uint8(fn.stack(*turned, axis=0) * FLOAT_TO_UINT8), "HWC")
-
-

@@ -139,5 +139,3 @@ def _uniform_if(coin: DataNode, drawn_from: tuple[float, float], otherwise: floa
     drawn = fn.random.uniform(range=[low, high]) if low < high else low  # DALI refuses an empty range
     yes = to_float(coin)
     return yes * drawn + (1.0 - yes) * otherwise
-
-

@@ -8,8 +8,9 @@ It encodes the change from source to target view. Layout, in order:
 | source_grayscale, source_blur, source_solarize | 1 where the op was applied to the source | {0, 1} |
 | target_grayscale, target_blur, target_solarize | 1 where applied to the target; only if targets have them | {0, 1} |
 
-Ops that the paper lacks have entries in runs whose views may apply them: jitter (gamma, temperature, rotation) after hue,
-destructive ops after solarize. The null action is all zeros. Exchanging source and target negates the jitter entries.
+Ops that the paper lacks have entries in runs whose views may apply them: jitter (gamma, temperature, rotation) after
+hue, destructive ops after solarize. The null action is all zeros. Exchanging source and target negates the jitter
+entries.
 
 Actions can also be written in words, as 'brightness +0.2, undo grayscale'. Words describe the change from a source
 without jitter: `brightness=+0.2` adds 0.2 to the brightness factor, `hue=+0.05` rotates the hue by 0.05 turns (18°).
@@ -78,7 +79,9 @@ def action_spec(action: ActionConfig, views: Views) -> ActionSpec:
     """Return the action layout of a run. A jitter parameter with strength 0 has scale 1, and its entry stays zero."""
     ops = views.action_ops
     strengths = ((getattr(view, op.name) for view in (views.source, views.target)) for op in ops if op.kind == "jitter")
-    return ActionSpec(ops, action.jitter_encoding, tuple(max(each) or 1.0 for each in strengths), views.target.destructive)
+    return ActionSpec(
+        ops, action.jitter_encoding, tuple(max(each) or 1.0 for each in strengths), views.target.destructive
+    )
 
 
 def action_between(

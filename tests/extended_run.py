@@ -1,4 +1,4 @@
-"""Script of test_extending.py for a copy of the source with posterize, gamma and token conditioning."""
+"""Script of test_extending.py for a copy of the source with posterize, fade and token conditioning."""
 
 from __future__ import annotations
 
@@ -37,22 +37,22 @@ from iwm.training.distributed import DistEnv
 from iwm.training.optim import ScheduleValues, build_optimizer
 from iwm.training.step import ForwardBackward, prepare_masks, sample_step_masks, train_step
 
-NEW = PhotometricConfig(1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, (0.1, 2.0), 0.0, gamma=0.4, posterize_probability=0.5)
-VIEWS = Views(size=48, source=NEW, target=replace(NO_PHOTOMETRIC, gamma=0.4))
+NEW = PhotometricConfig(1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, (0.1, 2.0), 0.0, fade=0.4, posterize_probability=0.5)
+VIEWS = Views(size=48, source=NEW, target=replace(NO_PHOTOMETRIC, fade=0.4))
 
 
 def check_pipeline(batch: ViewBatch) -> None:
     """Check that the pipeline samples and records both ops, and that the replay computes the same view."""
-    sampled = {name: batch.params[:, PARAMS.index(f"source_{name}")] for name in ("gamma", "posterize")}
-    assert sampled["gamma"].unique().numel() == len(batch.params)
-    assert 0.6 <= sampled["gamma"].min() < 0.8 < 1.2 < sampled["gamma"].max() <= 1.4
+    sampled = {name: batch.params[:, PARAMS.index(f"source_{name}")] for name in ("fade", "posterize")}
+    assert sampled["fade"].unique().numel() == len(batch.params)
+    assert 0.6 <= sampled["fade"].min() < 0.8 < 1.2 < sampled["fade"].max() <= 1.4
     assert sampled["posterize"].unique().tolist() == [0.0, 1.0]
     view = apply_photometric(batch.target, batch.params[:, SOURCE], "linear")
     assert (view != batch.source).float().mean() < 1e-3
     assert (view != batch.target).float().mean() > 0.5
     assert (batch.source[sampled["posterize"] > 0] % 32 == 0).all()
     replayed = sample_photometric(NEW, 200, torch.Generator().manual_seed(0))
-    assert replayed.shape[1] == SOURCE.stop - SOURCE.start == TARGET.stop - TARGET.start == 9
+    assert replayed.shape[1] == SOURCE.stop - SOURCE.start == TARGET.stop - TARGET.start == 12
     assert replayed.std(0).count_nonzero() == 2
 
 
@@ -61,37 +61,37 @@ def check_action(batch: ViewBatch) -> None:
     config = Config(views=VIEWS)
     spec = action_spec(config.action, VIEWS)
     flags = ("source_grayscale", "source_blur", "source_solarize", "source_posterize")
-    assert spec.names == ("brightness", "contrast", "saturation", "hue", "gamma", *flags)
+    assert spec.names == ("brightness", "contrast", "saturation", "hue", "fade", *flags)
     action = dict(zip(spec.names, action_from_params(batch.params, spec).unbind(1), strict=True))
     params = dict(zip(PARAMS, batch.params.unbind(1), strict=True))
-    torch.testing.assert_close(action["gamma"] * 0.4, params["target_gamma"] - params["source_gamma"])
+    torch.testing.assert_close(action["fade"] * 0.4, params["target_fade"] - params["source_fade"])
     assert torch.equal(action["source_posterize"], params["source_posterize"])
-    made = make_action(config, spec, {"gamma": 0.3}, undo=("posterize",), apply=())
-    assert describe_action(made, spec) == "gamma +0.30, undo posterize"
-    assert action_schema(config, spec)[4] == {"name": "gamma", "scale": 0.4, "range": [-1.0, 1.0]}
+    made = make_action(config, spec, {"fade": 0.3}, undo=("posterize",), apply=())
+    assert describe_action(made, spec) == "fade +0.30, undo posterize"
+    assert action_schema(config, spec)[4] == {"name": "fade", "scale": 0.4, "range": [-1.0, 1.0]}
     log = replace(spec, jitter_encoding="log_ratio")
     ratio = action_from_params(batch.params, log)[:, 4] * 0.4
-    torch.testing.assert_close(ratio, (params["target_gamma"] / params["source_gamma"]).log())
+    torch.testing.assert_close(ratio, (params["target_fade"] / params["source_fade"]).log())
 
 
 def check_evaluation() -> None:
     """Check both ops in sweeps, corruptions, the explorer and the profile; torchvision and Triton refuse them."""
     checkpoint = Path("unused")
-    strong = replace(NEW, gamma=0.5)
+    strong = replace(NEW, fade=0.5)
     views = replace(VIEWS, source=strong, target=replace(strong, posterize_probability=0.0))
     sweeps = {sweep.name: sweep for sweep in make_sweeps(views, False, SweepSettings(checkpoint=checkpoint))}
-    assert {"gamma", "undo posterize"} <= set(sweeps)
-    assert (sweeps["gamma"].values[0], sweeps["gamma"].values[-1]) == (0.5, 1.5)
-    assert [sweeps[name].trained for name in ("gamma", "undo posterize", "undo blur")] == [True, True, False]
-    assert (change_in_words("gamma", 1.2), change_in_words("posterize", 1.0)) == ("×1.20", "on")
+    assert {"fade", "undo posterize"} <= set(sweeps)
+    assert (sweeps["fade"].values[0], sweeps["fade"].values[-1]) == (0.5, 1.5)
+    assert [sweeps[name].trained for name in ("fade", "undo posterize", "undo blur")] == [True, True, False]
+    assert (change_in_words("fade", 1.2), change_in_words("posterize", 1.0)) == ("×1.20", "on")
     corruptions = make_corruptions(views, CorruptionSettings(checkpoint=checkpoint))
-    assert {"gamma", "posterize"} <= {corruption.op for corruption in corruptions}
-    assert list(source_params(1.0)) == ["clean", "grayscale", "blur", "solarize", "posterize"]
-    assert [name for name, _ in colour_cuts(VIEWS)][-2:] == ["source: gamma", "source: posterize"]
-    assert {"gamma", "posterize"} <= set(SINGLE_OP)
-    with pytest.raises(ConfigError, match="gamma, posterize"):
+    assert {"fade", "posterize"} <= {corruption.op for corruption in corruptions}
+    assert list(source_params(VIEWS, 1.0)) == ["clean", "grayscale", "blur", "solarize", "posterize"]
+    assert [name for name, _ in colour_cuts(VIEWS)][-2:] == ["source: fade", "source: posterize"]
+    assert {"fade", "posterize"} <= set(SINGLE_OP)
+    with pytest.raises(ConfigError, match="fade, posterize"):
         colours(NEW, "tensor")
-    assert missing_ops(VIEWS) == ["gamma", "posterize"]
+    assert missing_ops(VIEWS) == ["fade", "posterize"]
     assert missing_ops(Views()) == []
 
 
@@ -120,7 +120,7 @@ def check_conditioning(batch: ViewBatch) -> None:
         values = ScheduleValues(lr=1e-2, weight_decay=0.0, ema=0.99)
         result = train_step(model, ForwardBackward(model, model), optimizer, [batch], masks, values)
         assert not result.skipped
-        assert (predictor.action_token.weight != before).any(dim=1)[[4, 8]].all(), "neither gamma nor posterize"
+        assert (predictor.action_token.weight != before).any(dim=1)[[4, 8]].all(), "neither fade nor posterize"
 
     sampled = sample_step_masks(config, dist, 0, 0, 1)
     whole = Masks(sampled.visible, ~sampled.visible[:, None])

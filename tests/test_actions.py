@@ -87,3 +87,19 @@ def test_an_action_is_described_in_words() -> None:
     action = action_between(view(grayscale=1.0), view(brightness=1.3, hue=-0.05), s)[0]
     assert describe_action(action, s) == "brightness +0.30, hue -18°, undo grayscale"
     assert describe_action(torch.zeros(7), s) == "nothing"
+
+
+@pytest.mark.parametrize(("scenario", "added"), [("extended", ["gamma", "temperature"]), ("geometric", ["rotation"])])
+def test_ops_that_the_paper_lacks_have_entries_where_views_may_apply_them(scenario: str, added: list[str]) -> None:
+    paper = action_spec(ActionConfig(), Views())
+    assert paper.names == spec("difference").names
+    own = spec("difference", scenario)
+    assert own.names == (*paper.names[:4], *added, *paper.names[4:])
+    name = added[-1]
+    strength = getattr(SCENARIOS[scenario].target, name)
+    action = action_between(view(), view(**{name: -strength / 2, "solarize": 1.0}), own)
+    assert action[0, own.names.index(name)] == pytest.approx(-0.5)
+    assert action.count_nonzero() == 1, "the target's flags have no entries"
+    assert torch.equal(action_between(view(), view(**{name: 0.3}), paper), torch.zeros(1, 7))
+    words = {"temperature": "temperature -0.20 stops", "rotation": "rotation -10°"}
+    assert describe_action(action[0], own) == words[name]

@@ -11,7 +11,7 @@ each prediction, by a permutation without fixed points. It needs no further pred
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from iwm.encoder_outputs import ENCODERS
 from iwm.evaluation.bank import actions_from, chance_mrr, derangement, embed_bank, predicted_distances, rank_of_target
 from iwm.evaluation.common import EvalContext, mean_and_stderr
 from iwm.evaluation.result_table import ResultTable, format_mean_stderr
-from iwm.evaluation.settings import DISTANCES, BankSettings, MRRSettings, bank_augmentation
+from iwm.evaluation.settings import DISTANCES, BankSettings, MRRSettings, bank_augmentation, restricted
 from iwm.models.world_model import WorldModel
 
 
@@ -48,15 +48,16 @@ def compute_ranks(
     seed: int = 0,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
     jitter_impl: JitterImpl | None = None,
+    ops: Sequence[str] | None = None,
 ) -> Ranks:
     """Rank every view of every image. `images` are clean views of the run's size, on the model's device.
 
     All of `images` are used; `settings.num_images` is ignored. Banks depend on `seed` and `settings` and not on the
     model, so that all models are evaluated on the same banks. jitter_impl: computation of their jitter; None: the
-    model's own.
+    model's own. ops: jitter ops that vary; None: all.
     """
     generator = torch.Generator().manual_seed(seed)
-    jitter = bank_augmentation(model.config.views, settings.scenario)
+    jitter = restricted(bank_augmentation(model.config.views, settings.scenario), ops)
     actions, shuffled = [], []
     for i in progress(range(len(images))):
         params = sample_photometric(jitter, settings.num_views, generator).to(images.device)
@@ -99,7 +100,7 @@ def _scores(values: Float[Tensor, "distance encoder images k"]) -> dict[str, dic
 def evaluate(context: EvalContext, settings: MRRSettings, output: Path) -> dict[str, Any]:
     """Return the scores of `summarise`. Raises ConfigError for invalid bank settings and fewer than two images."""
     bank = settings.bank
-    bank_augmentation(context.config.views, bank.scenario)
+    restricted(bank_augmentation(context.config.views, bank.scenario), settings.ops)
     images, _ = context.first_images(bank.num_images, at_least=2)
     ranks = compute_ranks(
         context.model,
@@ -108,6 +109,7 @@ def evaluate(context: EvalContext, settings: MRRSettings, output: Path) -> dict[
         settings.seed,
         lambda steps: track(steps, "banks", transient=True),
         settings.jitter_impl,
+        settings.ops,
     )
     return summarise(ranks)
 

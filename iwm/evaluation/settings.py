@@ -5,13 +5,14 @@ This module imports neither torch nor DALI, so that a command can read its optio
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from dali_pipelines.augmentations import OP_BY_NAME, SCENARIOS, JitterImpl, PhotometricConfig, Views
+from dali_pipelines.augmentations import JITTER_OPS, OP_BY_NAME, SCENARIOS, JitterImpl, PhotometricConfig, Views
 from iwm.config import ConfigError
 from iwm.encoder_outputs import EncoderName
 from iwm.ranges import Range
@@ -98,6 +99,20 @@ def bank_augmentation(views: Views, scenario: str | None = None, option: str = "
     return replace(target.without_destructive(), jitter_probability=1.0)
 
 
+def restricted(jitter: PhotometricConfig, ops: Sequence[str] | None) -> PhotometricConfig:
+    """Return the jitter of these ops alone, of all where `ops` is None.
+
+    Raises ConfigError for an op that does not vary in the bank.
+    """
+    if ops is None:
+        return jitter
+    varied = [op.name for op in JITTER_OPS if jitter.applies(op)]
+    for name in ops:
+        if name not in varied:
+            raise ConfigError(f"--ops: '{name}' does not vary in the bank; choose from {', '.join(varied)}")
+    return jitter.with_fields({name: 0.0 for name in varied if name not in ops})
+
+
 @dataclass(frozen=True)
 class MRRSettings(EvalSettings):
     """Mean reciprocal rank of predictions in a bank of augmented views (paper, section 4.1)."""
@@ -106,6 +121,8 @@ class MRRSettings(EvalSettings):
     jitter_impl: JitterImpl | None = None
     """Computation of the jitter of the bank's views: `linear` or `torchvision`.
     The action to a view is the same with both. Default: the run's own (views.jitter_impl)."""
+    ops: tuple[str, ...] | None = None
+    """Jitter ops that vary in the bank (brightness, hue, ...); the others are not applied. Default: all."""
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from dali_pipelines.augmentations import (
     Views,
 )
 from dali_pipelines.loader import ViewLoader
-from dali_pipelines.photometric_kernels import apply_views, kernel_launches
+from dali_pipelines.photometric_kernels import KERNEL_OPS, apply_views, kernel_launches
 
 IMPLEMENTATIONS = get_args(JitterImpl)
 ALWAYS = PhotometricConfig(1.0, 0.5, 0.5, 0.4, 0.2, 0.5, 0.7, (0.1, 2.0), 0.5)
@@ -68,7 +68,7 @@ def assert_equal_but_for_ties(crops: Tensor, params: Tensor, views: Views) -> No
 
 
 @pytest.mark.parametrize("jitter_impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("op", [op for op in SINGLE_OP if op != "blur"])
+@pytest.mark.parametrize("op", [op for op in KERNEL_OPS if op != "blur"])
 def test_every_op_is_the_replays(op: str, jitter_impl: JitterImpl) -> None:
     views = Views(source=SINGLE_OP[op], target=SINGLE_OP[op], jitter_impl=jitter_impl)
     crops, params = noise(4, 19, 23), drawn(views, 4)

@@ -13,8 +13,7 @@ from pipeline_shards import photographs_and_noise
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
-from dali_pipelines import jitter
-from dali_pipelines import replay
+from dali_pipelines import jitter, replay
 from dali_pipelines.augmentations import (
     GEOMETRY,
     IDENTITY,

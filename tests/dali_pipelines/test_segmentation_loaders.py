@@ -111,6 +111,11 @@ def test_colour_ops_change_the_image_and_nothing_else(masked: Path) -> None:
     assert wrong(distorted.images, distorted.masks) < 0.05
 
 
+def test_a_rotation_that_masks_would_not_follow_is_refused(masked: Path) -> None:
+    with pytest.raises(AugmentationError, match=r"photometric.rotation: masks would not be rotated; set it to 0"):
+        loader(masked, replace(PLAIN, photometric=SINGLE_OP["rotation"]))
+
+
 def test_sizes_places_and_flips_are_drawn_evenly(tmp_path: Path) -> None:
     """Read the box of a crop from its pixels: red increases to the right and green downwards."""
     y, x = np.mgrid[0:100, 0:120]

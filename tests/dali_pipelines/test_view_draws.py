@@ -143,3 +143,17 @@ def test_a_panorama_that_no_box_fits_is_cut_to_the_nearest_aspect(tmp_path: Path
 def test_the_whole_image_can_be_asked_for(tiny_shards: Path) -> None:
     views = Views(crop_scale=(1.0, 1.0), crop_ratio=(4 / 3, 4 / 3), flip_probability=0.0, target=NO_PHOTOMETRIC)
     assert set(map(tuple, draw(tiny_shards, views, draws=500)[:, :7].tolist())) == {(0, 0, 100, 75, 100, 75, 0)}
+
+
+def test_ops_that_the_paper_lacks_change_no_number_of_its_views(tiny_shards: Path) -> None:
+    """Numbers are those of the program before these ops existed."""
+    generator = torch.Generator().manual_seed(0)
+    sampled = sample_photometric(PhotometricConfig(), 3, generator)[0].tolist()
+    first = dict(zip(PHOTOMETRIC_FIELDS, sampled, strict=True))
+    assert first["brightness"] == pytest.approx(0.7056244015693665, abs=0)
+    assert first["blur_sigma"] == pytest.approx(1.838868498802185, abs=0)
+    assert torch.rand(1, generator=generator).item() == pytest.approx(0.0362, abs=5e-5)
+    loader = ViewLoader(tiny_shards, "train", Views(size=8), batch_size=4, seed=1, num_threads=1)
+    row = dict(zip(PARAMS, next(loader).params[3].tolist(), strict=True))
+    assert (row["crop_x"], row["flip"], row["target_brightness"]) == (19, 1, 0.7950451970100403)
+    assert (row["source_brightness"], row["source_hue"]) == (1.3980774879455566, -0.011263269931077957)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dali_pipelines.augmentations import IDENTITY, SCENARIOS, PhotometricConfig
+from dali_pipelines.augmentations import IDENTITY, SCENARIOS, PhotometricConfig, Views
 from dali_pipelines.replay import apply_photometric
 from iwm.actions import action_between, action_spec, describe_action
 from iwm.config import Config
@@ -21,6 +21,7 @@ from iwm.evaluation import explorer
 from iwm.evaluation.bank import MIN_FACTOR, TIE_TOLERANCE
 from iwm.evaluation.common import load_eval_context
 from iwm.evaluation.compression import BankFeatures, compress, fit_pca_basis, rank_agreement
+from iwm.evaluation.settings import MAX_VALUES
 from iwm.model_config import ActionConfig
 from iwm.protocols import evaluate
 from shards.errors import UserError
@@ -70,7 +71,8 @@ def test_the_lattice_spans_the_jitter_and_leaves_out_what_is_never_changed() -> 
     assert made.axes["contrast"][0] == pytest.approx(MIN_FACTOR)
     assert made.axes["saturation"] == [1.0]
     assert made.axes["hue"] == pytest.approx([-0.1, 0.0, 0.1])
-    assert made.params.shape == (27, 7)
+    assert list(made.axes) == ["brightness", "contrast", "saturation", "hue"]
+    assert made.params.shape == (27, len(IDENTITY))
     assert len({tuple(row) for row in made.params.tolist()}) == 27
     # The last axis varies fastest: what the page counts on.
     assert made.params[:3, 3].tolist() == pytest.approx(made.axes["hue"])
@@ -86,7 +88,7 @@ def test_words_of_the_axes_and_of_the_source_make_up_the_whole_action(jitter: st
     spec = action_spec(ActionConfig(jitter_encoding=jitter), views)
     made = explorer.action_grid(views.target, 3)
     words = explorer.axis_labels(made, spec)
-    blurred = torch.tensor(explorer.source_params(1.0)["blur"])
+    blurred = torch.tensor(explorer.source_params(views, 1.0)["blur"])
     places = np.unravel_index(range(81), (3, 3, 3, 3))
     for params, *at in zip(made.params, *places, strict=True):
         said = [words[axis][place] for axis, place in zip(made.axes, at, strict=True)]
@@ -101,7 +103,7 @@ def test_every_prediction_is_the_one_that_its_action_makes(tmp_path: Path, confi
     context = load_eval_context(explorer.ExplorerSettings(checkpoint=run))
     image = context.first_images(1)[0][0]
     made = explorer.action_grid(context.config.views.target, 2)
-    states = explorer.source_params(1.0)
+    states = explorer.source_params(Views(), 1.0)
     views, of_sources = made.params.to(image.device), torch.tensor(list(states.values()), device=image.device)
     answers = explorer.predict_views(context.model, image, views, of_sources, batch_size=5)
     grey = torch.tensor(states["grayscale"], device=image.device)[None]
@@ -185,6 +187,17 @@ def test_a_model_that_diverged_is_an_error_and_writes_nothing(run: Path, monkeyp
     with pytest.raises(UserError, match="not finite"):
         main()
     assert not list((run / "eval").iterdir())
+
+
+def test_more_ops_than_the_papers_make_axes_of_their_own_and_fewer_values() -> None:
+    assert explorer.fitting_values(SCENARIOS["default"].target, MAX_VALUES) == MAX_VALUES
+    jitter = SCENARIOS["extended"].target
+    values = explorer.fitting_values(jitter, 5)
+    made = explorer.action_grid(jitter, values)
+    assert (values, len(made.params)) == (3, 3**6)
+    assert list(made.axes)[4:] == ["gamma", "temperature"]
+    words = explorer.axis_labels(made, action_spec(ActionConfig(), SCENARIOS["extended"]))
+    assert words["temperature"] == ["temperature -0.40 stops", "", "temperature +0.40 stops"]
 
 
 def test_the_identity_is_a_view_of_an_odd_lattice() -> None:

@@ -48,7 +48,7 @@ def test_each_size_is_the_mean_of_the_first_predictions(config: Config) -> None:
     torch.manual_seed(0)
     model = WorldModel(config).eval()
     context = torch.randn(2, 16, 48)
-    params = sample_photometric(SCENARIOS["strong"].target, 10, torch.Generator().manual_seed(0)).view(2, 5, 7)
+    params = sample_photometric(SCENARIOS["strong"].target, 10, torch.Generator().manual_seed(0)).view(2, 5, -1)
     found = average_predictions(model, context, params, (1, 3, 5), batch_size=4)
     with torch.no_grad():
         for image in range(2):
@@ -98,7 +98,8 @@ def test_neighbours_are_in_order_and_equal_ones_share_their_rank() -> None:
 
 def test_strength_is_the_share_of_the_largest_change_over_what_may_change() -> None:
     jitter = PhotometricConfig(1.0, brightness=0.5, contrast=0.0, saturation=0.4, hue=0.2)
-    params = torch.tensor([IDENTITY, (1.5, 1.0, 0.6, 0.2, 0, 0, 0), (0.75, 1.0, 1.0, 0.0, 0, 0, 0)])
+    params = torch.tensor(IDENTITY).repeat(3, 1)
+    params[1:, :4] = torch.tensor([(1.5, 1.0, 0.6, 0.2), (0.75, 1.0, 1.0, 0.0)])
     assert jitter_strength(params, jitter).tolist() == pytest.approx([0, 1, 0.5 / 3])
 
 

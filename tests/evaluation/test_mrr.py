@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from dali_pipelines.augmentations import IDENTITY, SCENARIOS
+from dali_pipelines.augmentations import IDENTITY, PHOTOMETRIC_FIELDS, SCENARIOS
 from dali_pipelines.replay import sample_photometric
 from iwm.config import Config
 from iwm.evaluation.bank import actions_from, chance_mrr, derangement, embed_bank, predicted_distances, rank_of_target
 from iwm.evaluation.mrr import Ranks, compute_ranks, summarise
-from iwm.evaluation.settings import BankSettings, bank_augmentation
+from iwm.evaluation.settings import BankSettings, bank_augmentation, restricted
 from iwm.models.world_model import WorldModel
 from tests.evaluation.oracles import VIEWS, Blind, Oracle
 
@@ -128,7 +128,8 @@ def test_distances_are_the_plain_euclidean_ones_and_chunks_change_nothing(images
     )
     assert torch.allclose(distances, in_chunks, atol=1e-4)
 
-    action = torch.cat([params[:, :4] - torch.tensor(IDENTITY[:4]), params[:, 4:]], 1)
+    flags = params[:, [PHOTOMETRIC_FIELDS.index(name) for name in ("grayscale", "blur_sigma", "solarize")]]
+    action = torch.cat([params[:, :4] - torch.tensor(IDENTITY[:4]), flags], 1)
     action[:, :4] /= torch.tensor(model.action_spec.scale)
     with torch.no_grad():
         targets = model.target_features(bank.views)
@@ -163,16 +164,28 @@ def test_every_copy_of_a_bank_is_jittered(images: Tensor) -> None:
 
 
 def test_the_bank_is_the_runs_own_target_jitter_or_the_common_one() -> None:
-    assert bank_augmentation(SCENARIOS["strong"]).strengths == (0.5, 0.5, 0.4, 0.2)
-    assert bank_augmentation(SCENARIOS["strong"], "default").strengths == (0.4, 0.4, 0.2, 0.1)
+    assert bank_augmentation(SCENARIOS["strong"]).strengths == (0.5, 0.5, 0.4, 0.2, 0.0, 0.0, 0.0)
+    assert bank_augmentation(SCENARIOS["strong"], "default").strengths == (0.4, 0.4, 0.2, 0.1, 0.0, 0.0, 0.0)
     assert bank_augmentation(SCENARIOS["ijepa"]).jitter_probability == 1
-    assert bank_augmentation(SCENARIOS["ijepa"]).strengths == (0.4, 0.4, 0.2, 0.1)
+    assert bank_augmentation(SCENARIOS["ijepa"]).strengths == (0.4, 0.4, 0.2, 0.1, 0.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize("scenario", ["ijepa", "nonsense"])
 def test_a_scenario_without_jitter_is_refused_with_the_ones_there_are(scenario: str) -> None:
     with pytest.raises(ValueError, match=f"bank.scenario.*{scenario}.*strong_jitter"):
         bank_augmentation(VIEWS, scenario)
+
+
+def test_a_bank_of_one_op_varies_nothing_else(images: Tensor) -> None:
+    jitter = restricted(bank_augmentation(SCENARIOS["extended"]), ("gamma",))
+    params = sample_photometric(jitter, 64, torch.Generator().manual_seed(0))
+    changed = (params != torch.tensor(IDENTITY)).any(0)
+    assert [name for name, some in zip(PHOTOMETRIC_FIELDS, changed.tolist(), strict=True) if some] == ["gamma"]
+    assert restricted(jitter, None) is jitter
+    by_hue = compute_ranks(Oracle(), images[:2], BankSettings(num_views=32), ops=("hue",))
+    assert (1 / by_hue.actions).mean() > 0.95
+    with pytest.raises(ValueError, match="--ops: 'gamma' does not vary in the bank; choose from brightness"):
+        compute_ranks(Oracle(), images[:2], BankSettings(num_views=32), ops=("gamma",))
 
 
 def test_two_models_are_asked_the_same_questions(images: Tensor) -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from dali_pipelines.augmentations import PARAMS, Views
+from dali_pipelines.augmentations import GEOMETRY, PARAMS, Views
 from iwm.config import Config
 from iwm.loss_tokens import loss_weights
 from iwm.masking import Masks, PackedMasks, pack_masks, sample_masks, token_statistics
@@ -305,3 +305,14 @@ def test_the_papers_model_costs_what_the_field_says() -> None:
     with torch.device("meta"):
         model = WorldModel(config)
     assert sum(p.numel() for p in model.encoder.parameters()) == pytest.approx(86e6, rel=0.01)
+
+
+def test_the_shuffled_control_is_told_the_next_images_action() -> None:
+    batch, drawn, chosen = images(3), params(3), packed(masks(3))
+    model, control = small(), small(action=replace(SMALL.action, shuffle=True))
+    view_params = drawn.clone()
+    view_params[:, GEOMETRY.stop :] = drawn[:, GEOMETRY.stop :].roll(-1, 0)
+    with torch.no_grad():
+        expected = model(batch, batch.flip(0), view_params, chosen)
+        torch.testing.assert_close(control(batch, batch.flip(0), drawn, chosen), expected, rtol=0, atol=0)
+        assert not torch.equal(model(batch, batch.flip(0), drawn, chosen), expected)
