@@ -88,15 +88,15 @@ def action_between(
     source: Float[Tensor, "b p"], target: Float[Tensor, "b p"], spec: ActionSpec
 ) -> Float[Tensor, "b k"]:
     """Compute the actions [b, k] from source to target views, given as photometric params [b, PHOTOMETRIC_FIELDS]."""
-    logarithm = spec.jitter_encoding == "log_ratio"
-    entries = []
+    change = target - source
+    ratio = torch.log(target / source) if spec.jitter_encoding == "log_ratio" else change
     # Column by column: copying a tensor of scales or indices to the device would make the host wait.
+    entries = []
     for op, scale in zip(spec.jitter_ops, spec.scale, strict=True):
-        before, after = source[:, OPS.index(op)], target[:, OPS.index(op)]
-        change = torch.log(after / before) if logarithm and op.is_factor else after - before
-        entries.append(change / scale)
+        entries.append((ratio if op.is_factor else change)[:, OPS.index(op)] / scale)
     for view in (source, target) if spec.target_flags else (source,):
-        entries += [(view[:, OPS.index(op)] > 0).to(source.dtype) for op in spec.destructive_ops]
+        applied = (view > 0).to(source.dtype)
+        entries += [applied[:, OPS.index(op)] for op in spec.destructive_ops]
     return torch.stack(entries, dim=1)
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 
 import iwm
-from dali_pipelines.augmentations import IDENTITY, NO_PHOTOMETRIC, PhotometricConfig, Views
+from dali_pipelines.augmentations import IDENTITY, NO_PHOTOMETRIC, OP_BY_NAME, OPS, PhotometricConfig, Views
 from iwm.actions import action_between, action_spec
 from iwm.config import Config, ConfigError
 from iwm.export.__main__ import ExportOptions, export
@@ -126,8 +126,11 @@ def test_words_make_the_action_of_the_views_that_they_describe(tmp_path: Path, j
     config = replace(CONFIG, action=ActionConfig(jitter_encoding=jitter), views=views)
     model = iwm.load(make_run(tmp_path / "run", config))
     made = model.action(brightness=0.3, hue=-0.05, undo=("grayscale", "blur"), apply=("solarize",))
-    source = torch.tensor([[1.0, 1.0, 1.0, 0.0, 1.0, 0.7, 0.0]])
-    target = torch.tensor([[1.3, 1.0, 1.0, -0.05, 0.0, 0.0, 1.0]])
+    source, target = torch.tensor([IDENTITY]), torch.tensor([IDENTITY])
+    changes = {"brightness": 1.3, "hue": -0.05, "solarize": 1.0}
+    for view, values in ((source, {"grayscale": 1.0, "blur": 0.7}), (target, changes)):
+        for name, value in values.items():
+            view[:, OPS.index(OP_BY_NAME[name])] = value
     spec = action_spec(config.action, config.views)
     torch.testing.assert_close(made, action_between(source, target, spec)[0])
     assert not model.action().any()
