@@ -1,6 +1,6 @@
 """Bank of target features of an image's augmented views, and distances from predictions to it.
 
-MRR, retrieval, parameter sweeps, corruptions and marginalisation use it.
+MRR, retrieval, parameter sweeps, corruptions, composition and marginalisation use it.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from dali_pipelines.augmentations import IDENTITY, JitterImpl
+from dali_pipelines.augmentations import IDENTITY, JitterImpl, PhotometricConfig
 from dali_pipelines.replay import apply_photometric
 from iwm.actions import ActionSpec, action_between
+from iwm.config import ConfigError
 from iwm.encoder_outputs import ENCODERS, EncoderName
-from iwm.evaluation.settings import DISTANCES, Distance
+from iwm.evaluation.settings import DISTANCES, BankSize, Distance
 from iwm.models.world_model import WorldModel
 
 MIN_FACTOR = 0.1
@@ -92,8 +93,7 @@ def predicted_distances(
     def of_source(features: Float[Tensor, "n d"], queries: Float[Tensor, "q a"]) -> Float[Tensor, "distance q k"]:
         rows = []
         for part in queries.split(batch_size):
-            predictions = _pool_or_flatten(model.predict(features.expand(len(part), -1, -1), part).float(), distances)
-            rows.append(torch.stack([_l2(p, t) for p, t in zip(predictions, compared, strict=True)]))
+            rows.append(_distances(model.predict(features.expand(len(part), -1, -1), part), compared, distances))
         return torch.cat(rows, dim=1)
 
     by_encoder = []
@@ -101,6 +101,21 @@ def predicted_distances(
         encoded = torch.cat([model.encode(part, encoder) for part in sources.split(batch_size)])
         by_encoder.append(torch.stack([of_source(*pair) for pair in zip(encoded, actions, strict=True)], dim=1))
     return torch.stack(by_encoder, dim=1)
+
+
+@torch.no_grad()
+def distances_to(
+    bank: Bank, predictions: Float[Tensor, "q n d"], distances: Sequence[Distance] = DISTANCES
+) -> Float[Tensor, "distance q k"]:
+    """Return the distance of every prediction to every view of the bank; float64, axis 0 follows `distances`."""
+    return _distances(predictions, _pool_or_flatten(bank.targets, distances), distances)
+
+
+def _distances(
+    predictions: Float[Tensor, "q n d"], compared: Sequence[Float[Tensor, "k _"]], distances: Sequence[Distance]
+) -> Float[Tensor, "distance q k"]:
+    pairs = zip(_pool_or_flatten(predictions.float(), distances), compared, strict=True)
+    return torch.stack([_l2(*pair) for pair in pairs])
 
 
 def _pool_or_flatten(features: Float[Tensor, "b n d"], distances: Sequence[Distance]) -> list[Float[Tensor, "b f"]]:
@@ -140,6 +155,18 @@ def rank_of_target(
     tied = ((distances - true).abs() <= tolerance).sum(-1)
     ranks = nearer + (tied + 1) / 2
     return ranks.masked_fill(~distances.isfinite().all(-1), torch.nan)
+
+
+def check_queries(num_queries: int, bank: BankSize) -> None:
+    """Raise ConfigError where more views are queried than a bank has."""
+    if num_queries > bank.num_views:
+        raise ConfigError(f"--num-queries {num_queries}: must be from 2 to --bank.num-views {bank.num_views}")
+
+
+def check_changes(jitter: PhotometricConfig) -> None:
+    """Raise ConfigError where the jitter of a bank has strength 0, so that all of its views are the clean image."""
+    if max(jitter.strengths) <= 0:
+        raise ConfigError("the run's jitter changes nothing (its strengths are 0); use --bank.scenario default")
 
 
 def chance_mrr(size: int) -> float:

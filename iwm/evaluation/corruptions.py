@@ -41,6 +41,7 @@ from iwm.evaluation.bank import (
     UNCONDITIONED_NOTE,
     actions_from,
     chance_mrr,
+    check_queries,
     derangement,
     embed_bank,
     predicted_distances,
@@ -199,9 +200,7 @@ def evaluate(context: EvalContext, settings: CorruptionSettings, output: Path) -
 
 
 def _check(settings: CorruptionSettings) -> None:
-    bank = settings.bank
-    if settings.num_queries > bank.num_views:
-        raise ConfigError(f"--num-queries {settings.num_queries}: must be from 2 to --bank.num-views {bank.num_views}")
+    check_queries(settings.num_queries, settings.bank)
     if not settings.blur_sigmas:
         raise ConfigError("--blur-sigmas: name at least one sigma")
 

@@ -30,7 +30,7 @@ from dali_pipelines.augmentations import IDENTITY, JITTER_FIELDS, PhotometricCon
 from dali_pipelines.replay import sample_photometric
 from dali_pipelines.seeds import derive_seed
 from iwm.config import ConfigError
-from iwm.evaluation.bank import TIE_TOLERANCE, actions_from, chance_mrr, embed_bank
+from iwm.evaluation.bank import TIE_TOLERANCE, actions_from, chance_mrr, check_changes, embed_bank
 from iwm.evaluation.common import EvalContext, mean_and_stderr
 from iwm.evaluation.figures import FigureTile, TileBlock, TileColumn, TileFigure, TileGroup, write_figures
 from iwm.evaluation.held_out import MissingDataError, naming_command
@@ -114,8 +114,7 @@ def _check(context: EvalContext, settings: MarginalisationSettings) -> None:
         )
     if settings.nearest > bank.num_views:
         raise ConfigError(f"--nearest {settings.nearest}: must be from 1 to --bank.num-views {bank.num_views}")
-    if max(bank_augmentation(context.config.views, bank.scenario).strengths) <= 0:
-        raise ConfigError("the run's jitter changes nothing (its strengths are 0); use --bank.scenario default")
+    check_changes(bank_augmentation(context.config.views, bank.scenario))
 
 
 def _action_generator(seed: int) -> torch.Generator:

@@ -1,7 +1,7 @@
 """Registry of evaluators by name; importing it imports neither torch nor DALI.
 
-To add an evaluator, write its options in settings.py and `evaluate` and `tables` in a file of this folder, and add a
-line to EVALUATORS.
+To add an evaluator, write its options in settings.py (action_settings.py: what asks for actions) and `evaluate` and
+`tables` in a file of this folder, and add a line to EVALUATORS.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from iwm.evaluation import action_settings
 from iwm.evaluation import settings as options
 from iwm.evaluation.result_table import ResultTable
 
@@ -43,6 +44,7 @@ EVALUATORS: dict[str, Evaluator] = {
     "retrieval": Evaluator(options.RetrievalSettings, "iwm.evaluation.retrieval"),
     "parameter-sweep": Evaluator(options.SweepSettings, "iwm.evaluation.parameter_sweep"),
     "corruptions": Evaluator(options.CorruptionSettings, "iwm.evaluation.corruptions"),
+    "composition": Evaluator(action_settings.CompositionSettings, "iwm.evaluation.composition"),
     "explorer": Evaluator(options.ExplorerSettings, "iwm.evaluation.explorer"),
     "similarity": Evaluator(options.SimilaritySettings, "iwm.evaluation.similarity"),
     "marginalisation": Evaluator(options.MarginalisationSettings, "iwm.evaluation.marginalisation"),

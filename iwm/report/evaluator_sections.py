@@ -10,6 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from dali_pipelines.augmentations import OPS
+from iwm.evaluation.settings import DISTANCES
 from iwm.report.components import (
     ChartLine,
     chart_card,
@@ -138,10 +139,13 @@ def _low_scores(result: dict[str, Any]) -> list[str]:
 
 
 def _exceeds_control(series: dict[str, Any]) -> bool:
-    own, control = (series[part][_headline(series)[1]] for part in ("with_action", "control"))
+    return _exceeds(*(series[part][_headline(series)[1]] for part in ("with_action", "control")))
+
+
+def _exceeds(own: dict[str, float], control: dict[str, float]) -> bool:
+    """Return True where a score is clearly higher than its control."""
     error = math.hypot(own["standard_error"], control["standard_error"])
-    exceeds: bool = own["mean"] - control["mean"] > CLEARLY * error
-    return exceeds
+    return own["mean"] - control["mean"] > CLEARLY * error
 
 
 def _chart(series: dict[str, Any]) -> Markup:
@@ -180,3 +184,55 @@ def _corruptions(run: RunResults, result: dict[str, Any]) -> Markup:
     ops, *strengths = map(html_table, stored_tables(result))
     by_strength = details("By strength", Markup().join(strengths)) if strengths else Markup()
     return paragraphs([meaning], linked=True) + ops + by_strength + figures(run, result)
+
+
+def composition_section(run: RunResults) -> Markup:
+    """Return two predictions in a row against one, an action and its inverse, and charts of an action in steps."""
+    return _section(run, "composition", _composition)
+
+
+def _composition(run: RunResults, result: dict[str, Any]) -> Markup:
+    meaning = (
+        "x is the clean image, y and z are jittered views of it; a leads from x to y, b from y to z, ab from x to z, "
+        "and a⁻¹ back from y to x. In two passes the first prediction is the predictor's input for the second action: "
+        "they should be as good as one pass with ab, and a, then a⁻¹ should give the features of x. The encoder's "
+        "features of y show what the second action reaches without errors of the first; target features of y "
+        "re-entered show the loss by re-entry alone. A distance above 1 to the goal is farther than doing nothing, "
+        "also where the true view is found: a prediction errs in more than what the action changes."
+    )
+    composed, undone, chain = map(html_table, stored_tables(result))
+    charts = chart_grid(Markup().join(_chain_chart(result, *chart) for chart in CHAIN_CHARTS))
+    text = paragraphs([meaning, *_not_composed(result)], linked=True)
+    return text + composed + undone + chain + legend([name.replace("_", " ") for name in DISTANCES]) + charts
+
+
+CHAIN_CHARTS = (("MRR", "mrr"), ("distance to z", "relative_distance"))
+"""Titles and keys of the measures that are drawn over the number of passes."""
+
+
+def _chain_chart(result: dict[str, Any], title: str, measure: str) -> Markup:
+    lines = [
+        ChartLine(
+            distance.replace("_", " "),
+            [(float(k), scores[measure][distance]["mean"]) for k, scores in result["chain"].items()],
+            [scores[measure][distance]["standard_error"] for scores in result["chain"].values()],
+        )
+        for distance in DISTANCES
+    ]
+    reference = ("chance", result["chance"]) if measure == "mrr" else ("doing nothing", 1.0)
+    return chart_card(title, line_chart(lines, reference, x_title="passes", y_title=title))
+
+
+def _not_composed(result: dict[str, Any]) -> list[str]:
+    """Name what does not clearly exceed its control, by pooled MRR; nothing for a model that receives no action."""
+    failed = [
+        words
+        for part, words in (("composition", "two actions in a row"), ("undoing", "an action and its inverse"))
+        if not _exceeds(result[part]["two_passes"]["mrr"]["pooled"], result[part]["other_action"]["mrr"]["pooled"])
+    ]
+    if not failed or result["conditioning"] == "none":
+        return []
+    return [
+        f"Like the control: {' and '.join(failed)}. Pooled MRR is less than {CLEARLY:g} standard errors higher than "
+        "with another pair's action."
+    ]

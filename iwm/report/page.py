@@ -19,6 +19,7 @@ from iwm.report.downstream import downstream_section, downstream_tables
 from iwm.report.efficiency import efficiency
 from iwm.report.equivariance import equivariance
 from iwm.report.evaluator_sections import (
+    composition_section,
     corruption_section,
     marginalised,
     nearest_neighbours,
@@ -51,6 +52,7 @@ SECTIONS: tuple[tuple[Callable[[RunResults], Markup], str], ...] = (
     (retrieval_picture, "retrieval"),
     (sweep_section, "parameter-sweep"),
     (corruption_section, "corruptions"),
+    (composition_section, "composition"),
     (similarity_matrix, "similarity"),
     (marginalised, "marginalisation"),
     (patch_maps, "feature-maps"),

@@ -67,6 +67,7 @@ TITLES = {
     "retrieval": "Retrieval",
     "parameter-sweep": "Parameter sweeps",
     "corruptions": "Undoing corruptions",
+    "composition": "Actions in a row",
     "explorer": "Explorer",
     "similarity": "Similarity of augmented views",
     "marginalisation": "Marginalised representations",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from iwm.evaluation.action_settings import CompositionSettings
 from iwm.evaluation.result_table import ResultTable
 from iwm.evaluation.settings import (
     BankSettings,
@@ -41,6 +42,7 @@ BANK = BankSettings(num_images=3, num_views=16)
         ("retrieval", lambda run: RetrievalSettings(run, bank=BANK)),
         ("parameter-sweep", lambda run: SweepSettings(run, num_images=2, num_values=3, num_sigmas=3)),
         ("corruptions", lambda run: CorruptionSettings(run, bank=BANK, num_queries=4)),
+        ("composition", lambda run: CompositionSettings(run, bank=BANK, num_queries=4)),
         ("explorer", lambda run: ExplorerSettings(run, num_images=2, num_values=2)),
         ("similarity", lambda run: SimilaritySettings(run, num_images=3, num_views=4, num_shown=2)),
     ],

@@ -20,6 +20,7 @@ from dali_pipelines.loader import ViewLoader
 from iwm import protocols
 from iwm.config import Config, ConfigError
 from iwm.evaluate import main, parse
+from iwm.evaluation.action_settings import CompositionSettings
 from iwm.evaluation.common import load_eval_context
 from iwm.evaluation.held_out import MissingDataError
 from iwm.evaluation.registry import EVALUATORS, Evaluator
@@ -50,6 +51,7 @@ FEW = {
     "retrieval": RetrievalSettings(Path(), bank=BankSettings(num_images=6, **QUICK)),
     "parameter-sweep": SweepSettings(Path(), num_values=2, num_sigmas=2),
     "corruptions": CorruptionSettings(Path(), bank=BankSettings(**QUICK), num_queries=4, strengths=(1.0,)),
+    "composition": CompositionSettings(Path(), bank=BankSettings(**QUICK), num_queries=4, passes=2),
     "explorer": ExplorerSettings(Path(), num_values=2),
     "similarity": SimilaritySettings(Path(), num_views=2),
     "marginalisation": MarginalisationSettings(Path(), bank=BankSettings(**QUICK), predictions=(1,), nearest=2),

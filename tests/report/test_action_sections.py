@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from iwm.evaluation.composition import COMPOSITION, UNDOING
+from iwm.evaluation.settings import DISTANCES
 from iwm.report.components import ChartLine, line_chart
-from iwm.report.evaluator_sections import corruption_section, retrieval_picture, sweep_section
+from iwm.report.evaluator_sections import composition_section, corruption_section, retrieval_picture, sweep_section
 from iwm.report.runs import RunResults
 from tests.report.conftest import with_tables
 
@@ -123,5 +125,55 @@ def test_photographs_for_which_retrieval_fails_are_named(tmp_path: Path) -> None
     assert "found" not in html
 
 
+def actions_in_a_row(two_passes: float, conditioning: str = "feature") -> dict[str, Any]:
+    """A result of `composition` whose two passes have this MRR."""
+
+    def row(mrr: float, distance: float) -> dict[str, Any]:
+        return {
+            "mrr": dict.fromkeys(DISTANCES, _score(mrr)),
+            "relative_distance": dict.fromkeys(DISTANCES, _score(distance)),
+        }
+
+    composition = dict.fromkeys(COMPOSITION, row(0.612, 0.8)) | {"two_passes": row(two_passes, 1.057)}
+    return with_tables(
+        {
+            "protocol": "composition",
+            "chance": 0.0741,
+            "chance_source": 0.0732,
+            "images": 5,
+            "bank": 64,
+            "queries": 12,
+            "context": "teacher",
+            "conditioning": conditioning,
+            "trained": True,
+            "composition": composition | {"other_action": row(0.07, 1.9)},
+            "undoing": dict.fromkeys(UNDOING, row(0.41, 1.0)) | {"other_action": row(0.069, 1.6)},
+            "chain": {"1": row(0.612, 0.8), "2": row(0.51, 0.95), "3": row(0.4, 1.234)},
+        }
+    )
+
+
+def test_actions_in_a_row_have_their_controls_and_charts_over_the_passes(tmp_path: Path) -> None:
+    html = composition_section(_run(tmp_path, row=actions_in_a_row(0.447)))
+    assert html.startswith("<section><h2>Actions in a row</h2>")
+    for words in ("two passes: a, then b", "0.447±0.020", "control: a, then another pair", "chance 0.0741", "3 passes"):
+        assert words in html
+    drawings = [svg for svg in html.split("<svg")[1:] if 'viewBox="0 0 360' in svg]
+    assert len(drawings) == 2
+    assert "chance 0.07" in drawings[0]
+    assert "doing nothing 1" in drawings[1]
+    assert "Like the control" not in html
+
+
+def test_actions_in_a_row_that_are_like_the_control_are_named(tmp_path: Path) -> None:
+    html = composition_section(_run(tmp_path, row=actions_in_a_row(0.1)))
+    assert "Like the control: two actions in a row. " in html
+    html = composition_section(_run(tmp_path, row=actions_in_a_row(0.1, "none")))
+    assert "Like the control" not in html
+    assert "by construction" in html
+
+
 def test_what_was_not_run_has_no_section(tmp_path: Path) -> None:
-    assert sweep_section(_run(tmp_path)) == corruption_section(_run(tmp_path)) == ""
+    assert (
+        sweep_section(_run(tmp_path)) == corruption_section(_run(tmp_path)) == composition_section(_run(tmp_path)) == ""
+    )

@@ -13,6 +13,7 @@ from playwright.sync_api import Browser, Page
 from iwm.report.page import write_page, write_report
 from tests.downstream.written_results import predictor, result
 from tests.report.conftest import with_tables
+from tests.report.test_action_sections import actions_in_a_row
 from tests.report.test_compared_runs import _make, _with
 from tests.report.written_figures import write_similarity
 
@@ -43,6 +44,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     left_out = {"knn": "split 'train' has no labels"}
     files = {
         "corruptions": with_tables({**corruptions, "ops": ops}),
+        "composition": actions_in_a_row(0.4),
         "finetune-predictor": result("finetune-predictor", *trials),
         "world-model": {"protocol": "world-model", "left_out": left_out, "tables": []},
     }
