@@ -32,6 +32,6 @@ def load(
     refuses other sizes. Raises iwm.training.checkpoint.CheckpointError and iwm.config.ConfigError, with one
     line that names the remedy.
     """
-    from iwm.export.model import load_model  # importing torch takes seconds, and parts of iwm do not need it
+    from iwm.export.loading import load_model  # importing torch takes seconds, and parts of iwm do not need it
 
     return load_model(path, device, encoder, resize)

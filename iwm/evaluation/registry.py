@@ -45,6 +45,7 @@ EVALUATORS: dict[str, Evaluator] = {
     "parameter-sweep": Evaluator(options.SweepSettings, "iwm.evaluation.parameter_sweep"),
     "corruptions": Evaluator(options.CorruptionSettings, "iwm.evaluation.corruptions"),
     "composition": Evaluator(action_settings.CompositionSettings, "iwm.evaluation.composition"),
+    "infer-action": Evaluator(action_settings.InferActionSettings, "iwm.evaluation.infer_action"),
     "explorer": Evaluator(options.ExplorerSettings, "iwm.evaluation.explorer"),
     "similarity": Evaluator(options.SimilaritySettings, "iwm.evaluation.similarity"),
     "marginalisation": Evaluator(options.MarginalisationSettings, "iwm.evaluation.marginalisation"),

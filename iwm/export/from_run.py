@@ -14,7 +14,7 @@ from iwm.encoder_outputs import EncoderName
 from iwm.export.evaluations import read_results
 from iwm.export.folder import attach_head, write_export
 from iwm.export.graphs import GraphFormat, check_formats, write_graphs
-from iwm.export.model import build_model, read_checkpoint
+from iwm.export.loading import build_model, read_checkpoint
 from iwm.export.model_card import model_card
 from iwm.training.checkpoint import CheckpointError, file_digest, list_checkpoints, resolve, run_dir_of
 from shards.format import MANIFEST, load_manifest

@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Real, UInt8
 from torch import Tensor, nn
 
-from iwm.actions import ActionSpec, action_spec, make_action
+from iwm.action_space import action_space
+from iwm.actions import ActionSpec, action_spec, describe_action, make_action
 from iwm.config import Config, ConfigError
 from iwm.downstream.progress import TrainedHead
 from iwm.downstream.registry import lookup
-from iwm.downstream.restore import BACKBONE
 from iwm.downstream.study import PIXELS, SharedInputs, Trial
 from iwm.downstream.trials import pad_to_patches
 from iwm.encoder_outputs import EncoderName
-from iwm.export.folder import ExportedModel, Provenance, read_export
+from iwm.export.folder import Provenance
 from iwm.export.images import Images, to_pixels
-from iwm.models.attention import to_device
+from iwm.models.action_energy import ActionEnergy
+from iwm.models.action_search import search_by_gradient
 from iwm.models.backbone import Backbone
 from iwm.models.encoder import Encoder
 from iwm.models.heads import upsample
 from iwm.models.predictor import Predictor
 from iwm.models.world_model import normalize_targets
-from iwm.training.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, resolve, run_dir_of
-from iwm.training.export_files import is_export_dir
-from iwm.training.runtime import select_device
-from shards.errors import one_line
+from iwm.search_settings import GradientSettings
+
+
+class InferredAction(NamedTuple):
+    """Actions that lead from sources to targets, as far as the model can tell."""
+
+    action: Float[Tensor, "b k"]
+    """Nearest actions that the search found, as `predict` takes them."""
+    distance: Float[Tensor, " b"]
+    """Euclidean distance between the prediction under the action and the target's features, over all tokens."""
+    words: list[str]
+    """Actions in words: 'brightness +0.30, hue -18°, undo grayscale'."""
 
 
 class PretrainedModel(nn.Module):
@@ -122,11 +131,7 @@ class PretrainedModel(nn.Module):
         action: [k] for all images, or [b, k]; one image with several actions is predicted under each of them. None: the
         null action, the only one where action.conditioning is none. Raises ConfigError for an action that does not fit.
         """
-        if self.predictor is None:
-            raise ConfigError(
-                "predict: this model's encoder was finetuned, so the predictor does not fit it; export the run "
-                "without --head to predict"
-            )
+        predictor = self._require_predictor("predict")
         context = self.features(images)
         actions = self._actions(action)
         b = max(len(context), len(actions))
@@ -134,8 +139,32 @@ class PretrainedModel(nn.Module):
             raise ConfigError(
                 f"predict: {len(actions)} actions for {len(context)} images; give one action, or one per image"
             )
-        predicted: Tensor = self.predictor.predict_image(context.expand(b, -1, -1), actions.expand(b, -1))
+        predicted: Tensor = predictor.predict_image(context.expand(b, -1, -1), actions.expand(b, -1))
         return predicted
+
+    @torch.inference_mode(False)
+    def infer_action(self, source: Images, target: Images) -> InferredAction:
+        """Return the action that leads from each source to its target: the nearest one of a search by gradient.
+
+        One source with several targets is paired with each, and the reverse. The search goes through the predictor, as
+        that of `iwm evaluate infer-action`, over the actions of the run's training. It has an answer also where no
+        action leads from one image to the other: compare the distances. Raises ConfigError for a model without
+        predictor or without actions, and for numbers of images that do not fit.
+        """
+        predictor = self._require_predictor("infer_action")
+        space = action_space(self.config, self.action_spec)
+        with torch.no_grad():
+            contexts, targets = self.features(source), self.targets(target)
+        b = max(len(contexts), len(targets))
+        if len(contexts) not in (1, b) or len(targets) not in (1, b):
+            raise ConfigError(
+                f"infer_action: {len(contexts)} sources and {len(targets)} targets; give one of either, or as many"
+            )
+        source_of = torch.arange(b, device=self.device) % len(contexts)
+        energy = ActionEnergy(predictor.predict_image, contexts, source_of, targets.expand(b, -1, -1), pooled=False)
+        _, found = search_by_gradient(energy, space, GradientSettings())
+        words = [describe_action(action, self.action_spec) for action in found.actions]
+        return InferredAction(found.actions, found.distances, words)
 
     @property
     def tasks(self) -> dict[str, tuple[str, ...]]:
@@ -179,6 +208,14 @@ class PretrainedModel(nn.Module):
         logits = trial.logits(self._shared(padded), 0).float()
         return upsample(logits, padded.shape[1:3])[:, :, :height, :width]
 
+    def _require_predictor(self, method: str) -> Predictor:
+        if self.predictor is None:
+            raise ConfigError(
+                f"{method}: this model's encoder was finetuned, so the predictor does not fit it; export the run "
+                "without --head to predict"
+            )
+        return self.predictor
+
     def _require_trial(self, method: str, segments: bool | None = None) -> Trial:
         """Return the trained trial. Raises ConfigError without a head, or for a head of the other kind."""
         if self.trial is None or self.head is None:
@@ -210,83 +247,3 @@ class PretrainedModel(nn.Module):
                 f"({', '.join(self.action_names)}); make it with model.action(...)"
             )
         return action.reshape(-1, size).to(self.device, torch.float32)
-
-
-def load_model(
-    path: Path | str,
-    device: torch.device | str = "cpu",
-    encoder: EncoderName | None = None,
-    resize: bool = True,
-) -> PretrainedModel:
-    """Load a run's newest checkpoint, one checkpoint file, or a folder that `iwm export` wrote.
-
-    encoder: `teacher` (EMA target encoder) or `student` (context encoder). Default: the teacher; for an exported folder
-    the encoder that it contains. resize: False refuses images of another size than the run's. Raises CheckpointError
-    for a missing, damaged or other file, and ConfigError for an unavailable device.
-    """
-    path, device = Path(path), torch.device(device)
-    select_device(device.type, "device")
-    if path.suffix == ".safetensors":
-        raise CheckpointError(f"{path} is one file of an exported model; give its folder, {path.parent}")
-    if is_export_dir(path):
-        exported = read_export(path)
-        if encoder not in (None, exported.encoder_name):
-            raise CheckpointError(
-                f"{path} contains only the {exported.encoder_name} encoder; export the {encoder} encoder too"
-            )
-    elif path.is_dir() and not list_checkpoints(path):
-        raise CheckpointError(
-            f"{path} is neither a run's folder (it has no checkpoints/step-*.pt) nor an exported model"
-        )
-    else:
-        exported = read_checkpoint(path, encoder or "teacher")
-    model = build_model(exported, path, device)
-    model.resize = resize
-    return model
-
-
-def read_checkpoint(path: Path, which: EncoderName) -> ExportedModel:
-    """Return the exported content of a checkpoint, or of a run's newest one, without a head.
-
-    Raises CheckpointError as `load_checkpoint` does.
-    """
-    file = resolve(path)
-    content = load_checkpoint(file)
-    name = f"{run_dir_of(file.resolve()).name}/{file.name}"
-    encoder = "target_encoder." if which == "teacher" else "encoder."
-    return ExportedModel(
-        config=content.config,
-        encoder_name=which,
-        origin=Provenance(name, content.step, content.samples),
-        encoder=_with_prefix(encoder, content.model),
-        predictor=_with_prefix("predictor.", content.model),
-    )
-
-
-def _with_prefix(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-
-
-def build_model(exported: ExportedModel, path: Path, device: torch.device) -> PretrainedModel:
-    """Build the model and load its tensors. Raises CheckpointError, naming `path`, where they do not fit."""
-    config, head = exported.config, exported.head
-    encoder = Encoder(config.encoder, config.views.size)
-    predictor = Predictor(config, action_spec(config.action, config.views).size) if exported.predictor else None
-    model = PretrainedModel(encoder, predictor, config, exported.encoder_name, exported.origin, head)
-    _load_strict(encoder, exported.encoder, "encoder", path)
-    if predictor is not None and exported.predictor is not None:
-        _load_strict(predictor, exported.predictor, "predictor", path)
-    if model.trial is not None:
-        finetuned = exported.encoder if head is not None and lookup(head.protocol).finetunes_encoder(head) else {}
-        backbone = {f"{BACKBONE}{name}": tensor for name, tensor in finetuned.items()}
-        _load_strict(model.trial, exported.trained | backbone, "head", path)
-    to_device(model, device, config.train.attention_impl)
-    return model
-
-
-def _load_strict(part: nn.Module, tensors: Mapping[str, Tensor], name: str, path: Path) -> None:
-    try:
-        part.load_state_dict(tensors, strict=True)
-    except RuntimeError as error:
-        details = one_line(error)
-        raise CheckpointError(f"{path}: the {name} does not fit the configuration ({details})") from error

@@ -30,6 +30,7 @@ from iwm.report.evaluator_sections import (
 )
 from iwm.report.explorer import explorer
 from iwm.report.glossary import GLOSSARY
+from iwm.report.inferred_actions import inferred_actions
 from iwm.report.provenance import left_out_section, not_evaluated
 from iwm.report.runs import ReportError, RunResults, read_runs
 from iwm.report.summary import summary
@@ -53,6 +54,7 @@ SECTIONS: tuple[tuple[Callable[[RunResults], Markup], str], ...] = (
     (sweep_section, "parameter-sweep"),
     (corruption_section, "corruptions"),
     (composition_section, "composition"),
+    (inferred_actions, "infer-action"),
     (similarity_matrix, "similarity"),
     (marginalised, "marginalisation"),
     (patch_maps, "feature-maps"),

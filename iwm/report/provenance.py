@@ -68,6 +68,7 @@ TITLES = {
     "parameter-sweep": "Parameter sweeps",
     "corruptions": "Undoing corruptions",
     "composition": "Actions in a row",
+    "infer-action": "Inferred actions",
     "explorer": "Explorer",
     "similarity": "Similarity of augmented views",
     "marginalisation": "Marginalised representations",

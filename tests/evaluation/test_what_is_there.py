@@ -20,7 +20,7 @@ from dali_pipelines.loader import ViewLoader
 from iwm import protocols
 from iwm.config import Config, ConfigError
 from iwm.evaluate import main, parse
-from iwm.evaluation.action_settings import CompositionSettings
+from iwm.evaluation.action_settings import CompositionSettings, InferActionSettings
 from iwm.evaluation.common import load_eval_context
 from iwm.evaluation.held_out import MissingDataError
 from iwm.evaluation.registry import EVALUATORS, Evaluator
@@ -40,6 +40,7 @@ from iwm.evaluation.settings import (
     SweepSettings,
 )
 from iwm.protocols import evaluate
+from iwm.search_settings import GradientSettings
 from iwm.training.checkpoint import load_checkpoint, save_checkpoint
 from shards.make import ShardingOptions, make_shards
 from shards.plan import ShardSize
@@ -52,6 +53,7 @@ FEW = {
     "parameter-sweep": SweepSettings(Path(), num_values=2, num_sigmas=2),
     "corruptions": CorruptionSettings(Path(), bank=BankSettings(**QUICK), num_queries=4, strengths=(1.0,)),
     "composition": CompositionSettings(Path(), bank=BankSettings(**QUICK), num_queries=4, passes=2),
+    "infer-action": InferActionSettings(Path(), num_targets=2, gradient=GradientSettings(points=4, starts=1, steps=1)),
     "explorer": ExplorerSettings(Path(), num_values=2),
     "similarity": SimilaritySettings(Path(), num_views=2),
     "marginalisation": MarginalisationSettings(Path(), bank=BankSettings(**QUICK), predictions=(1,), nearest=2),
@@ -131,8 +133,10 @@ def test_world_model_succeeds_without_labels_and_without_held_out_images_and_say
     assert "--val-fraction 0.05" in first
     assert "note: 2 of at most 64 images: split 'train' has no more" in said.out.splitlines()
     left_out = [line for line in said.out.splitlines() if line.startswith("left out: ")]
-    assert [line.split(": ")[1] for line in left_out] == ["marginalisation, linear accuracy", "knn"]
-    assert all("has no labels" in line for line in left_out)
+    names = ["infer-action, regressor", "marginalisation, linear accuracy", "knn"]
+    assert [line.split(": ")[1] for line in left_out] == names
+    assert "trained and evaluated on the same images, split 'train'" in left_out[0]
+    assert all("has no labels" in line for line in left_out[1:])
     assert said.err == ""
     done = {path.stem for path in (bare_run / "eval").glob("*.json")}
     assert done == set(EVALUATORS) - {"knn"} | {"world-model"}

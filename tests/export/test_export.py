@@ -16,12 +16,19 @@ from timm.models.vision_transformer import VisionTransformer
 
 import iwm
 from dali_pipelines.augmentations import IDENTITY, NO_PHOTOMETRIC, OP_BY_NAME, OPS, PhotometricConfig, Views
-from iwm.actions import action_between, action_spec
+from dali_pipelines.replay import apply_photometric
+from iwm.action_space import action_space
+from iwm.actions import action_between, action_spec, describe_action
 from iwm.config import Config, ConfigError
+from iwm.evaluation.action_pairs import ActionPairs
+from iwm.evaluation.action_settings import InferActionSettings
+from iwm.evaluation.infer_action import pair_energy
 from iwm.export.__main__ import ExportOptions, export
 from iwm.model_config import ActionConfig, EncoderConfig, PredictorConfig
+from iwm.models.action_search import search_by_gradient
 from iwm.models.encoder import IMAGENET_MEAN, IMAGENET_STD
 from iwm.models.world_model import WorldModel
+from iwm.search_settings import GradientSettings
 from iwm.train_config import TrainConfig
 from iwm.training.checkpoint import Checkpoint, CheckpointError, load_world_model, save_checkpoint, versions
 from tests.export.local_dir import needs_local_dir
@@ -275,3 +282,34 @@ def test_what_cannot_be_loaded_is_named(exported: Path, run: Path, tmp_path: Pat
 def test_importing_iwm_imports_no_torch() -> None:
     command = [sys.executable, "-c", "import sys, iwm; sys.exit('torch' in sys.modules)"]
     assert subprocess.run(command, cwd=Path(__file__).parents[2]).returncode == 0
+
+
+def test_the_inferred_action_is_that_of_the_evaluators_search(run: Path, exported: Path) -> None:
+    model, config = load_world_model(run)
+    sources, space = pictures(), action_space(config, model.action_spec)
+    action = space.at(torch.rand(3, model.action_spec.size, generator=torch.Generator().manual_seed(2)))
+    params = space.applied(torch.tensor([IDENTITY] * 3), action)
+    targets = apply_photometric(sources, params, config.views.jitter_impl)
+    pairs = ActionPairs(sources, torch.arange(3), targets, torch.arange(3), params, params, action)
+    energy = pair_energy(model, pairs, "teacher", InferActionSettings(run))
+    _, expected = search_by_gradient(energy, space, GradientSettings())
+    for loaded in (iwm.load(run), iwm.load(exported)):
+        found = loaded.infer_action(sources, targets)
+        torch.testing.assert_close(found.action, expected.actions, atol=1e-3, rtol=0)
+        torch.testing.assert_close(found.distance, expected.distances, atol=1e-4, rtol=0)
+        assert found.words == [describe_action(each, loaded.action_spec) for each in found.action]
+        predicted = loaded.predict(sources, found.action)
+        distance = (predicted - loaded.targets(targets)).double().flatten(1).norm(dim=1)
+        torch.testing.assert_close(found.distance, distance, atol=1e-4, rtol=0)
+    with torch.inference_mode():
+        one = loaded.infer_action(sources[0], targets)
+    assert one.action.shape == (3, model.action_spec.size)
+    torch.testing.assert_close(one.action[0], expected.actions[0], atol=1e-3, rtol=0)
+    with pytest.raises(ConfigError, match="infer_action: 2 sources and 3 targets; give one of either"):
+        loaded.infer_action(sources[:2], targets)
+
+
+def test_a_model_without_actions_infers_none(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", replace(CONFIG, action=ActionConfig(conditioning="none")))
+    with pytest.raises(ConfigError, match=r"conditioning none.*use a run with action\.conditioning feature"):
+        iwm.load(run).infer_action(pictures(1), pictures(1))

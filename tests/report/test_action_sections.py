@@ -10,8 +10,10 @@ from iwm.evaluation.composition import COMPOSITION, UNDOING
 from iwm.evaluation.settings import DISTANCES
 from iwm.report.components import ChartLine, line_chart
 from iwm.report.evaluator_sections import composition_section, corruption_section, retrieval_picture, sweep_section
+from iwm.report.inferred_actions import inferred_actions
 from iwm.report.runs import RunResults
 from tests.report.conftest import with_tables
+from tests.report.written_figures import inferred_actions_result
 
 
 def _run(folder: Path, **evaluations: dict[str, Any]) -> RunResults:
@@ -173,7 +175,22 @@ def test_actions_in_a_row_that_are_like_the_control_are_named(tmp_path: Path) ->
     assert "by construction" in html
 
 
+def test_inferred_actions_show_their_scores_the_ideal_and_the_control(tmp_path: Path) -> None:
+    html = inferred_actions(_run(tmp_path, inferred=with_tables(inferred_actions_result())))
+    for words in (
+        "Sampled source: hue",
+        "correlation 0.87",
+        "degrees",
+        "ideal",
+        "40±2",
+        "Chance: 50",
+        "actions were shuffled",
+    ):
+        assert words in html
+    assert html.count("polygon") == 2  # of the search and of the control; there is no regressor
+
+
 def test_what_was_not_run_has_no_section(tmp_path: Path) -> None:
-    assert (
-        sweep_section(_run(tmp_path)) == corruption_section(_run(tmp_path)) == composition_section(_run(tmp_path)) == ""
-    )
+    empty = _run(tmp_path)
+    for section in (sweep_section, corruption_section, composition_section, inferred_actions):
+        assert section(empty) == ""

@@ -15,7 +15,7 @@ from tests.downstream.written_results import predictor, result
 from tests.report.conftest import with_tables
 from tests.report.test_action_sections import actions_in_a_row
 from tests.report.test_compared_runs import _make, _with
-from tests.report.written_figures import write_similarity
+from tests.report.written_figures import inferred_actions_result, write_similarity
 
 SCHEMES = ("light", "dark")
 WIDTHS = (1300, 390)
@@ -45,6 +45,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     files = {
         "corruptions": with_tables({**corruptions, "ops": ops}),
         "composition": actions_in_a_row(0.4),
+        "infer-action": with_tables(inferred_actions_result()),
         "finetune-predictor": result("finetune-predictor", *trials),
         "world-model": {"protocol": "world-model", "left_out": left_out, "tables": []},
     }

@@ -46,3 +46,23 @@ def write_similarity(folder: Path, key: str) -> Path:
     result |= dict.fromkeys(FIGURES, score) | write_figures(_figures(key), output)
     output.write_text(json.dumps(result | {"tables": [asdict(table) for table in tables(result)]}))
     return folder
+
+
+def inferred_actions_result() -> dict[str, Any]:
+    """Return a result of infer-action with a parameter, a flag and a control, without figures."""
+    score = {"mean": 0.4, "standard_error": 0.02}
+    scores = {
+        "parameters": {"hue": {"error": score, "correlation": {**score, "mean": 0.87}, "within_tenth": score}},
+        "flags": {"source_blur": {"balanced_accuracy": score}},
+    }
+    search = {"found": score, "true": score, "nearer": score}
+    methods = ("guess", "gradient", "control")
+    values = {name: [-20.0 + i + j for i in range(20)] for j, name in enumerate(("true", *methods))}
+    kind = {
+        "pairs": 20,
+        "methods": dict.fromkeys(methods, scores),
+        "searches": {"lattice": search, "gradient": {**search, "predictions": 98.0, "milliseconds": 12.0}},
+        "values": {"image": ["a"] * 20, "entries": {"hue": values}},
+    }
+    how = {"images": 5, "distance": "per_token", "search": ["gradient"], "control": "runs/control"}
+    return {"protocol": "infer-action", **how, "kinds": {"destructive": kind}, "left_out": {}, "figures": []}

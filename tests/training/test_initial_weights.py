@@ -14,7 +14,7 @@ from torch import Tensor
 from iwm.actions import action_spec
 from iwm.config import Config
 from iwm.export.folder import ExportedModel, write_export
-from iwm.export.model import read_checkpoint
+from iwm.export.loading import read_checkpoint
 from iwm.models.external.loading import load_external
 from iwm.models.world_model import WorldModel
 from iwm.training.checkpoint import load_newest, resolve
