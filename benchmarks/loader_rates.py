@@ -19,8 +19,8 @@ from simplejpeg import decode_jpeg_header
 from step_modes import cooldown_steps, measure_end_to_end, measure_model, new_train_state, resident_batches
 from timing import Measured, StepTimings, interleave
 
-from dali_pipelines.augmentations import Views
 from dali_pipelines.loader import ViewLoader
+from dali_pipelines.views import Views
 from iwm.compat import synchronize
 from iwm.config import DataConfig
 from iwm.recipes import RECIPES

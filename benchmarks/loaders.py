@@ -22,7 +22,7 @@ from rich.console import Console
 from synthetic_data import GENERATED, generated_shards
 from timing import Rate, Stream, measure, paired_ratio, percentiles, ratio_text
 
-from dali_pipelines.augmentations import Views
+from dali_pipelines.views import Views
 from iwm.config import PipelineBackend
 from iwm.evaluation.result_table import ResultTable
 from iwm.ranges import check_ranges

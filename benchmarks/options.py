@@ -13,7 +13,8 @@ import tyro
 from environment import BenchmarkError, has_gpu, lookup
 from synthetic_data import GENERATED
 
-from dali_pipelines.augmentations import SCENARIOS, JitterImpl, ViewBackend, Views
+from dali_pipelines.augmentations import JitterImpl, ViewBackend
+from dali_pipelines.views import SCENARIOS, Views
 from iwm.config import Config, PipelineBackend
 from iwm.ranges import Range, check_ranges
 from iwm.recipes import RECIPES, with_scenario

@@ -28,15 +28,14 @@ from dali_pipelines import replay
 from dali_pipelines.augmentations import (
     JITTER_OPS,
     NO_PHOTOMETRIC,
-    SCENARIOS,
     SINGLE_OP,
     SOURCE,
     JitterImpl,
     PhotometricConfig,
     ViewBackend,
-    Views,
 )
 from dali_pipelines.photometric_kernels import missing_ops
+from dali_pipelines.views import SCENARIOS, Views
 from iwm.compat import HAS_TRITON
 from iwm.evaluation.result_table import ResultTable
 from iwm.training.runtime import select_device

@@ -20,7 +20,8 @@ from environment import BenchmarkError, check_writable
 from options import chosen_views
 from rich.console import Console
 
-from dali_pipelines.augmentations import JitterImpl, ViewBackend, Views
+from dali_pipelines.augmentations import JitterImpl, ViewBackend
+from dali_pipelines.views import Views
 from iwm.evaluation.result_table import ResultTable
 from iwm.ranges import Range, check_ranges
 from shards.command_line import run_command

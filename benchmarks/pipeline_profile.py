@@ -31,7 +31,6 @@ from dali_pipelines.augmentations import (
     NO_PHOTOMETRIC,
     PhotometricConfig,
     ViewBackend,
-    Views,
 )
 from dali_pipelines.dali import pipeline_def
 from dali_pipelines.decoder import Decoder
@@ -39,6 +38,7 @@ from dali_pipelines.geometry import decode_crop, draw_crop, resize_box
 from dali_pipelines.pipelines import two_views
 from dali_pipelines.pixels import Backend, DataNode
 from dali_pipelines.reader import DataSource, open_source, read
+from dali_pipelines.views import Views
 from iwm.config import Config
 from iwm.training.runtime import select_backend
 

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dali_pipelines.augmentations import NO_PHOTOMETRIC, AugmentationError, JitterImpl, PhotometricConfig, check_crop
+from dali_pipelines.augmentations import NO_PHOTOMETRIC, AugmentationError, JitterImpl, PhotometricConfig
+from dali_pipelines.views import check_crop
 
 Interpolation = Literal["linear", "cubic"]
 """Interpolation of the resize, always antialiased. `cubic`: Pillow's bicubic (a = -0.5), which may overshoot."""

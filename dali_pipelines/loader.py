@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
-from dali_pipelines.augmentations import ViewBackend, Views
+from dali_pipelines.augmentations import ViewBackend
 from dali_pipelines.crops import CropSettings, SegmentationCrops
 from dali_pipelines.dali import dali_version
 from dali_pipelines.decoder import DECODER, Decoder
@@ -33,6 +33,7 @@ from dali_pipelines.pipelines import labelled_crops, segmentation_crops, two_vie
 from dali_pipelines.reader import open_source
 from dali_pipelines.seeds import derive_seed
 from dali_pipelines.staging import stage
+from dali_pipelines.views import Views
 from shards.cache import SplitCache
 from shards.errors import UserError
 from shards.split_part import SplitPart

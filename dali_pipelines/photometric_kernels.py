@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from dali_pipelines.augmentations import OPS, PARAMS, SOURCE, TARGET, Views
+from dali_pipelines.augmentations import OPS, PARAMS, SOURCE, TARGET
+from dali_pipelines.views import Views
 
 KERNEL_OPS = ("brightness", "contrast", "saturation", "hue", "grayscale", "blur", "solarize")
 """Ops that the kernels apply, in this order."""

@@ -16,12 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dali_pipelines import photometric, rand_augment
-from dali_pipelines.augmentations import (
-    MEAN_COLOUR,
-    PHOTOMETRIC_FIELDS,
-    ViewBackend,
-    Views,
-)
+from dali_pipelines.augmentations import MEAN_COLOUR, PHOTOMETRIC_FIELDS, ViewBackend
 from dali_pipelines.crops import (
     CropSettings,
     Interpolation,
@@ -37,6 +32,7 @@ from dali_pipelines.jitter import prepare
 from dali_pipelines.photometric import PhotometricParams
 from dali_pipelines.pixels import Backend, DataNode, as_operand, contiguous
 from dali_pipelines.reader import DataSource, read
+from dali_pipelines.views import Views
 
 
 @pipeline_def(enable_conditionals=True, exec_dynamic=True, enable_checkpointing=True)

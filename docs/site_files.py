@@ -24,7 +24,10 @@ SOURCES = (
 
 INTERFACE = {
     "model": ("Trained models", "iwm.load", "iwm.export.model.PretrainedModel"),
-    "configuration": ("Configuration", "iwm.config", "iwm.model_config", "dali_pipelines.augmentations"),
+    "configuration": (
+        "Configuration",
+        *("iwm.config", "iwm.model_config", "dali_pipelines.views", "dali_pipelines.augmentations"),
+    ),
     "loaders": ("Loaders", "dali_pipelines.loader", "dali_pipelines.validation_loader"),
     "shards": ("Shards", "shards.format", "shards.make", "shards.verify"),
 }

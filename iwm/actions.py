@@ -26,16 +26,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dali_pipelines.augmentations import (
-    DESTRUCTIVE_OPS,
-    IDENTITY,
-    OPS,
-    SOURCE,
-    TARGET,
-    Op,
-    PhotometricConfig,
-    Views,
-)
+from dali_pipelines.augmentations import DESTRUCTIVE_OPS, IDENTITY, OPS, SOURCE, TARGET, Op, PhotometricConfig
+from dali_pipelines.views import Views
 from iwm.config import Config, ConfigError
 from iwm.model_config import ActionConfig
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from dali_pipelines.augmentations import AugmentationError, ViewBackend, Views
+from dali_pipelines.augmentations import AugmentationError, ViewBackend
 from dali_pipelines.decoder import DECODER, Decoder, DecoderDevice
+from dali_pipelines.views import Views
 from iwm.block_sizes import check_sizes
 from iwm.model_config import ActionConfig, EncoderConfig, LossConfig, MaskingConfig, PredictorConfig, check_width
 from iwm.ranges import ConfigError as ConfigError

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from dali_pipelines.augmentations import SCENARIOS, Views
+from dali_pipelines.views import SCENARIOS, Views
 from iwm.config import Config, DataConfig
 from iwm.model_config import ActionConfig, EncoderConfig, LossConfig, MaskingConfig, PredictorConfig
 from iwm.train_config import LogConfig, OptimConfig, ScheduleConfig, TrainConfig

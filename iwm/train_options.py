@@ -11,7 +11,7 @@ from typing import Annotated
 import tyro
 import yaml
 
-from dali_pipelines.augmentations import SCENARIOS
+from dali_pipelines.views import SCENARIOS
 from iwm.config import Config, ConfigError
 from iwm.config_io import from_yaml
 from iwm.ranges import Range

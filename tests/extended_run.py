@@ -15,10 +15,11 @@ from pipeline_shards import photographs_and_noise, write_split
 from torch.utils.flop_counter import FlopCounterMode
 
 import iwm
-from dali_pipelines.augmentations import NO_PHOTOMETRIC, PARAMS, SINGLE_OP, SOURCE, TARGET, PhotometricConfig, Views
+from dali_pipelines.augmentations import NO_PHOTOMETRIC, PARAMS, SINGLE_OP, SOURCE, TARGET, PhotometricConfig
 from dali_pipelines.loader import ViewBatch, ViewLoader
 from dali_pipelines.photometric_kernels import missing_ops
 from dali_pipelines.replay import apply_photometric, sample_photometric
+from dali_pipelines.views import Views
 from iwm.ablation.studies import STUDIES
 from iwm.actions import action_from_params, action_schema, action_spec, describe_action, make_action
 from iwm.config import Config, ConfigError

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from dali_pipelines.augmentations import IDENTITY, PARAMS, PHOTOMETRIC_FIELDS, SCENARIOS, SOURCE, TARGET, Views
+from dali_pipelines.augmentations import IDENTITY, PARAMS, PHOTOMETRIC_FIELDS, SOURCE, TARGET
+from dali_pipelines.views import SCENARIOS, Views
 from iwm.actions import ActionSpec, action_between, action_from_params, action_spec, describe_action
 from iwm.model_config import ActionConfig
 

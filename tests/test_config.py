@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import iwm
-from dali_pipelines.augmentations import SCENARIOS, PhotometricConfig, Views
+from dali_pipelines.augmentations import PhotometricConfig
+from dali_pipelines.views import SCENARIOS, Views
 from iwm.config import Config, ConfigError, DataConfig
 from iwm.config_io import config_diff, from_dict, from_yaml, to_dict, to_yaml
 from iwm.model_config import EncoderConfig, MaskingConfig, PredictorConfig

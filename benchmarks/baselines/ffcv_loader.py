@@ -24,7 +24,8 @@ from ffcv.pipeline.operation import Operation
 from ffcv.transforms import RandomBrightness, RandomContrast, RandomHorizontalFlip, RandomSaturation, ToTensor
 from ffcv.writer import DatasetWriter
 
-from dali_pipelines.augmentations import PhotometricConfig, Views
+from dali_pipelines.augmentations import PhotometricConfig
+from dali_pipelines.views import Views
 
 
 class StoredJpeg(RGBImageField):

@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import v2
 
-from dali_pipelines.augmentations import OPS, SOLARIZE_THRESHOLD, PhotometricConfig, Views
+from dali_pipelines.augmentations import OPS, SOLARIZE_THRESHOLD, PhotometricConfig
+from dali_pipelines.views import Views
 from iwm.config import ConfigError
 
 Variant = Literal["pil", "tensor"]

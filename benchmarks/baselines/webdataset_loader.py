@@ -14,7 +14,7 @@ from typing import Any
 import webdataset as wds
 from baselines.torchvision_loader import TwoViewTransforms, one_thread
 
-from dali_pipelines.augmentations import Views
+from dali_pipelines.views import Views
 from shards.format import load_manifest
 
 

@@ -13,7 +13,8 @@ from typing import Annotated, get_args, get_type_hints
 
 import tyro
 
-from dali_pipelines.augmentations import DESTRUCTIVE_OPS, JITTER_OPS, SCENARIOS, JitterImpl, PhotometricConfig
+from dali_pipelines.augmentations import DESTRUCTIVE_OPS, JITTER_OPS, JitterImpl, PhotometricConfig
+from dali_pipelines.views import SCENARIOS
 from iwm.config import Config
 from iwm.evaluation.paper_results import TABLE_1, TABLE_2, TABLE_S2
 from iwm.evaluation.settings import JITTER_SCENARIOS, BankSize

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from dali_pipelines.augmentations import MEAN_COLOUR, Views
+from dali_pipelines.augmentations import MEAN_COLOUR
 from dali_pipelines.replay import sample_photometric
+from dali_pipelines.views import Views
 from iwm.actions import ActionSpec, action_between
 from iwm.downstream.study import PIXELS, SharedInputs, Trial
 from iwm.encoder_outputs import EncoderName

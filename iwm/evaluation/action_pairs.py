@@ -16,16 +16,9 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
-from dali_pipelines.augmentations import (
-    DESTRUCTIVE_OPS,
-    IDENTITY,
-    JITTER_OPS,
-    NO_PHOTOMETRIC,
-    OPS,
-    PhotometricConfig,
-    Views,
-)
+from dali_pipelines.augmentations import DESTRUCTIVE_OPS, IDENTITY, JITTER_OPS, NO_PHOTOMETRIC, OPS, PhotometricConfig
 from dali_pipelines.replay import apply_photometric, sample_photometric
+from dali_pipelines.views import Views
 from iwm.action_space import ActionSpace
 from iwm.actions import ActionSpec, action_between
 

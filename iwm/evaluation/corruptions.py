@@ -24,16 +24,9 @@ from jaxtyping import Bool, Float, UInt8
 from rich.progress import track
 from torch import Tensor
 
-from dali_pipelines.augmentations import (
-    IDENTITY,
-    JITTER_OPS,
-    OP_BY_NAME,
-    OPS,
-    Op,
-    PhotometricConfig,
-    Views,
-)
+from dali_pipelines.augmentations import IDENTITY, JITTER_OPS, OP_BY_NAME, OPS, Op, PhotometricConfig
 from dali_pipelines.replay import apply_photometric, sample_photometric
+from dali_pipelines.views import Views
 from iwm.actions import action_between
 from iwm.config import ConfigError
 from iwm.evaluation.bank import (

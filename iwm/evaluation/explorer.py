@@ -28,8 +28,9 @@ from PIL import Image
 from rich.progress import track
 from torch import Tensor
 
-from dali_pipelines.augmentations import IDENTITY, JITTER_OPS, OP_BY_NAME, OPS, PhotometricConfig, Views
+from dali_pipelines.augmentations import IDENTITY, JITTER_OPS, OP_BY_NAME, OPS, PhotometricConfig
 from dali_pipelines.replay import apply_photometric
+from dali_pipelines.views import Views
 from iwm.actions import ActionSpec, action_between, describe_action
 from iwm.config import ConfigError
 from iwm.evaluation.bank import MIN_FACTOR, actions_from, chance_mrr

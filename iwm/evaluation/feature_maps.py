@@ -21,8 +21,9 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from dali_pipelines.augmentations import IDENTITY, JITTER_OPS, Views
+from dali_pipelines.augmentations import IDENTITY, JITTER_OPS
 from dali_pipelines.replay import apply_photometric
+from dali_pipelines.views import Views
 from iwm.actions import describe_action
 from iwm.evaluation.bank import actions_from
 from iwm.evaluation.colour_scale import ColourScale

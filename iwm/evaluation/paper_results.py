@@ -2,7 +2,7 @@
 
 Unless noted otherwise: ImageNet at 224 px, ViT-B/16, 300 epochs of pretraining. Top-1 accuracies and mIoU are in
 percent. None marks an empty cell, a dash or N/A in the paper. Scenarios are the names of
-dali_pipelines.augmentations.SCENARIOS.
+dali_pipelines.views.SCENARIOS.
 """
 
 from __future__ import annotations

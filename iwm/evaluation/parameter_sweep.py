@@ -22,7 +22,8 @@ from rich.progress import track
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from dali_pipelines.augmentations import IDENTITY, JITTER_OPS, OP_BY_NAME, OPS, Op, Views
+from dali_pipelines.augmentations import IDENTITY, JITTER_OPS, OP_BY_NAME, OPS, Op
+from dali_pipelines.views import Views
 from iwm.actions import action_between
 from iwm.evaluation.bank import (
     MIN_FACTOR,

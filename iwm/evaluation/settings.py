@@ -12,7 +12,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from dali_pipelines.augmentations import JITTER_OPS, OP_BY_NAME, SCENARIOS, JitterImpl, PhotometricConfig, Views
+from dali_pipelines.augmentations import JITTER_OPS, OP_BY_NAME, JitterImpl, PhotometricConfig
+from dali_pipelines.views import SCENARIOS, Views
 from iwm.config import ConfigError
 from iwm.encoder_outputs import EncoderName
 from iwm.ranges import Range

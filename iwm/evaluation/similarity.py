@@ -25,8 +25,9 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from dali_pipelines.augmentations import SCENARIOS, PhotometricConfig, Views
+from dali_pipelines.augmentations import PhotometricConfig
 from dali_pipelines.replay import apply_photometric, sample_photometric
+from dali_pipelines.views import SCENARIOS, Views
 from iwm.config import ConfigError
 from iwm.encoder_outputs import EncoderName
 from iwm.evaluation.colour_scale import ColourScale

@@ -6,7 +6,7 @@ from dataclasses import fields
 
 from timm.models.vision_transformer import Block
 
-from dali_pipelines.augmentations import Views
+from dali_pipelines.views import Views
 from iwm.config import Config, ConfigError
 from iwm.model_config import ActionConfig, EncoderConfig, PredictorConfig, check_width
 from iwm.models.external.tensors import mlp_ratio_of

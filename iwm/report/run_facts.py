@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dali_pipelines.augmentations import SCENARIOS, Views
+from dali_pipelines.views import SCENARIOS, Views
 from iwm.config import Config
 from iwm.config_io import config_diff
 from iwm.recipes import RECIPES

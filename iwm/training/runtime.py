@@ -18,8 +18,9 @@ from types import FrameType
 
 import torch
 
-from dali_pipelines.augmentations import ViewBackend, Views
+from dali_pipelines.augmentations import ViewBackend
 from dali_pipelines.photometric_kernels import missing_ops
+from dali_pipelines.views import Views
 from iwm.compat import HAS_TRITON
 from iwm.config import ConfigError, PipelineBackend
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dali_pipelines.augmentations import SCENARIOS
+from dali_pipelines.views import SCENARIOS
 from iwm.ablation.runs import plan
 from iwm.ablation.studies import STUDIES, AblationStudy, Variant
 from iwm.evaluation.settings import BankSize

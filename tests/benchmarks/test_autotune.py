@@ -28,8 +28,8 @@ from loader_rates import decoder_size_hint
 from options import TuneOptions
 from rich.console import Console
 
-from dali_pipelines.augmentations import Views
 from dali_pipelines.loader import ViewLoader
+from dali_pipelines.views import Views
 from iwm.config import ConfigError
 from iwm.train_options import parse
 from tests.dali_pipelines.pipeline_shards import jpeg, photographs_and_noise, write_split

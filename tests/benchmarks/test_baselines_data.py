@@ -20,7 +20,8 @@ from options import LoaderOptions
 from PIL import Image
 from rich.console import Console
 
-from dali_pipelines.augmentations import NO_PHOTOMETRIC, PhotometricConfig, Views
+from dali_pipelines.augmentations import NO_PHOTOMETRIC, PhotometricConfig
+from dali_pipelines.views import Views
 from tests.benchmarks.tile_shards import tile_shards
 
 ROOT = Path(__file__).parents[2]

@@ -14,9 +14,10 @@ from baselines.plain_step import PaddedWorldModel
 from step_modes import BaselineStep
 from torch.utils.flop_counter import FlopCounterMode
 
-from dali_pipelines.augmentations import IDENTITY, PARAMS, Views
+from dali_pipelines.augmentations import IDENTITY, PARAMS
 from dali_pipelines.loader import ViewBatch
 from dali_pipelines.outputs import SampleKeys
+from dali_pipelines.views import Views
 from iwm.config import Config
 from iwm.model_config import ActionConfig, EncoderConfig, LossConfig, MaskingConfig, PredictorConfig
 from iwm.models.world_model import WorldModel

@@ -8,8 +8,8 @@ import pytest
 from environment import BenchmarkError
 from pipeline_operators import GpuOperator, count, launches, read_graph, two_views_graph
 
-from dali_pipelines.augmentations import SCENARIOS, Views
 from dali_pipelines.dali import fn, pipeline_def, types
+from dali_pipelines.views import SCENARIOS, Views
 
 
 def test_the_default_graph_launches_fifteen_kernels_for_a_batch() -> None:

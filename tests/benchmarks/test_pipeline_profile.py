@@ -12,9 +12,10 @@ import pipeline_profile
 import pytest
 from pipeline_profile import _seconds, _stage_times, colour_cuts
 
-from dali_pipelines.augmentations import PARAMS, SCENARIOS, PhotometricConfig, Views
+from dali_pipelines.augmentations import PARAMS, PhotometricConfig
 from dali_pipelines.outputs import run_pipeline
 from dali_pipelines.reader import open_source
+from dali_pipelines.views import SCENARIOS, Views
 
 JITTER = ["target: brightness, contrast", "target: saturation, hue"]
 JITTER += [name.replace("target", "source") for name in JITTER]

@@ -18,7 +18,8 @@ from options import LoaderOptions
 from rich.console import Console
 from timing import Rate
 
-from dali_pipelines.augmentations import NO_PHOTOMETRIC, PhotometricConfig, Views
+from dali_pipelines.augmentations import NO_PHOTOMETRIC, PhotometricConfig
+from dali_pipelines.views import Views
 from iwm.config import ConfigError
 from tests.benchmarks.tile_shards import tile_shards
 

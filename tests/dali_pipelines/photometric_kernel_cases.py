@@ -21,16 +21,15 @@ from dali_pipelines import photometric_kernels, photometric_triton, replay
 from dali_pipelines.augmentations import (
     NO_PHOTOMETRIC,
     PARAMS,
-    SCENARIOS,
     SINGLE_OP,
     SOURCE,
     TARGET,
     JitterImpl,
     PhotometricConfig,
-    Views,
 )
 from dali_pipelines.loader import ViewLoader
 from dali_pipelines.photometric_kernels import KERNEL_OPS, apply_views, kernel_launches
+from dali_pipelines.views import SCENARIOS, Views
 
 IMPLEMENTATIONS = get_args(JitterImpl)
 ALWAYS = PhotometricConfig(1.0, 0.5, 0.5, 0.4, 0.2, 0.5, 0.7, (0.1, 2.0), 0.5)

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from pipeline_shards import photographs_and_noise, write_split
 
-from dali_pipelines.augmentations import Views
 from dali_pipelines.crops import CropSettings
 from dali_pipelines.loader import CropLoader, ViewLoader
 from dali_pipelines.validation_loader import ValidationLoader
+from dali_pipelines.views import Views
 from shards.errors import ShardError
 from shards.format import load_manifest, save_manifest
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from dali_pipelines.augmentations import OPS, SOURCE, TARGET, Views
+from dali_pipelines.augmentations import OPS, SOURCE, TARGET
 from dali_pipelines.photometric_kernels import BYTES, KERNEL_OPS, PIXELS, SUMMED_PIXELS, missing_ops
+from dali_pipelines.views import Views
 from tests.training.runs import finish
 
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from dali_pipelines.augmentations import SCENARIOS, JitterImpl
+from dali_pipelines.augmentations import JitterImpl
 from dali_pipelines.replay import apply_photometric, sample_photometric
+from dali_pipelines.views import SCENARIOS
 
 
 @pytest.mark.parametrize("colour", ["linear", "torchvision"])

@@ -24,9 +24,9 @@ from dali_pipelines.augmentations import (
     TARGET,
     JitterImpl,
     PhotometricConfig,
-    Views,
 )
 from dali_pipelines.loader import ViewBatch, ViewLoader
+from dali_pipelines.views import Views
 
 STILL = replace(NO_PHOTOMETRIC, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0)
 OPS = {

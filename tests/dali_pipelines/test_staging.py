@@ -14,11 +14,11 @@ import torch
 from fault_server import FAULTS, FaultServer, serving
 from pipeline_shards import photographs_and_noise, write_split
 
-from dali_pipelines.augmentations import SCENARIOS
 from dali_pipelines.loader import LoaderStateError, ViewBatch, ViewLoader
 from dali_pipelines.read_order import ReadOrder
 from dali_pipelines.seeds import derive_seed
 from dali_pipelines.validation_loader import ValidationLoader
+from dali_pipelines.views import SCENARIOS
 from shards import cache as caches
 from shards import urls
 from shards.cache import local_folder

@@ -9,12 +9,13 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from dali_pipelines.augmentations import NO_PHOTOMETRIC, SCENARIOS, ViewBackend, Views
+from dali_pipelines.augmentations import NO_PHOTOMETRIC, ViewBackend
 from dali_pipelines.decoder import DECODER, Decoder
 from dali_pipelines.loader import LoaderStateError, ViewLoader
 from dali_pipelines.outputs import run_pipeline
 from dali_pipelines.pipelines import two_views
 from dali_pipelines.reader import open_source
+from dali_pipelines.views import SCENARIOS, Views
 
 RANDOM = {"CoinFlip", "RandomCropGenerator", "random__CoinFlip", "random__Uniform", "readers__Webdataset"}
 

@@ -21,14 +21,13 @@ from dali_pipelines.augmentations import (
     NO_PHOTOMETRIC,
     PARAMS,
     PHOTOMETRIC_FIELDS,
-    SCENARIOS,
     SOURCE,
     TARGET,
     PhotometricConfig,
-    Views,
 )
 from dali_pipelines.loader import ViewLoader
 from dali_pipelines.replay import sample_photometric
+from dali_pipelines.views import SCENARIOS, Views
 
 DRAWS = 4000
 UNLIKELY = 1e-4

@@ -14,8 +14,8 @@ import pytest
 import torch
 from pipeline_shards import photographs_and_noise, write_split
 
-from dali_pipelines.augmentations import SCENARIOS, Views
 from dali_pipelines.loader import LoaderStateError, ViewBatch, ViewLoader
+from dali_pipelines.views import SCENARIOS, Views
 from shards.errors import ShardError
 from shards.format import load_manifest
 

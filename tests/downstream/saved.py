@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dali_pipelines.augmentations import Views
+from dali_pipelines.views import Views
 from iwm.config import Config
 from iwm.downstream import trainer
 from iwm.downstream.optim import adamw

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dali_pipelines.augmentations import Views
+from dali_pipelines.views import Views
 from iwm.config import Config, DataConfig
 from iwm.evaluate import main
 from iwm.model_config import EncoderConfig, PredictorConfig

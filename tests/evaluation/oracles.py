@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dali_pipelines.augmentations import IDENTITY, Views
+from dali_pipelines.augmentations import IDENTITY
 from dali_pipelines.replay import apply_photometric
+from dali_pipelines.views import Views
 from iwm.actions import action_spec
 from iwm.config import Config
 from iwm.evaluation.common import EvalContext

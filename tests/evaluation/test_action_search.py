@@ -11,8 +11,9 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from dali_pipelines.augmentations import IDENTITY, SCENARIOS, PhotometricConfig, Views
+from dali_pipelines.augmentations import IDENTITY, PhotometricConfig
 from dali_pipelines.replay import sample_photometric
+from dali_pipelines.views import SCENARIOS, Views
 from iwm.action_space import ActionSpace, action_space
 from iwm.actions import action_between, action_spec
 from iwm.config import Config, ConfigError

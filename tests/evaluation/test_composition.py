@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dali_pipelines.augmentations import SCENARIOS, Views
+from dali_pipelines.views import SCENARIOS, Views
 from iwm.config import Config
 from iwm.evaluate import main
 from iwm.evaluation.action_settings import CompositionSettings

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dali_pipelines.augmentations import IDENTITY, JITTER_OPS, SCENARIOS, Views
+from dali_pipelines.augmentations import IDENTITY, JITTER_OPS
+from dali_pipelines.views import SCENARIOS, Views
 from iwm.config import Config
 from iwm.evaluate import main
 from iwm.evaluation.bank import chance_mrr

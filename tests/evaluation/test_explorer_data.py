@@ -12,8 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dali_pipelines.augmentations import IDENTITY, SCENARIOS, PhotometricConfig, Views
+from dali_pipelines.augmentations import IDENTITY, PhotometricConfig
 from dali_pipelines.replay import apply_photometric
+from dali_pipelines.views import SCENARIOS, Views
 from iwm.actions import action_between, action_spec, describe_action
 from iwm.config import Config
 from iwm.evaluate import main

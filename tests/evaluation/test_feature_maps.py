@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dali_pipelines.augmentations import SCENARIOS
+from dali_pipelines.views import SCENARIOS
 from iwm.config import Config, ConfigError
 from iwm.evaluation.feature_maps import (
     attention_entropy,

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dali_pipelines.augmentations import SCENARIOS, Views
+from dali_pipelines.views import SCENARIOS, Views
 from iwm.config import Config
 from iwm.evaluate import main
 from iwm.evaluation.infer_action import tables

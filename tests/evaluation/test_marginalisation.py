@@ -11,8 +11,9 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
-from dali_pipelines.augmentations import IDENTITY, SCENARIOS, PhotometricConfig, Views
+from dali_pipelines.augmentations import IDENTITY, PhotometricConfig
 from dali_pipelines.replay import apply_photometric, sample_photometric
+from dali_pipelines.views import SCENARIOS, Views
 from iwm.actions import action_between
 from iwm.config import Config, ConfigError
 from iwm.evaluation.common import EvalContext, load_eval_context

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dali_pipelines.augmentations import IDENTITY, PHOTOMETRIC_FIELDS, SCENARIOS
+from dali_pipelines.augmentations import IDENTITY, PHOTOMETRIC_FIELDS
 from dali_pipelines.replay import sample_photometric
+from dali_pipelines.views import SCENARIOS
 from iwm.config import Config
 from iwm.evaluation.bank import actions_from, chance_mrr, derangement, embed_bank, predicted_distances, rank_of_target
 from iwm.evaluation.mrr import Ranks, compute_ranks, summarise

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dali_pipelines.augmentations import Views
 from dali_pipelines.replay import apply_photometric, sample_photometric
+from dali_pipelines.views import Views
 from iwm.config import Config
 from iwm.evaluation.reentry import predict_in_a_row, reenter
 from iwm.evaluation.settings import bank_augmentation

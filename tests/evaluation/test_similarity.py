@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dali_pipelines.augmentations import SCENARIOS, PhotometricConfig, Views
+from dali_pipelines.augmentations import PhotometricConfig
 from dali_pipelines.replay import sample_photometric
+from dali_pipelines.views import SCENARIOS, Views
 from iwm.config import Config, ConfigError
 from iwm.evaluation.settings import SimilaritySettings
 from iwm.evaluation.similarity import embed_views, similarities, variance_ratio, view_augmentation

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 
 import iwm
-from dali_pipelines.augmentations import IDENTITY, NO_PHOTOMETRIC, OP_BY_NAME, OPS, PhotometricConfig, Views
+from dali_pipelines.augmentations import IDENTITY, NO_PHOTOMETRIC, OP_BY_NAME, OPS, PhotometricConfig
 from dali_pipelines.replay import apply_photometric
+from dali_pipelines.views import Views
 from iwm.action_space import action_space
 from iwm.actions import action_between, action_spec, describe_action
 from iwm.config import Config, ConfigError

@@ -11,8 +11,9 @@ from torch import Tensor
 from tests.kernels.interpreted import DEVICE, CountedKernel
 
 # isort: split
-from dali_pipelines.augmentations import PARAMS, Views
+from dali_pipelines.augmentations import PARAMS
 from dali_pipelines.loader import ViewBatch
+from dali_pipelines.views import Views
 from iwm.config import Config
 from iwm.kernels import gelu_backward_triton, mlp, residual_norm, residual_norm_triton, short_attention_triton
 from iwm.kernels.mlp import Mlp, MlpTiling

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dali_pipelines.augmentations import PARAMS, Views
+from dali_pipelines.augmentations import PARAMS
+from dali_pipelines.views import Views
 from iwm.actions import action_from_params
 from iwm.config import Config
 from iwm.loss_tokens import loss_weights

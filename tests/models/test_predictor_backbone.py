@@ -9,7 +9,7 @@ from timm.layers import DropPath
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from dali_pipelines.augmentations import SCENARIOS, Views
+from dali_pipelines.views import SCENARIOS, Views
 from iwm.actions import action_spec
 from iwm.config import Config
 from iwm.downstream.trials import sample_actions

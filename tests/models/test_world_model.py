@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from dali_pipelines.augmentations import GEOMETRY, PARAMS, Views
+from dali_pipelines.augmentations import GEOMETRY, PARAMS
+from dali_pipelines.views import Views
 from iwm.config import Config
 from iwm.loss_tokens import loss_weights
 from iwm.masking import Masks, PackedMasks, pack_masks, sample_masks, token_statistics

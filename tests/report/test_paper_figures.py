@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from dali_pipelines.augmentations import SCENARIOS
+from dali_pipelines.views import SCENARIOS
 from iwm.config_io import to_yaml
 from iwm.recipes import RECIPES
 from iwm.report.efficiency import paper_points as finetuned_by_the_paper

@@ -8,7 +8,8 @@ from typing import get_args
 import pytest
 import torch
 
-from dali_pipelines.augmentations import ViewBackend, Views
+from dali_pipelines.augmentations import ViewBackend
+from dali_pipelines.views import Views
 from iwm.config import ConfigError, PipelineBackend
 from iwm.training import runtime
 from iwm.training.runtime import select_backend

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dali_pipelines.augmentations import SCENARIOS
+from dali_pipelines.views import SCENARIOS
 from iwm import train
 from iwm.config import Config, ConfigError
 from iwm.config_io import to_yaml
