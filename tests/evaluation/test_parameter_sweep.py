@@ -17,6 +17,7 @@ from iwm.config import Config
 from iwm.evaluate import main
 from iwm.evaluation.parameter_sweep import (
     SweepResult,
+    change_in_words,
     correlation,
     make_sweeps,
     nearest_of_sweep,
@@ -93,6 +94,17 @@ def test_what_a_run_never_varied_is_marked_and_a_strength_of_nothing_left_out() 
     assert [series.trained for series in still] == [False] * 4 + [True] * 3
     views = Views(target=replace(Views().target, saturation=0.0), source=replace(Views().source, saturation=0.0))
     assert "saturation" not in [series.name for series in make_sweeps(views, False, SETTINGS)]
+
+
+@pytest.mark.parametrize(("scenario", "added"), [("extended", ["gamma", "temperature"]), ("geometric", ["rotation"])])
+def test_ops_beyond_the_paper_have_series_where_a_run_varies_them(scenario: str, added: list[str]) -> None:
+    made = make_sweeps(SCENARIOS[scenario], False, SETTINGS)
+    applied = [series.name for series in made if not series.undo]
+    assert applied == ["brightness", "contrast", "saturation", "hue", *added]
+    assert all(series.trained for series in made)
+    words = {"gamma": "×1.40", "temperature": "+0.40 stops", "rotation": "+20°"}
+    for series in made[4 : 4 + len(added)]:
+        assert change_in_words(series.op, series.values[-1]) == words[series.op]
 
 
 def test_the_range_is_the_runs_own_or_the_scenarios() -> None:
