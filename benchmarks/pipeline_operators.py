@@ -21,6 +21,7 @@ from options import chosen_views
 from rich.console import Console
 
 from dali_pipelines.augmentations import JitterImpl, ViewBackend
+from dali_pipelines.photometric_kernels import kernel_launches, missing_ops
 from dali_pipelines.views import Views
 from iwm.evaluation.result_table import ResultTable
 from iwm.ranges import Range, check_ranges
@@ -109,6 +110,7 @@ LAUNCHES: dict[str, Callable[[GpuOperator, int, int], int]] = {
     "Stack": _once,
     "_TensorSubscript": _once,
     "Transpose": _once,
+    "experimental__WarpPerspective": _once,
     # These only rearrange pointers.
     "Reinterpret": _never,
     "_conditional__Merge": _never,
@@ -119,7 +121,8 @@ LAUNCHES: dict[str, Callable[[GpuOperator, int, int], int]] = {
 """Kernel launches for a batch by operator, from the number of images and of the view's pixels.
 
 They are read from DALI's source; one launch is assumed for CropMirrorNormalize, Stack, _TensorSubscript and Transpose,
-which jitter `torchvision` uses. Those of ColorSpaceConversion and Copy were seen in traces (benchmarks/results).
+which jitter `torchvision` uses, and for WarpPerspective of rotation. Those of ColorSpaceConversion and Copy were seen
+in traces (benchmarks/results).
 """
 
 
@@ -132,8 +135,6 @@ def launches(operator: GpuOperator, images: int, pixels: int) -> int:
 
 def count(views: Views, backend: ViewBackend, batch_size: int) -> dict[str, Any]:
     """Return the launches by operator and in all, and the copies, of a batch of a backend on a machine with a GPU."""
-    from dali_pipelines.photometric_kernels import kernel_launches
-
     graph = read_graph(two_views_graph(views, backend, batch_size))
     by_operator: dict[str, int] = {}
     for operator in graph.operators:
@@ -192,7 +193,8 @@ def main() -> None:
     if options.json is not None:
         check_writable("--json", options.json)
     views = chosen_views(options.recipe, options.scenario, options.size, options.colour)
-    counts = {backend: count(views, backend, options.batch_size) for backend in get_args(ViewBackend)}
+    backends = [name for name in get_args(ViewBackend) if name != "triton" or not missing_ops(views)]
+    counts = {backend: count(views, backend, options.batch_size) for backend in backends}
     show(counts, views, options.batch_size, console)
     if options.json is not None:
         options.json.write_text(json.dumps(counts, indent=1) + "\n")

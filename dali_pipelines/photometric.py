@@ -22,7 +22,7 @@ from dali_pipelines.augmentations import (
 )
 from dali_pipelines.dali import dali_math, fn, types
 from dali_pipelines.jitter import SharedImage, apply_jitter
-from dali_pipelines.pixels import Backend, DataNode, as_operand, grey, to_float, to_uint8
+from dali_pipelines.pixels import Backend, DataNode, as_operand, grey, to_float
 
 
 class PhotometricParams(NamedTuple):
@@ -66,16 +66,24 @@ def apply(
 
 
 def _gamma(image: DataNode, gamma: DataNode, spec: PhotometricConfig, backend: Backend) -> DataNode:
-    """Raise grey levels, as shares of white, to the power of gamma: 2.4 ms."""
-    return to_uint8(255.0 * dali_math.fpow(image / 255.0, as_operand(gamma, backend)) + 0.5)
+    """Raise grey levels, as shares of white, to the power of gamma: 2.1 ms, on a GPU two kernels.
+
+    Without the scale as an argument of the last operator it would be five.
+    """
+    white = dali_math.fpow(255.0, gamma - 1.0)
+    return _divided(dali_math.fpow(image, as_operand(gamma, backend)), white, white, white)
 
 
 def _temperature(image: DataNode, stops: DataNode, spec: PhotometricConfig, backend: Backend) -> DataNode:
     """Multiply red by 2^stops and blue by 2^-stops: 0.9 ms (coord_transform 1.6 ms)."""
     gain = dali_math.pow(2.0, stops)
-    return fn.crop_mirror_normalize(
-        image, dtype=types.UINT8, output_layout="HWC", mean=[0.0], std=fn.stack(1.0 / gain, 1.0, gain)
-    )
+    return _divided(image, 1.0 / gain, 1.0, gain)
+
+
+def _divided(image: DataNode, red: DataNode, green: DataNode, blue: DataNode) -> DataNode:
+    """Divide the channels by these scalars and round to uint8."""
+    divisors = fn.stack(red, green, blue)
+    return fn.crop_mirror_normalize(image, dtype=types.UINT8, output_layout="HWC", mean=[0.0], std=divisors)
 
 
 def _rotation(image: DataNode, turns: DataNode, spec: PhotometricConfig, backend: Backend) -> DataNode:
