@@ -11,7 +11,7 @@ each prediction, by a permutation without fixed points. It needs no further pred
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,13 @@ from jaxtyping import Float, UInt8
 from rich.progress import track
 from torch import Tensor
 
-from dali_pipelines.augmentations import JitterImpl
+from dali_pipelines.augmentations import JitterImpl, PhotometricConfig
 from dali_pipelines.replay import sample_photometric
 from iwm.encoder_outputs import ENCODERS
 from iwm.evaluation.bank import actions_from, chance_mrr, derangement, embed_bank, predicted_distances, rank_of_target
 from iwm.evaluation.common import EvalContext, mean_and_stderr
 from iwm.evaluation.result_table import ResultTable, format_mean_stderr
-from iwm.evaluation.settings import DISTANCES, BankSettings, MRRSettings, bank_augmentation, restricted
+from iwm.evaluation.settings import DISTANCES, BankSettings, MRRSettings, bank_augmentation, jitter_by_op
 from iwm.models.world_model import WorldModel
 
 
@@ -48,19 +48,19 @@ def compute_ranks(
     seed: int = 0,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
     jitter_impl: JitterImpl | None = None,
-    ops: Sequence[str] | None = None,
+    jitter: PhotometricConfig | None = None,
 ) -> Ranks:
     """Rank every view of every image. `images` are clean views of the run's size, on the model's device.
 
     All of `images` are used; `settings.num_images` is ignored. Banks depend on `seed` and `settings` and not on the
     model, so that all models are evaluated on the same banks. jitter_impl: computation of their jitter; None: the
-    model's own. ops: jitter ops that vary; None: all.
+    model's own. jitter: settings that the views are sampled from; None: those of `settings.scenario`.
     """
     generator = torch.Generator().manual_seed(seed)
-    jitter = restricted(bank_augmentation(model.config.views, settings.scenario), ops)
+    sampled = jitter or bank_augmentation(model.config.views, settings.scenario)
     actions, shuffled = [], []
     for i in progress(range(len(images))):
-        params = sample_photometric(jitter, settings.num_views, generator).to(images.device)
+        params = sample_photometric(sampled, settings.num_views, generator).to(images.device)
         other = derangement(settings.num_views, generator).to(images.device)
         bank = embed_bank(model, images[i], params, settings.batch_size, jitter_impl)
         queries = actions_from(params, model.action_spec)[None]
@@ -100,22 +100,25 @@ def _scores(values: Float[Tensor, "distance encoder images k"]) -> dict[str, dic
 def evaluate(context: EvalContext, settings: MRRSettings, output: Path) -> dict[str, Any]:
     """Return the scores of `summarise`. Raises ConfigError for invalid bank settings and fewer than two images."""
     bank = settings.bank
-    restricted(bank_augmentation(context.config.views, bank.scenario), settings.ops)
+    jitter = bank_augmentation(context.config.views, bank.scenario)
     images, _ = context.first_images(bank.num_images, at_least=2)
-    ranks = compute_ranks(
-        context.model,
-        images,
-        bank,
-        settings.seed,
-        lambda steps: track(steps, "banks", transient=True),
-        settings.jitter_impl,
-        settings.ops,
-    )
-    return summarise(ranks)
+
+    def measured(sampled: PhotometricConfig, title: str) -> dict[str, Any]:
+        def progress(steps: Iterable[int]) -> Iterable[int]:
+            return track(steps, title, transient=True)
+
+        return summarise(
+            compute_ranks(context.model, images, bank, settings.seed, progress, settings.jitter_impl, sampled)
+        )
+
+    result = measured(jitter, "banks")
+    if settings.by_op:
+        result["by_op"] = {op: measured(alone, f"banks of {op}") for op, alone in jitter_by_op(jitter).items()}
+    return result
 
 
 def tables(result: dict[str, Any]) -> list[ResultTable]:
-    """Return MRR with its control and recall, one row per distance and encoder."""
+    """Return MRR with its control and recall, one row per distance and encoder; then of each op alone, if measured."""
     parts = {
         "MRR": result["mrr"],
         "shuffled actions": result["shuffled_actions"],
@@ -127,7 +130,24 @@ def tables(result: dict[str, Any]) -> list[ResultTable]:
         for distance, encoder in WAYS
     ]
     caption = f"{result['images']} images, bank of {result['bank']} views; chance {result['chance']:.4f}"
-    return [ResultTable("Mean reciprocal rank ± standard error", ["distance, encoder", *parts], rows, caption)]
+    found = [ResultTable("Mean reciprocal rank ± standard error", ["distance, encoder", *parts], rows, caption)]
+    if "by_op" in result:
+        found.append(_table_by_op(result["by_op"], caption))
+    return found
+
+
+def _table_by_op(by_op: dict[str, Any], caption: str) -> ResultTable:
+    rows = [
+        [op, *(format_mean_stderr(scores[part][distance]["teacher"]) for distance in DISTANCES for part in _BY_OP)]
+        for op, scores in by_op.items()
+    ]
+    columns = [f"{part}{distance.replace('_', ' ')}" for distance in DISTANCES for part in _BY_OP.values()]
+    explanation = f"{caption}. Only this op varies in the bank; teacher. Shuffled: another view's action."
+    return ResultTable("Mean reciprocal rank of single ops ± standard error", ["op", *columns], rows, explanation)
+
+
+_BY_OP = {"mrr": "", "shuffled_actions": "shuffled, "}
+"""Parts of a result that the table of single ops has, with the beginnings of their columns."""
 
 
 WAYS = [(distance, encoder) for distance in DISTANCES for encoder in ENCODERS]

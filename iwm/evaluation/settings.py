@@ -5,7 +5,6 @@ This module imports neither torch nor DALI, so that a command can read its optio
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -100,18 +99,10 @@ def bank_augmentation(views: Views, scenario: str | None = None, option: str = "
     return replace(target.without_destructive(), jitter_probability=1.0)
 
 
-def restricted(jitter: PhotometricConfig, ops: Sequence[str] | None) -> PhotometricConfig:
-    """Return the jitter of these ops alone, of all where `ops` is None.
-
-    Raises ConfigError for an op that does not vary in the bank.
-    """
-    if ops is None:
-        return jitter
-    varied = [op.name for op in JITTER_OPS if jitter.applies(op)]
-    for name in ops:
-        if name not in varied:
-            raise ConfigError(f"--ops: '{name}' does not vary in the bank; choose from {', '.join(varied)}")
-    return jitter.with_fields({name: 0.0 for name in varied if name not in ops})
+def jitter_by_op(jitter: PhotometricConfig) -> dict[str, PhotometricConfig]:
+    """Return, for each op that this jitter may apply, the jitter of that op alone."""
+    still = jitter.with_fields({op.name: 0.0 for op in JITTER_OPS})
+    return {op.name: still.with_fields({op.name: getattr(jitter, op.name)}) for op in JITTER_OPS if jitter.applies(op)}
 
 
 @dataclass(frozen=True)
@@ -122,8 +113,8 @@ class MRRSettings(EvalSettings):
     jitter_impl: JitterImpl | None = None
     """Computation of the jitter of the bank's views: `linear` or `torchvision`.
     The action to a view is the same with both. Default: the run's own (views.jitter_impl)."""
-    ops: tuple[str, ...] | None = None
-    """Jitter ops that vary in the bank (brightness, hue, ...); the others are not applied. Default: all."""
+    by_op: bool = False
+    """Also measure each jitter op alone, in banks to which the others are not applied."""
 
 
 @dataclass(frozen=True)

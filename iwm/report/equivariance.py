@@ -183,7 +183,6 @@ def own_mrr(run: RunResults) -> float | None:
         own = scenario is None or (
             config is not None and bank_augmentation(config.views, scenario) == bank_augmentation(config.views)
         )
-        own = own and settings.get("ops") is None
         computed = settings.get("jitter_impl")
         if own and (computed is None or (config is not None and computed == config.views.jitter_impl)):
             mean: float = found[name]["mrr"]["pooled"]["teacher"]["mean"]

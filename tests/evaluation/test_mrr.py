@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +15,11 @@ from dali_pipelines.replay import sample_photometric
 from dali_pipelines.views import SCENARIOS
 from iwm.config import Config
 from iwm.evaluation.bank import actions_from, chance_mrr, derangement, embed_bank, predicted_distances, rank_of_target
-from iwm.evaluation.mrr import Ranks, compute_ranks, summarise
-from iwm.evaluation.settings import BankSettings, bank_augmentation, restricted
+from iwm.evaluation.common import EvalContext
+from iwm.evaluation.mrr import Ranks, compute_ranks, evaluate, summarise, tables
+from iwm.evaluation.settings import BankSettings, MRRSettings, bank_augmentation, jitter_by_op
 from iwm.models.world_model import WorldModel
-from tests.evaluation.oracles import VIEWS, Blind, Oracle
+from tests.evaluation.oracles import VIEWS, Blind, Oracle, context_of
 
 
 class Collapsed(Oracle):
@@ -178,15 +181,24 @@ def test_a_scenario_without_jitter_is_refused_with_the_ones_there_are(scenario: 
 
 
 def test_a_bank_of_one_op_varies_nothing_else(images: Tensor) -> None:
-    jitter = restricted(bank_augmentation(SCENARIOS["extended"]), ("gamma",))
-    params = sample_photometric(jitter, 64, torch.Generator().manual_seed(0))
+    by_op = jitter_by_op(bank_augmentation(SCENARIOS["extended"]))
+    assert list(by_op) == ["brightness", "contrast", "saturation", "hue", "gamma", "temperature"]
+    params = sample_photometric(by_op["gamma"], 64, torch.Generator().manual_seed(0))
     changed = (params != torch.tensor(IDENTITY)).any(0)
     assert [name for name, some in zip(PHOTOMETRIC_FIELDS, changed.tolist(), strict=True) if some] == ["gamma"]
-    assert restricted(jitter, None) is jitter
-    by_hue = compute_ranks(Oracle(), images[:2], BankSettings(num_views=32), ops=("hue",))
+    by_hue = compute_ranks(Oracle(), images[:2], BankSettings(num_views=32), jitter=by_op["hue"])
     assert (1 / by_hue.actions).mean() > 0.95
-    with pytest.raises(ValueError, match="--ops: 'gamma' does not vary in the bank; choose from brightness"):
-        compute_ranks(Oracle(), images[:2], BankSettings(num_views=32), ops=("gamma",))
+
+
+def test_single_ops_have_a_table_of_their_own(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(EvalContext, "first_images", lambda self, most, at_least: (images[:most], ["a", "b", "c"]))
+    context = context_of(Oracle())
+    settings = MRRSettings(Path(), bank=BankSettings(num_images=3, num_views=8), by_op=True)
+    result = evaluate(context, settings, Path())
+    whole, single = tables(result)
+    assert [row[0] for row in single.rows] == list(result["by_op"]) == ["brightness", "contrast", "saturation", "hue"]
+    assert len(single.columns) == 5
+    assert whole.rows == tables(evaluate(context, replace(settings, by_op=False), Path()))[0].rows
 
 
 def test_two_models_are_asked_the_same_questions(images: Tensor) -> None:
