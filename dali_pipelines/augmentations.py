@@ -171,9 +171,9 @@ class PhotometricConfig:
             probability = getattr(self, f"{name}_probability")
             if not 0 <= probability <= 1:
                 raise AugmentationError(f"{name}_probability {probability} must be from 0 to 1")
-        if not min(self.strengths) >= 0:
-            *names, last = JITTER_FIELDS
-            raise AugmentationError(f"{', '.join(names)} and {last} must not be negative")
+        for name, strength in zip(JITTER_FIELDS, self.strengths, strict=True):
+            if not strength >= 0:
+                raise AugmentationError(f"{name} {strength} must not be negative")
         for op in DESTRUCTIVE_OPS:
             if op.drawn_from is not None:
                 low, high = self.value_range(op)

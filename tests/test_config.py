@@ -45,7 +45,7 @@ def test_differences_name_the_field_and_both_values() -> None:
         ),
         (Config(views=Views(size=32)), "too small to mask"),
         (Config(masking=MaskingConfig(type="ijepa", num_blocks=6)), "cover the whole context block"),
-        (Config(views=Views(source=PhotometricConfig(hue=-0.1))), r"views.source: brightness.* must not be negative"),
+        (Config(views=Views(source=PhotometricConfig(hue=-0.1))), r"views.source: hue -0.1 must not be negative"),
         (
             Config(views=Views(target=PhotometricConfig(blur_probability=2.0))),
             r"views.target: blur_probability 2.0 must be from 0 to 1",

@@ -145,7 +145,7 @@ def test_options_that_cannot_be_are_told_before_anything_is_read(told: Told, wor
         ),
         (
             "attentive --crops.photometric.hue -1",
-            "--crops: brightness, contrast, saturation and hue must not be negative",
+            "--crops: hue -1.0 must not be negative",
         ),
         ("segmentation --crops.flip-probability 2", "--crops: flip_probability 2.0 must be from 0 to 1"),
         ("segmentation --crops.photometric.blur-probability 2", "--crops: blur_probability 2.0 must be from 0 to 1"),
