@@ -73,7 +73,8 @@ def _views(config: Config) -> str:
     named = {"the paper's augmentations (A.1)": Views()} | {f"scenario {name}": SCENARIOS[name] for name in SCENARIOS}
     ours = (config.views.target, config.views.source)
     same = next((name for name, views in named.items() if (views.target, views.source) == ours), "own augmentations")
-    return f"{config.views.size} px, {same}, conditioning {config.action.conditioning}"
+    shuffled = " on shuffled actions" if config.action.shuffle else ""
+    return f"{config.views.size} px, {same}, conditioning {config.action.conditioning}{shuffled}"
 
 
 def _model(run: RunResults, config: Config) -> str:

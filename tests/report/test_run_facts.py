@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from iwm.config_io import to_yaml
-from iwm.recipes import demo
+from iwm.recipes import demo, with_scenario
 from iwm.report.run_facts import facts
 from iwm.report.runs import read_run
 from iwm.training.run_record import RECORD
@@ -57,6 +57,13 @@ def test_other_settings_than_the_recipes_are_named(tmp_path: Path) -> None:
     changed = replace(base, optim=replace(base.optim, lr=0.001), data=replace(base.data, shards="/a/b/c/photos"))
     shown = dict(facts(read_run(_run(tmp_path / "run", to_yaml(changed)))))
     assert shown["settings"] == "recipe demo, with data.shards …/c/photos, optim.lr 0.001"
+
+
+def test_a_control_and_views_beyond_the_paper_are_named(tmp_path: Path) -> None:
+    config = with_scenario(demo(), "geometric")
+    changed = replace(config, action=replace(config.action, shuffle=True))
+    shown = dict(facts(read_run(_run(tmp_path / "run", to_yaml(changed)))))
+    assert shown["views"] == "32 px, scenario geometric, conditioning feature on shuffled actions"
 
 
 def test_a_configuration_of_another_version_is_said_to_be_so(tmp_path: Path) -> None:
