@@ -159,12 +159,12 @@ def _prefixes(whole: PhotometricConfig) -> Iterator[tuple[str, PhotometricConfig
     """Yield the ops of positive probability, each with the configuration up to and including it."""
     spec = whole.without_destructive()
     # The paper's in pairs, as the linear implementation applies them.
-    parts = [JITTER_FIELDS[:2], JITTER_FIELDS[2:4], *([op.name] for op in JITTER_OPS[4:] if whole.applies(op))]
+    paper = [op.name for op in JITTER_OPS if op.in_paper]
+    others = [[op.name] for op in JITTER_OPS if not op.in_paper and whole.applies(op)]
     done: list[str] = []
-    for part in parts if whole.jitter_probability > 0 else ():
+    for part in (paper[:2], paper[2:], *others) if whole.jitter_probability > 0 else ():
         done += part
-        rest = [name for name in JITTER_FIELDS if name not in done]
-        yield ", ".join(part), spec.with_fields(dict.fromkeys(rest, 0.0))
+        yield ", ".join(part), spec.with_fields({name: 0.0 for name in JITTER_FIELDS if name not in done})
     for op in DESTRUCTIVE_OPS:
         if whole.probability(op) > 0:
             spec = spec.with_fields({f"{op.name}_probability": whole.probability(op)})

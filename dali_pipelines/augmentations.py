@@ -243,6 +243,9 @@ PHOTOMETRIC_FIELDS: tuple[str, ...] = tuple(op.field for op in OPS)
 Where jitter is not applied, its identity values are recorded, so that params describe only the applied ops.
 """
 
+COLUMNS: dict[str, int] = {op.name: column for column, op in enumerate(OPS)}
+"""Column of each op in PHOTOMETRIC_FIELDS, by its name."""
+
 PARAMS: tuple[str, ...] = (
     *GEOMETRY_FIELDS,
     *(f"target_{name}" for name in PHOTOMETRIC_FIELDS),

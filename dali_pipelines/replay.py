@@ -15,10 +15,8 @@ from torch import Tensor
 from torch.nn.functional import affine_grid, conv2d, grid_sample, interpolate, pad
 
 from dali_pipelines.augmentations import (
-    DESTRUCTIVE_OPS,
     FLOAT_TO_UINT8,
     IDENTITY,
-    JITTER_OPS,
     LUMA,
     OPS,
     PHOTOMETRIC_FIELDS,
@@ -72,11 +70,11 @@ def _apply_photometric(
     values = dict(zip(PHOTOMETRIC_FIELDS, params.float()[..., None, None, None].unbind(1), strict=True))
     x = images.float()
     x = _jitter_linear(x, values) if jitter_impl == "linear" else _jitter_torchvision(x, values)
-    for op in JITTER_OPS:
-        if op.name in JITTER_MATHS:
-            x = JITTER_MATHS[op.name](x, values[op.field])
-    for op in DESTRUCTIVE_OPS:
-        x = DESTRUCTIVE_MATHS[op.name](x, values[op.field])
+    applied = (params.cpu() != torch.tensor(IDENTITY)).any(0).tolist()
+    maths = JITTER_MATHS | DESTRUCTIVE_MATHS
+    for op, some in zip(OPS, applied, strict=True):
+        if some and op.name in maths:
+            x = maths[op.name](x, values[op.field])
     return x.to(torch.uint8)
 
 
@@ -125,8 +123,7 @@ def _temperature(x: Float[Tensor, "b h w 3"], stops: Float[Tensor, "b 1 1 1"]) -
 
 def _rotate_where(x: Float[Tensor, "b h w 3"], turns: Float[Tensor, "b 1 1 1"]) -> Float[Tensor, "b h w 3"]:
     rotated = turns.flatten().nonzero().flatten()
-    if len(rotated):
-        x = x.index_copy(0, rotated, _rotate(x[rotated], turns.flatten()[rotated]))
+    x[rotated] = _rotate(x[rotated], turns.flatten()[rotated])
     return x
 
 
@@ -147,7 +144,7 @@ JITTER_MATHS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "rotation": _rotate_where,
 }
 """Maths of each jitter op after the paper's four: from images [b, h, w, 3] in grey levels and parameters [b, 1, 1, 1],
-the identity where it is not done, to images."""
+the identity where it is not done, to images. Ops that no image of a batch has are not called."""
 
 
 def _grayscale(x: Float[Tensor, "b h w 3"], done: Float[Tensor, "b 1 1 1"]) -> Float[Tensor, "b h w 3"]:
@@ -160,8 +157,7 @@ def _solarize(x: Float[Tensor, "b h w 3"], done: Float[Tensor, "b 1 1 1"]) -> Fl
 
 def _blur_where(x: Float[Tensor, "b h w 3"], sigma: Float[Tensor, "b 1 1 1"]) -> Float[Tensor, "b h w 3"]:
     blurred = sigma.flatten().nonzero().flatten()
-    if len(blurred):
-        x[blurred] = _blur(x[blurred], sigma.flatten()[blurred])
+    x[blurred] = _blur(x[blurred], sigma.flatten()[blurred])
     return x
 
 

@@ -42,6 +42,11 @@ class Views:
         """Ops that have entries in the action, in the order of OPS: the paper's, and others that a view may apply."""
         return tuple(op for op in OPS if op.in_paper or self.source.applies(op) or self.target.applies(op))
 
+    @property
+    def destructive_ops(self) -> tuple[Op, ...]:
+        """Destructive ops among `action_ops`."""
+        return tuple(op for op in self.action_ops if op.kind == "destructive")
+
     def check(self) -> None:
         """Raise AugmentationError, which names the field, where a value is out of range."""
         check_crop(self.crop_scale, self.crop_ratio, self.flip_probability)

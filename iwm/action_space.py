@@ -9,12 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dali_pipelines.augmentations import OP_BY_NAME, OPS, Op
+from dali_pipelines.augmentations import COLUMNS, OP_BY_NAME, Op
 from iwm.actions import ActionSpec, action_schema, jitter_ranges
 from iwm.config import Config, ConfigError
-
-COLUMNS = {op.name: column for column, op in enumerate(OPS)}
-"""Column of each op in photometric params."""
 
 
 @dataclass(frozen=True)

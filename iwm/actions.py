@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dali_pipelines.augmentations import DESTRUCTIVE_OPS, IDENTITY, OPS, SOURCE, TARGET, Op, PhotometricConfig
+from dali_pipelines.augmentations import COLUMNS, DESTRUCTIVE_OPS, IDENTITY, SOURCE, TARGET, Op, PhotometricConfig
 from dali_pipelines.views import Views
 from iwm.config import Config, ConfigError
 from iwm.model_config import ActionConfig
@@ -85,10 +85,10 @@ def action_between(
     # Column by column: copying a tensor of scales or indices to the device would make the host wait.
     entries = []
     for op, scale in zip(spec.jitter_ops, spec.scale, strict=True):
-        entries.append((ratio if op.is_factor else change)[:, OPS.index(op)] / scale)
+        entries.append((ratio if op.is_factor else change)[:, COLUMNS[op.name]] / scale)
     for view in (source, target) if spec.target_flags else (source,):
         applied = (view > 0).to(source.dtype)
-        entries += [applied[:, OPS.index(op)] for op in spec.destructive_ops]
+        entries += [applied[:, COLUMNS[op.name]] for op in spec.destructive_ops]
     return torch.stack(entries, dim=1)
 
 
@@ -175,7 +175,6 @@ def make_action(
     if config.action.conditioning == "none":
         raise ConfigError("action: this model was trained with action.conditioning none and does not take actions")
     source, target = list(IDENTITY), list(IDENTITY)
-    column = {op.name: number for number, op in enumerate(OPS)}
     ranges = jitter_ranges(config)
     for name, change in changes.items():
         if name not in ranges:
@@ -186,7 +185,7 @@ def make_action(
                 f"from {low:+.2f} to {high:+.2f}" if high > low else "only 0, because it never changed in training"
             )
             raise ConfigError(f"action: {name} {change:+g} is outside the model's training range: {allowed}")
-        target[column[name]] += change
+        target[COLUMNS[name]] += change
     for word, names, allowed_names, view in (
         ("undo", undo, removable_ops(config.views), source),
         ("apply", apply, applicable_ops(config.views), target),
@@ -199,5 +198,5 @@ def make_action(
                     f"action: this model cannot {word} '{name}'; it was trained to {word}: "
                     f"{', '.join(allowed_names) or 'nothing'}"
                 )
-            view[column[name]] = 1.0
+            view[COLUMNS[name]] = 1.0
     return action_between(torch.tensor([source]), torch.tensor([target]), spec)[0]

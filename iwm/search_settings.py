@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from iwm.ranges import Range
+from iwm.ranges import ConfigError, Range
 
 SearchName = Literal["gradient", "cem"]
 
@@ -40,3 +40,8 @@ class CEMSettings:
     """Number of rounds."""
     least_deviation: Annotated[float, Range(min=0)] = 0.01
     """Smallest standard deviation of an entry, as a share of its range."""
+
+    def check(self) -> None:
+        """Raise ConfigError where there are not more samples than elites."""
+        if self.elites >= self.samples:
+            raise ConfigError(f"--cem.elites {self.elites}: must be less than --cem.samples {self.samples}")

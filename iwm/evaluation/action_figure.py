@@ -33,9 +33,8 @@ def figure(
     """Return the figure of the first pair of the first `most` images; `kinds`: pairs of each kind and their answers."""
     groups = []
     for kind, pairs, answers in kinds:
-        first = [i for i, image in enumerate(pairs.image_of.tolist()) if image not in pairs.image_of[:i].tolist()][
-            :most
-        ]
+        shown_images = pairs.image_of.tolist()
+        first = [shown_images.index(image) for image in dict.fromkeys(shown_images)][:most]
         chosen = answers[first].to(pairs.source_params.device)
         replayed = apply_photometric(
             images[pairs.image_of[first]], space.applied(pairs.source_params[first], chosen), jitter_impl

@@ -72,8 +72,7 @@ class Corruption:
 def make_corruptions(views: Views, settings: CorruptionSettings) -> list[Corruption]:
     """Return all corruptions, by op and rising strength. Jitter parameters that the bank never changes are omitted."""
     jitter, source = bank_augmentation(views, settings.bank.scenario), views.source
-    destructive = {op: op.levels for op in views.action_ops if op.kind == "destructive"}
-    levels = destructive | {OP_BY_NAME["blur"]: settings.blur_sigmas}
+    levels = {op: op.levels for op in views.destructive_ops} | {OP_BY_NAME["blur"]: settings.blur_sigmas}
     corruptions = []
     for op, values in levels.items():
         for value in values:

@@ -28,7 +28,7 @@ from PIL import Image
 from rich.progress import track
 from torch import Tensor
 
-from dali_pipelines.augmentations import IDENTITY, JITTER_OPS, OP_BY_NAME, OPS, PhotometricConfig
+from dali_pipelines.augmentations import COLUMNS, IDENTITY, JITTER_OPS, OP_BY_NAME, PhotometricConfig
 from dali_pipelines.replay import apply_photometric
 from dali_pipelines.views import Views
 from iwm.actions import ActionSpec, action_between, describe_action
@@ -80,12 +80,8 @@ def action_grid(jitter: PhotometricConfig, values: int) -> ActionGrid:
             axes[op.name] = [op.identity]
     combinations = torch.cartesian_prod(*(torch.tensor(axis) for axis in axes.values()))
     params = torch.tensor(IDENTITY).repeat(len(combinations), 1)
-    params[:, [_column(name) for name in axes]] = combinations
+    params[:, [COLUMNS[name] for name in axes]] = combinations
     return ActionGrid(axes, params)
-
-
-def _column(op: str) -> int:
-    return OPS.index(OP_BY_NAME[op])
 
 
 def fitting_values(jitter: PhotometricConfig, values: int) -> int:
@@ -99,11 +95,10 @@ def fitting_values(jitter: PhotometricConfig, values: int) -> int:
 
 def source_params(views: Views, blur_sigma: float) -> dict[str, tuple[float, ...]]:
     """Return the parameters (PHOTOMETRIC_FIELDS) of the sources by name, the clean one first."""
-    destructive = (op for op in views.action_ops if op.kind == "destructive")
-    middle = {op: op.levels[len(op.levels) // 2] for op in destructive} | {OP_BY_NAME["blur"]: blur_sigma}
+    middle = {op: op.levels[len(op.levels) // 2] for op in views.destructive_ops} | {OP_BY_NAME["blur"]: blur_sigma}
     states = {"clean": IDENTITY}
     for op, value in middle.items():
-        at = OPS.index(op)
+        at = COLUMNS[op.name]
         states[op.name] = (*IDENTITY[:at], value, *IDENTITY[at + 1 :])
     return states
 
@@ -136,7 +131,7 @@ def axis_labels(views: ActionGrid, spec: ActionSpec) -> dict[str, list[str]]:
     words = {}
     for name, values in views.axes.items():
         target = torch.tensor(IDENTITY).repeat(len(values), 1)
-        target[:, _column(name)] = torch.tensor(values)
+        target[:, COLUMNS[name]] = torch.tensor(values)
         words[name] = _label(torch.tensor(IDENTITY).expand_as(target), target, spec)
     return words
 

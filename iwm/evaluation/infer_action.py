@@ -117,8 +117,7 @@ def _space(context: EvalContext) -> ActionSpace:
 def _check(settings: InferActionSettings) -> None:
     if not settings.search or len(set(settings.search)) < len(settings.search):
         raise ConfigError(f"--search {' '.join(settings.search)}: name gradient, cem, or both, each once")
-    if settings.cem.elites >= settings.cem.samples:
-        raise ConfigError(f"--cem.elites {settings.cem.elites}: must be less than --cem.samples {settings.cem.samples}")
+    settings.cem.check()
     if not settings.regressor.penalties:
         raise ConfigError("--regressor.penalties: name at least one")
 
@@ -171,12 +170,14 @@ def _searches(
     """Yield name, answers and record of every search: from both encoders, then through the control's predictor."""
     for encoder in ENCODERS:
         energy = pair_energy(model, pairs, encoder, settings)
+        true = _true_distances(energy, pairs)
         for name in settings.search:
-            for method, found, record in _search(name, energy, pairs, space, settings):
+            for method, found, record in _search(name, energy, true, pairs, space, settings):
                 yield (method if encoder == "teacher" else f"{method}, {encoder}"), found.actions, record
     if control is not None:
         energy = pair_energy(control, pairs, "teacher", settings)
-        *_, (_, found, record) = _search(settings.search[0], energy, pairs, space, settings)
+        true = _true_distances(energy, pairs)
+        *_, (_, found, record) = _search(settings.search[0], energy, true, pairs, space, settings)
         yield "control", found.actions, record
 
 
@@ -196,12 +197,23 @@ def pair_energy(
     )
 
 
+def _true_distances(energy: ActionEnergy, pairs: ActionPairs) -> Float[Tensor, " b"]:
+    return energy.distances(torch.arange(len(energy), device=energy.device), pairs.actions)
+
+
 def _search(
-    name: str, energy: ActionEnergy, pairs: ActionPairs, space: ActionSpace, settings: InferActionSettings
+    name: str,
+    energy: ActionEnergy,
+    true: Float[Tensor, " b"],
+    pairs: ActionPairs,
+    space: ActionSpace,
+    settings: InferActionSettings,
 ) -> Iterator[tuple[str, FoundActions, dict[str, Any]]]:
-    """Yield name, answers and record of one search; that by gradient begins with its lattice."""
+    """Yield name, answers and record of one search; that by gradient begins with its lattice.
+
+    true: distances of the true actions.
+    """
     b = len(energy)
-    true = energy.distances(torch.arange(b, device=energy.device), pairs.actions)
     energy.predictions = 0
     start = time.perf_counter()
     if name == "gradient":

@@ -22,7 +22,7 @@ from rich.progress import track
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from dali_pipelines.augmentations import IDENTITY, JITTER_OPS, OP_BY_NAME, OPS, Op
+from dali_pipelines.augmentations import COLUMNS, IDENTITY, JITTER_OPS, OP_BY_NAME, Op
 from dali_pipelines.views import Views
 from iwm.actions import action_between
 from iwm.evaluation.bank import (
@@ -79,9 +79,7 @@ def make_sweeps(views: Views, target_flags: bool, settings: SweepSettings) -> li
             low = max(low, MIN_FACTOR) if op.is_factor else low
             own = any(view.value_range(op) != (op.identity, op.identity) for view in (views.source, views.target))
             sweeps.append(_series(op, torch.linspace(low, high, settings.num_values), undo=False, trained=seen and own))
-    for op in views.action_ops:
-        if op.kind == "jitter":
-            continue
+    for op in views.destructive_ops:
         most = max(views.source.value_range(op)[1], views.target.value_range(op)[1])
         grid = torch.linspace(0, most, 2 if op.is_switch else settings.num_sigmas)
         applied, undone = (view.probability(op) > 0 for view in (views.target, views.source))
@@ -93,7 +91,7 @@ def make_sweeps(views: Views, target_flags: bool, settings: SweepSettings) -> li
 
 def _series(op: Op, values: Float[Tensor, " n"], *, undo: bool, trained: bool) -> Sweep:
     views = torch.tensor(IDENTITY).repeat(len(values), 1)
-    views[:, OPS.index(op)] = values
+    views[:, COLUMNS[op.name]] = values
     return Sweep(op.name, undo, values.tolist(), views, trained)
 
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from iwm.action_space import ActionSpace
 from iwm.models.action_energy import ActionEnergy
 from iwm.models.action_search import FoundActions
-from iwm.ranges import ConfigError
 from iwm.search_settings import CEMSettings
 
 LEAST_CHANCE = 0.05
@@ -24,8 +23,7 @@ LEAST_CHANCE = 0.05
 @torch.no_grad()
 def search_by_cem(energy: ActionEnergy, space: ActionSpace, settings: CEMSettings, seed: int = 0) -> FoundActions:
     """Return the nearest actions of all rounds. Raises ConfigError where there are not more samples than elites."""
-    if settings.elites >= settings.samples:
-        raise ConfigError(f"--cem.elites {settings.elites}: must be less than --cem.samples {settings.samples}")
+    settings.check()
     generator = torch.Generator().manual_seed(seed)
     b, q, device = len(energy), settings.samples, energy.device
     low, high = space.bounds(device)

@@ -31,7 +31,9 @@ CLEARLY = 2.0
 """Standard errors by which a score exceeds its control where it is called higher."""
 
 
-def _section(run: RunResults, evaluator: str, content: Callable[[RunResults, dict[str, Any]], Markup]) -> Markup:
+def evaluator_section(
+    run: RunResults, evaluator: str, content: Callable[[RunResults, dict[str, Any]], Markup]
+) -> Markup:
     """Return the section of an evaluator's results, each by `content`; '' where there are none."""
     parts = [origin_paragraph(run, result) + content(run, result) for result in run.evaluations_of(evaluator).values()]
     return section(TITLES[evaluator], Markup().join(parts)) if parts else Markup()
@@ -39,7 +41,7 @@ def _section(run: RunResults, evaluator: str, content: Callable[[RunResults, dic
 
 def retrieval_picture(run: RunResults) -> Markup:
     """Return the retrieval figures: random images and, folded, the best and worst prediction of each image."""
-    return _section(run, "retrieval", lambda run, result: _failed_photographs(result) + figures(run, result))
+    return evaluator_section(run, "retrieval", lambda run, result: _failed_photographs(result) + figures(run, result))
 
 
 def _failed_photographs(result: dict[str, Any]) -> Markup:
@@ -60,7 +62,7 @@ def _failed_photographs(result: dict[str, Any]) -> Markup:
 
 def nearest_neighbours(run: RunResults) -> Markup:
     """Return the accuracy of k-nearest-neighbour classification."""
-    return _section(run, "knn", lambda _, result: _tables(result))
+    return evaluator_section(run, "knn", lambda _, result: _tables(result))
 
 
 def _tables(result: dict[str, Any]) -> Markup:
@@ -73,17 +75,17 @@ def _tables_and_figures(run: RunResults, result: dict[str, Any]) -> Markup:
 
 def similarity_matrix(run: RunResults) -> Markup:
     """Return the similarity matrix (figure S3) and its scores."""
-    return _section(run, "similarity", _tables_and_figures)
+    return evaluator_section(run, "similarity", _tables_and_figures)
 
 
 def marginalised(run: RunResults) -> Markup:
     """Return the results of marginalised representations (table S6, figure S4)."""
-    return _section(run, "marginalisation", _tables_and_figures)
+    return evaluator_section(run, "marginalisation", _tables_and_figures)
 
 
 def patch_maps(run: RunResults) -> Markup:
     """Return the PCA and attention maps of patch features."""
-    return _section(run, "feature-maps", figures)
+    return evaluator_section(run, "feature-maps", figures)
 
 
 UNITS = {op.name: (op.unit, op.unit_scale) for op in OPS if op.unit}
@@ -96,7 +98,7 @@ LINES = ("with action", "control")
 
 def sweep_section(run: RunResults) -> Markup:
     """Return the parameter sweeps: retrieved over true value, rank correlation and figures."""
-    return _section(run, "parameter-sweep", _sweeps)
+    return evaluator_section(run, "parameter-sweep", _sweeps)
 
 
 def _sweeps(run: RunResults, result: dict[str, Any]) -> Markup:
@@ -171,7 +173,7 @@ def _chart(series: dict[str, Any]) -> Markup:
 
 def corruption_section(run: RunResults) -> Markup:
     """Return MRR from corrupted sources, with controls and the upper bound."""
-    return _section(run, "corruptions", _corruptions)
+    return evaluator_section(run, "corruptions", _corruptions)
 
 
 def _corruptions(run: RunResults, result: dict[str, Any]) -> Markup:
@@ -188,7 +190,7 @@ def _corruptions(run: RunResults, result: dict[str, Any]) -> Markup:
 
 def composition_section(run: RunResults) -> Markup:
     """Return two predictions in a row against one, an action and its inverse, and charts of an action in steps."""
-    return _section(run, "composition", _composition)
+    return evaluator_section(run, "composition", _composition)
 
 
 def _composition(run: RunResults, result: dict[str, Any]) -> Markup:

@@ -19,11 +19,10 @@ from iwm.report.components import (
     legend,
     line_chart,
     paragraphs,
-    section,
     stored_tables,
 )
+from iwm.report.evaluator_sections import evaluator_section
 from iwm.report.picture_grid import figures
-from iwm.report.provenance import TITLES, origin_paragraph
 from iwm.report.runs import Point, RunResults
 
 BINS = 8
@@ -39,9 +38,7 @@ MEANING = (
 
 def inferred_actions(run: RunResults) -> Markup:
     """Return the charts, tables and figure of inferred actions; '' where there is no result."""
-    results = run.evaluations_of("infer-action").values()
-    parts = [origin_paragraph(run, result) + _content(run, result) for result in results]
-    return section(TITLES["infer-action"], Markup().join(parts)) if parts else Markup()
+    return evaluator_section(run, "infer-action", _content)
 
 
 def _content(run: RunResults, result: dict[str, Any]) -> Markup:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 
 import iwm
-from dali_pipelines.augmentations import IDENTITY, NO_PHOTOMETRIC, OP_BY_NAME, OPS, PhotometricConfig
+from dali_pipelines.augmentations import COLUMNS, IDENTITY, NO_PHOTOMETRIC, PhotometricConfig
 from dali_pipelines.replay import apply_photometric
 from dali_pipelines.views import Views
 from iwm.action_space import action_space
@@ -138,7 +138,7 @@ def test_words_make_the_action_of_the_views_that_they_describe(tmp_path: Path, j
     changes = {"brightness": 1.3, "hue": -0.05, "solarize": 1.0}
     for view, values in ((source, {"grayscale": 1.0, "blur": 0.7}), (target, changes)):
         for name, value in values.items():
-            view[:, OPS.index(OP_BY_NAME[name])] = value
+            view[:, COLUMNS[name]] = value
     spec = action_spec(config.action, config.views)
     torch.testing.assert_close(made, action_between(source, target, spec)[0])
     assert not model.action().any()
