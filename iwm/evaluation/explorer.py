@@ -85,8 +85,10 @@ def action_grid(jitter: PhotometricConfig, values: int) -> ActionGrid:
 
 
 def fitting_values(jitter: PhotometricConfig, values: int) -> int:
-    """Return `values`, or the most below it, at least 2, with which the grid over the ranges of `jitter` has no more
-    views than one of MAX_VALUES values of the paper's four components."""
+    """Return `values`, or the most below it with which the grid over the ranges of `jitter` is not too large, at least 2.
+
+    The limit is a grid of MAX_VALUES values of the paper's four components.
+    """
     varied = sum(low < high for low, high in map(jitter.value_range, JITTER_OPS))
     while values > 2 and values**varied > MAX_VALUES**4:
         values -= 1
