@@ -85,7 +85,7 @@ def action_grid(jitter: PhotometricConfig, values: int) -> ActionGrid:
 
 
 def fitting_values(jitter: PhotometricConfig, values: int) -> int:
-    """Return `values`, or the most below it with which the grid over the ranges of `jitter` is not too large, at least 2.
+    """Return `values`, or the most below it, at least 2, with which the grid over `jitter` is not too large.
 
     The limit is a grid of MAX_VALUES values of the paper's four components.
     """
